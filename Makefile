@@ -1,0 +1,106 @@
+# Two commands matter: `make lab` opens the tour, `make test` checks everything. Both build ./.venv
+# first, which needs the network once; afterwards nothing does. `make help` lists the rest.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+LAB_EXTRAS := notebooks,labels-xtb
+TEST_EXTRAS := notebooks,labels-xtb,parity,test
+
+# The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 lab` overrules.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+
+# Parallel test processes, one thread each: more threads a process would fight over the cores.
+JOBS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+UNIT_ARGS ?=
+NOTEBOOK_ARGS ?=
+LAB_ARGS ?=
+BENCH_ARGS ?=
+
+# A stamp says which extras are in .venv; it is older than the files that decide the versions when
+# these have changed, and make then installs again.
+LAB_READY := $(VENV)/lab-ready
+TEST_READY := $(VENV)/test-ready
+VERSIONS := pyproject.toml constraints.txt
+
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --no-input --prefer-binary --constraint constraints.txt
+
+# py3Dmol draws without a network only when 3Dmol.js is at hand (see allscaip_lite/views.py).
+VIEWER := 3dmol@2.5.5
+VIEWER_FOLDER := $(VENV)/share/allscaip-lite
+
+.PHONY: help lab test test-units test-notebooks bench clean
+
+help:
+	@echo "make lab     install what the notebooks need into $(VENV), open JupyterLab on the tour"
+	@echo "             LAB_ARGS='--no-browser --port 8899' is passed on to JupyterLab"
+	@echo "make test    install everything the tests need into $(VENV), run tests and notebooks"
+	@echo "             JOBS=$(JOBS) processes; UNIT_ARGS, NOTEBOOK_ARGS are passed on to pytest"
+	@echo "make bench   time the model beside the reference; BENCH_ARGS are passed on"
+	@echo "make clean   remove $(VENV), caches and build products (data and runs stay)"
+	@echo "PYTHON=python3.12 in front of any of them picks the Python (3.11 or newer)"
+
+lab: $(LAB_READY)
+	@# Jupyter refuses to run as root unless told.
+	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
+		$$([ "$$(id -u)" = 0 ] && echo --allow-root) $(LAB_ARGS)
+
+test: test-units test-notebooks
+
+test-units: $(TEST_READY)
+	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --dist worksteal $(UNIT_ARGS) tests
+
+test-notebooks: $(TEST_READY)
+	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --nbmake --nbmake-timeout=300 $(NOTEBOOK_ARGS) notebooks/*.ipynb
+
+bench: $(TEST_READY)
+	$(PY) -m allscaip_lite.cli bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+$(LAB_READY): $(VERSIONS)
+	$(call prepare)
+	$(PIP) --editable ".[$(LAB_EXTRAS)]"
+	$(call finish)
+	@touch $@
+
+# The test extras contain the lab's, so both stamps are good afterwards.
+$(TEST_READY): $(VERSIONS)
+	$(call prepare)
+	$(PIP) --editable ".[$(TEST_EXTRAS)]"
+	$(call finish)
+	@touch $(LAB_READY) $@
+
+# An interrupted set-up is taken up again here: an environment without a working pip is made anew,
+# and a distribution without RECORD, which pip writes last, is installed once more.
+# torch goes first and alone, so that no other requirement can choose its build.
+define prepare
+	@[ -n "$(PYTHON)" ] || { echo "allscaip-lite needs Python 3.11 or newer; found: $$(python3 --version 2>&1)." \
+		"Install one, or say where it is: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "allscaip-lite needs Python 3.11" \
+		"or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments." \
+		"On Debian and Ubuntu: apt install python3-venv." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv --clear $(VENV); }
+	@for d in $(VENV)/lib/python3*/site-packages/*.dist-info; do \
+		[ ! -d "$$d" ] || [ -f "$$d/RECORD" ] || rm -rf "$$d"; done
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(PIP) torch
+endef
+
+# Neither line may fail the set-up: without npm py3Dmol draws from a CDN, and the other only spares
+# the reader a question about news.
+define finish
+	@[ -f $(VIEWER_FOLDER)/3Dmol-min.js ] || { mkdir -p $(VIEWER_FOLDER) && cd $(VIEWER_FOLDER) && \
+		npm pack $(VIEWER) --silent --fetch-retries=0 --fetch-timeout=20000 >/dev/null 2>&1 && \
+		tar -xzf 3dmol-*.tgz --strip-components=2 package/build/3Dmol-min.js; rm -f 3dmol-*.tgz; } || true
+	@$(PY) -m jupyter labextension disable --level=sys_prefix \
+		"@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || true
+endef

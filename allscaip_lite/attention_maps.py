@@ -1,0 +1,99 @@
+"""Who attends to whom: the attention weights of a model on one structure, as plain tensors.
+
+In: an `AllScAIP` and an `ase.Atoms`. Out: `AttentionMaps`. The weights are those of the plain
+formulas (paper sections 3.2 and 3.3); the fused kernels that the model otherwise runs never hold
+them, and are tested to give what these weights give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from allscaip_lite.model import AllScAIP, AttentionRecord
+from allscaip_lite.structures import structures_from_atoms
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Attention of L blocks and h heads over N atoms with K slots each. CPU tensors.
+
+    node (L, h, N, N): how much atom i (row, the query) takes from atom j (column, the key); every
+    row sums to one. None for a model without node attention.
+
+    source, destination (L, h, N, K, K): neighbourhood attention. Slot s of atom i stands for the
+    edge i→j in the source layout and for j→i in the destination layout; entry [..., i, s, t] is
+    how much the edge in slot s takes from the edge in slot t. Rows of occupied slots sum to one;
+    rows and columns of empty slots are zero. In the last block only the destination rows of slot
+    0 still reach the energy, which is read from the atoms.
+
+    neighbor (N, K): the atom j of each slot. Slot 0 is the atom itself, its self-edge; the others
+    come strongest first; -1 marks empty slots. image (N, K, 3): the periodic image of j, in
+    lattice vectors. envelope (N, K): the weight between 0 and 1 with which the edge enters the
+    softmax.
+
+    atomic_numbers (N,). energy: eV, as this pass through the plain formulas gives it.
+    """
+
+    node: Tensor | None
+    source: Tensor
+    destination: Tensor
+    neighbor: Tensor
+    image: Tensor
+    envelope: Tensor
+    atomic_numbers: Tensor
+    energy: float
+
+    @property
+    def num_blocks(self) -> int:
+        return self.source.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.source.shape[1]
+
+
+@torch.no_grad()
+def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
+    """All attention weights of a model on one structure; see `AttentionMaps`.
+
+    Without dropout, in the model's dtype. Memory is L·h·(N² + 2NK²) numbers. Raises
+    `StructureError` for a structure the model cannot answer for, `TypeError` for a list of them.
+    """
+    if not isinstance(atoms, Atoms):
+        raise TypeError(f"attention_maps takes one ase.Atoms, not a {type(atoms).__name__}")
+    limit = model.config.max_num_elements
+    structures = structures_from_atoms(atoms, torch.float64, max_num_elements=limit)
+    structures = structures.to(model.device, model.dtype)
+    record = AttentionRecord(source=[], destination=[], node=[])
+    training = model.training
+    model.eval()
+    try:
+        nodes = model.features(structures, fused=False, record=record)  # (N, H)
+        atomic = model.energy_head(nodes).squeeze(1)  # (N,)
+    finally:
+        model.train(training)
+    geometry = record.geometry
+    occupied = geometry.source.occupied  # (N, K)
+    graph = geometry.graph
+
+    neighbor = torch.full_like(occupied, -1, dtype=torch.long)
+    image = torch.zeros(*occupied.shape, 3, dtype=torch.long, device=occupied.device)
+    own = torch.arange(len(occupied), device=occupied.device)
+    neighbor.view(-1)[graph.source_slot] = torch.cat([own, graph.target])
+    image.view(-1, 3)[graph.source_slot[len(own) :]] = graph.shift.long()
+    # a softmax row exists for empty slots too, but means nothing
+    in_use = occupied.unsqueeze(2)  # (N, K, 1)
+    return AttentionMaps(
+        node=torch.stack(record.node)[:, 0].cpu() if record.node else None,
+        source=(torch.stack(record.source) * in_use).cpu(),
+        destination=(torch.stack(record.destination) * in_use).cpu(),
+        neighbor=neighbor.cpu(),
+        image=image.cpu(),
+        envelope=graph.log_weight.exp().cpu(),
+        atomic_numbers=structures.atomic_numbers.cpu(),
+        energy=float(model._in_electronvolts(atomic, structures)),
+    )

@@ -1,0 +1,89 @@
+"""The model as an ASE calculator.
+
+In: `ase.Atoms`, charge and multiplicity in `atoms.info`. Out: energy and free energy in eV, forces
+(N, 3) in eV/Å, stress (6,) in eV/Å³, in ASE's signs and Voigt order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import (
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+)
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from allscaip_lite.checkpoint import load_model
+from allscaip_lite.model import AllScAIP
+
+
+class AllScAIPCalculator(Calculator):
+    """ASE calculator of a model, or of the name or path of one.
+
+    `device` defaults to the model's own, or for a name to a CUDA GPU where there is one, else the
+    CPU. `compile=True` compiles the model's blocks on the first call, which pays in long runs of
+    one system. Results are kept until positions, cell, elements, charge or multiplicity change.
+
+    Raises `StructureError` for structures the model cannot answer for, and ASE's
+    `PropertyNotImplementedError` for a stress that does not exist: of a structure without
+    periodic directions, or of a model with a head for direct forces.
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(
+        self,
+        model: AllScAIP | str | Path = "lite",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(model, AllScAIP):
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(model)
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if compile:
+            self.model.compile_blocks()
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last call; charge and multiplicity in `atoms.info` count too."""
+        changes = super().check_state(atoms, tol)
+        if self.atoms is not None:
+            for key in ("charge", "spin"):
+                if atoms.info.get(key) != self.atoms.info.get(key):
+                    changes.append(key)
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        has_stress = self.model.config.conservative and self.model.config.stress
+        if "stress" in (properties or ()):
+            if not has_stress:
+                raise PropertyNotImplementedError(
+                    "this model gives no stress: it needs conservative forces and stress=True"
+                )
+            if not self.atoms.pbc.any() or self.atoms.cell.rank < 3:
+                raise PropertyNotImplementedError(
+                    "no stress: the structure is not periodic, or its cell has no volume; "
+                    "set atoms.cell and atoms.pbc"
+                )
+        (result,) = self.model.predict(self.atoms)
+        self.results = {
+            "energy": result.energy,
+            "free_energy": result.energy,
+            "forces": result.forces,
+        }
+        if result.stress is not None:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)

@@ -1,0 +1,145 @@
+"""The command `allscaip-lite`: comes in a command line, goes out an exit status.
+
+A command lives in the room that does its work, as `add_arguments(parser)` and `run(args)`; this
+room only finds it. Exit status: 0 done, 2 a mistake that the message explains, 130 stopped by
+Ctrl-C. A traceback means a fault of the package's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from allscaip_lite import __version__
+
+
+class Command(NamedTuple):
+    """The room of a command, what the command is for, and what Ctrl-C leaves."""
+
+    room: str
+    help: str
+    stopped: str
+
+
+DATA_COMMANDS = {
+    "xtb": Command(
+        "teacher",
+        "sample molecules, ions, radicals and clusters, and label them with GFN2-xTB",
+        "the same command goes on from here",
+    ),
+    "sample": Command(
+        "data",
+        "write a small sample of a data set",
+        "nothing was kept; the same command starts again",
+    ),
+}
+COMMANDS = {
+    "train": Command(
+        "training",
+        "train a model on a data set",
+        "the same command goes on from its last checkpoint",
+    ),
+    "bench": Command(
+        "benchmark",
+        "time a model, beside fairchem where that is installed",
+        "nothing was kept; the same command starts again",
+    ),
+}
+
+# Import names of what the core does without, and the extra that brings them.
+EXTRA_OF = {
+    "tblite": "labels-xtb",
+    "rdkit": "labels-xtb",
+    "pyscf": "labels",
+    "openmm": "labels",
+    "fairchem": "parity",
+    "matplotlib": "notebooks",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command (`argv` defaults to the process's arguments) and return the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    stopped = "nothing was done"
+    try:
+        args = _parser(argv).parse_args(argv)
+        stopped = args.stopped
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print(f"\nallscaip-lite: stopped; {stopped}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = _explanation(error)
+        if message is None:
+            raise
+        print(f"allscaip-lite: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allscaip-lite", description="AllScAIP, small, complete and made to be read."
+    )
+    parser.add_argument("--version", action="version", version=f"allscaip-lite {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    data = commands.add_parser("data", help="make data sets", description="Make data sets.")
+    sources = data.add_subparsers(metavar="source", required=True)
+    for group, table in ((sources, DATA_COMMANDS), (commands, COMMANDS)):
+        for name, command in table.items():
+            sub = group.add_parser(name, help=command.help, description=command.help)
+            if name in argv:  # a room is imported, slowly, only where its command is called
+                room = import_module(f"allscaip_lite.{command.room}")
+                room.add_arguments(sub)
+                sub.set_defaults(run=room.run, stopped=command.stopped)
+
+    text = "print a model's configuration, size and card"
+    info = commands.add_parser("info", help=text, description=text)
+    info.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
+    info.set_defaults(run=_info, stopped="nothing was changed")
+    return parser
+
+
+def _info(args: argparse.Namespace) -> None:
+    from allscaip_lite.checkpoint import load_model, read_card
+
+    model = load_model(args.model)
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    _print_table("configuration", model.config.to_dict())
+    _print_table("card", read_card(args.model))
+
+
+def _print_table(title: str, table: Mapping[str, Any], indent: str = "") -> None:
+    print(f"{indent}{title}:")
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            _print_table(key, value, indent + "  ")
+        else:
+            print(f"{indent}  {key}: {value}")
+
+
+def _explanation(error: Exception) -> str | None:
+    """One line for an error that is the user's to mend, None for a fault of the package's own.
+
+    The user's are: a missing file or right, a missing extra, an error of one of our own classes,
+    and a ValueError that our own code raised. One that a library raised stays a traceback.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA_OF:
+            return None
+        return f"{missing} is missing here: pip install 'allscaip-lite[{EXTRA_OF[missing]}]'"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_here = frame.f_globals.get("__name__", "").startswith("allscaip_lite")
+    ours = type(error).__module__.startswith("allscaip_lite")
+    if ours or isinstance(error, OSError) or (isinstance(error, ValueError) and raised_here):
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

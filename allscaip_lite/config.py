@@ -1,0 +1,122 @@
+"""The model's configuration: one frozen dataclass, and presets that are values of it.
+
+In: numbers from the paper (arXiv 2603.06567) or from a checkpoint. Out: `AllScAIPConfig`, which
+every other room reads and none changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DISTANCE_BASES = ("gaussian", "sigmoid", "linear_sigmoid", "silu")
+NORMALIZATIONS = ("rms", "layer", "none")
+ACTIVATIONS = ("gelu", "squared_relu", "leaky_relu", "relu", "smelu", "star_relu")
+
+
+@dataclass(frozen=True)
+class AllScAIPConfig:
+    """Everything that fixes the shape and the formulas of a model; lengths in Å.
+
+    Raises `ValueError`, saying what to change, when the values contradict each other.
+    """
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    max_num_elements: int = 100  # rows of the atom embedding: atomic numbers 1 .. 99
+
+    # the graph
+    cutoff: float = 6.0
+    k: int = 30  # the rank at which an edge has faded out
+    soft_rank: bool = True  # False: positions in the sorted list, a surface with jumps
+    truncated_rank: bool = True  # rank among the k + 20 nearest only; False: among all, by sigmoids
+    rank_width: float = 0.2
+    envelope_temperature: float = 0.1
+    max_neighbors: int | None = None  # fixed number of slots a row (self-edge included)
+
+    # the encodings
+    distance_basis: Literal["gaussian", "sigmoid", "linear_sigmoid", "silu"] = "gaussian"
+    num_distance_basis: int = 512
+    direction_degree: int = 5  # Y_lm(direction) up to this degree goes into the edges
+    bond_order_degree: int = 9  # Steinhardt orders up to this degree go into the nodes
+    angular_channels: tuple[int, ...] | None = (10, 5, 2, 5, 10)  # LAE, by degree; None: off
+    node_attention: bool = True
+    rotary: bool = True  # ERoPE in the node attention
+    num_rotary_frequencies: int = 32
+
+    # the network
+    activation: Literal["gelu", "squared_relu", "leaky_relu", "relu", "smelu", "star_relu"] = "gelu"
+    normalization: Literal["rms", "layer", "none"] = "rms"
+    residual_scaling: bool = True
+    ffn_ratio: int = 2
+    attention_dropout: float = 0.0  # both dropouts act in training only
+    ffn_dropout: float = 0.0
+
+    # the heads
+    conservative: bool = True  # forces are the energy's gradient; False: a head of their own
+    stress: bool = True  # conservative models of periodic systems also give the stress
+
+    def __post_init__(self) -> None:
+        if self.angular_channels is not None:
+            object.__setattr__(self, "angular_channels", tuple(self.angular_channels))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+        if self.angular_channels is not None and sum(self.angular_channels) != self.head_size:
+            raise ValueError(
+                f"angular_channels {self.angular_channels} add up to {sum(self.angular_channels)}, "
+                f"but a head has {self.head_size} channels: make them equal, or None for no LAE"
+            )
+        for name, allowed in (
+            ("distance_basis", DISTANCE_BASES),
+            ("normalization", NORMALIZATIONS),
+            ("activation", ACTIVATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {allowed}")
+        if min(self.k, self.num_layers, self.num_heads, self.hidden_size) < 1 or self.cutoff <= 0:
+            raise ValueError("k, num_layers, num_heads, hidden_size and cutoff must be positive")
+        if self.rotary and not self.node_attention:
+            object.__setattr__(self, "rotary", False)  # ERoPE lives in the node attention
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def replace(self, **changes: Any) -> AllScAIPConfig:
+        """The same configuration with some values changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AllScAIPConfig:
+        """Inverse of `to_dict`; unknown keys raise `ValueError`, missing ones take the default."""
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown configuration keys {sorted(unknown)}")
+        return cls(**values)
+
+
+# `lite` is this package's own: small enough to train and run on a laptop. 35M is the paper's small
+# model with both encodings; the released 85M has neither.
+PRESETS: dict[str, AllScAIPConfig] = {
+    "lite": AllScAIPConfig(k=20),
+    "35M": AllScAIPConfig(
+        hidden_size=512, num_layers=6, num_heads=8, angular_channels=(20, 10, 4, 10, 20)
+    ),
+    "85M": AllScAIPConfig(
+        hidden_size=640, num_layers=10, num_heads=10, angular_channels=None, rotary=False
+    ),
+    "180M": AllScAIPConfig(
+        hidden_size=768, num_layers=15, num_heads=12, angular_channels=None, rotary=False
+    ),
+    "1B": AllScAIPConfig(
+        hidden_size=1536, num_layers=20, num_heads=24, angular_channels=None, rotary=False
+    ),
+}

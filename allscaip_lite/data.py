@@ -1,0 +1,282 @@
+"""Labelled structures on disk, in the format of OMol25 (`.aselmdb`).
+
+Comes in: `ase.Atoms` with energy and forces, charge and spin multiplicity in `atoms.info`.
+Goes out: the same, from one file, a folder of shards as OMol25 publishes them, or a list.
+An `.aselmdb` is an LMDB file of ASE rows; charge, spin and every other piece of metadata sit in
+the row's `data` (Levine et al., The Open Molecules 2025 dataset, arXiv:2505.08762).
+Energies are in eV, forces in eV/Å, stress in eV/Å³ (Voigt, ASE's order).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ase.db
+import lmdb
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
+
+SPLITS = ("train", "val", "test")
+_LABELS = ("energy", "forces", "stress")
+
+
+class DataError(ValueError):
+    """Data on disk that cannot be read as labelled structures, or structures without labels."""
+
+
+def write_aselmdb(
+    path: str | os.PathLike, structures: Iterable[Atoms], overwrite: bool = False
+) -> int:
+    """Write labelled structures to one `.aselmdb` file and return how many.
+
+    Each structure carries a calculator that holds energy (eV) and forces (N, 3) (eV/Å), stress
+    (6,) (eV/Å³) if there is one; everything in `atoms.info` (charge, spin, metadata) goes into the
+    row's `data`. The file appears under its name only once it is complete.
+
+    Raises FileExistsError where the file exists and `overwrite` is false, DataError for a
+    structure without energy and forces.
+    """
+    path = Path(path)
+    if path.suffix != ".aselmdb":
+        raise DataError(f"{path}: the name of a data file ends in .aselmdb")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
+    # A folder of its own hides the half-written file from whoever lists `path.parent`, and lets
+    # it keep the suffix by which ASE picks its backend.
+    partial = path.parent / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    natoms: list[int] = []
+    try:
+        with ase.db.connect(partial / path.name, use_lock_file=False) as database:
+            for index, atoms in enumerate(structures):
+                labelled = atoms.copy()
+                labelled.calc = SinglePointCalculator(labelled, **_labels(atoms, index))
+                labelled.info = {}
+                database.write(labelled, data=dict(atoms.info))
+                natoms.append(len(atoms))
+            database.metadata = {"natoms": natoms}
+        with open(partial / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial / path.name, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(natoms)
+
+
+def _labels(atoms: Atoms, index: int) -> dict[str, float | np.ndarray]:
+    """The labels a structure has, without computing any; DataError if energy or forces lack."""
+    labels = {}
+    for name in _LABELS if atoms.calc is not None else ():
+        try:
+            value = atoms.calc.get_property(name, atoms, allow_calculation=False)
+        except PropertyNotImplementedError:
+            value = None
+        if value is not None:
+            labels[name] = value
+    if "energy" not in labels or "forces" not in labels:
+        raise DataError(
+            f"structure {index} ({atoms.symbols}) has no energy and forces: compute them first, "
+            "or attach a SinglePointCalculator that holds them"
+        )
+    return labels
+
+
+class Dataset:
+    """Labelled structures from `.aselmdb` files, by index; safe in DataLoader workers.
+
+    `paths` is a file, a folder whose `.aselmdb` files are read in the order of their names, or a
+    list of these. `dataset[i]` is an `ase.Atoms` with energy, forces (and stress where present) in
+    a SinglePointCalculator and every entry of the row's `data` in `info`. A row that does not say
+    its charge or spin yields an `info` without them. `labelled=False` admits rows without energy
+    and forces, such as OMol25's test split.
+
+    Raises FileNotFoundError for a missing path, DataError for a folder without data, a file that
+    is not an `.aselmdb`, and (on access) a structure without labels.
+    """
+
+    def __init__(
+        self, paths: str | os.PathLike | Sequence[str | os.PathLike], labelled: bool = True
+    ) -> None:
+        single = isinstance(paths, (str, os.PathLike))
+        groups = [_shards(Path(path)) for path in ([paths] if single else paths)]
+        self.paths = [shard for group in groups for shard in group]
+        if not self.paths:
+            raise DataError("no data: the list of paths is empty")
+        self.labelled = labelled
+        self._groups = groups
+        self._natoms: np.ndarray | None = None
+        self._open: dict[int, ase.db.core.Database] = {}
+        self._pid = os.getpid()
+        sizes = [len(self._database(shard)) for shard in range(len(self.paths))]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])  # (shards + 1,)
+        if not len(self):
+            raise DataError(f"{', '.join(map(str, self.paths))}: no structures inside")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Atoms:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"structure {index} of a data set of {len(self)}")
+        index = int(index) % len(self)
+        atoms = self._atoms(index)
+        found = atoms.calc.results if atoms.calc is not None else {}
+        if self.labelled and not {"energy", "forces"} <= found.keys():
+            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+            raise DataError(
+                f"structure {index} (in {self.paths[shard]}) has no energy and forces: label it, "
+                "or open the data set with labelled=False"
+            )
+        return atoms
+
+    def _atoms(self, index: int) -> Atoms:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        database = self._database(shard)
+        row = database.get(id=database.ids[index - int(self._starts[shard])])
+        atoms = row.toatoms()
+        # ASE keeps charge, spin and other metadata with the row, not with the atoms.
+        # (vars: a row's own attribute `charge`, its initial charges, would hide a pair named so.)
+        pairs = {key: vars(row)[key] for key in row.key_value_pairs}
+        atoms.info = pairs | row.data
+        return atoms
+
+    @property
+    def natoms(self) -> np.ndarray:
+        """Atoms of every structure, (len,) int64: from the metadata where that is consistent
+        (OMol25's `metadata.npz`, or what `write_aselmdb` left in the file), else by reading."""
+        if self._natoms is None:
+            parts, shard = [], 0
+            for group in self._groups:
+                shards = range(shard, shard + len(group))
+                shard += len(group)
+                start = int(self._starts[shards.start])
+                size = int(self._starts[shards.stop]) - start
+                counts = _natoms_beside(group)
+                if counts is None or not self._agrees(counts, start, size):
+                    counts = np.concatenate([self._count(s) for s in shards])
+                parts.append(counts)
+            self._natoms = np.concatenate(parts).astype(np.int64)
+        return self._natoms
+
+    def _agrees(self, counts: np.ndarray, start: int, size: int) -> bool:
+        """Whether `counts` is as long as the structures from `start` on, and right at both ends."""
+        if counts.shape != (size,):
+            return False
+        return all(int(counts[i]) == len(self._atoms(start + i)) for i in {0, size - 1} if size)
+
+    def _count(self, shard: int) -> np.ndarray:
+        database = self._database(shard)
+        counts = database.metadata.get("natoms", ())
+        if len(counts) != len(database):
+            counts = [row.natoms for row in database.select(include_data=False)]
+        return np.asarray(counts, dtype=np.int64)
+
+    def _database(self, shard: int) -> ase.db.core.Database:
+        # LMDB handles do not survive a fork: each process opens its own, when it first reads.
+        if self._pid != os.getpid():
+            self._open, self._pid = {}, os.getpid()
+        if shard not in self._open:
+            self._open[shard] = _connect(self.paths[shard])
+        return self._open[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+
+def _shards(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder of .aselmdb data")
+    if path.is_file():
+        return [path]
+    shards = sorted(file for file in path.glob("*.aselmdb") if file.is_file())
+    if not shards:
+        raise DataError(f"{path}: a folder without .aselmdb files")
+    return shards
+
+
+def _connect(path: Path) -> ase.db.core.Database:
+    if path.suffix != ".aselmdb":
+        raise DataError(f"{path}: not an .aselmdb file")
+    try:  # before ASE does, whose database object complains once more when it is thrown away
+        lmdb.open(str(path), subdir=False, readonly=True, lock=False).close()
+    except lmdb.Error as error:
+        raise DataError(f"{path}: not a readable .aselmdb file ({error})") from error
+    database = ase.db.connect(path, readonly=True, use_lock_file=False)
+    if not database.deleted_ids:  # a list of 100 million numbers would take gigabytes
+        database.ids = range(1, len(database.ids) + 1)
+    return database
+
+
+def _natoms_beside(group: list[Path]) -> np.ndarray | None:
+    """`natoms` of the `metadata.npz` beside the shards, where there is one."""
+    file = group[0].parent / "metadata.npz"
+    if not file.is_file():
+        return None
+    with np.load(file, allow_pickle=False) as metadata:
+        return metadata["natoms"] if "natoms" in metadata else None
+
+
+def split_by_molecule(
+    molecules: Sequence[str], fractions: Sequence[float] = (0.9, 0.05, 0.05), seed: int = 0
+) -> list[str]:
+    """The split ("train", "val" or "test") of each molecule, by a hash of its name.
+
+    A molecule's split depends on its name and the seed alone, so it stays where it is when
+    others come or go. `fractions` are the three expected shares and sum to 1 (else ValueError).
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"fractions {tuple(fractions)}: three shares (train, val, test), sum 1")
+    edges = np.cumsum(fractions)[:2]
+    splits = []
+    for molecule in molecules:
+        digest = hashlib.sha256(f"{seed}:{molecule}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        splits.append(SPLITS[int(np.searchsorted(edges, share, side="right"))])
+    return splits
+
+
+def write_sample(
+    source: str | os.PathLike, out: str | os.PathLike, structures: int, overwrite: bool = False
+) -> dict[str, int]:
+    """Write a small sample of a data set and return how many structures of each split it has.
+
+    `source` and `out` are folders with `{train,val,test}.aselmdb`. Seven in ten are of the
+    training set, the others half each; within a split they are spread evenly over its length, so
+    the same source yields the same sample. `references.json` is copied where there is one.
+    """
+    source, out = Path(source), Path(out)
+    counts = {}
+    for split, share in zip(SPLITS, (0.7, 0.15, 0.15), strict=True):
+        dataset = Dataset(source / f"{split}.aselmdb")
+        wanted = min(len(dataset), round(share * structures))
+        chosen = np.linspace(0, len(dataset) - 1, wanted).round().astype(int)
+        picked = (dataset[index] for index in chosen)
+        counts[split] = write_aselmdb(out / f"{split}.aselmdb", picked, overwrite)
+    if (source / "references.json").exists():
+        shutil.copyfile(source / "references.json", out / "references.json")
+    return counts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite data sample`."""
+    parser.add_argument("source", type=Path, help="folder with {train,val,test}.aselmdb")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the sample")
+    parser.add_argument("--structures", type=int, default=600, help="about how many")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier sample")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite data sample`: write the sample, say its size; the exit status."""
+    for split, count in write_sample(
+        args.source, args.out, args.structures, args.overwrite
+    ).items():
+        print(f"{split}: {count} structures")
+    return 0

@@ -1,0 +1,193 @@
+"""The bi-directional differentiable kNN graph (paper section 3.1).
+
+In: `Structures`. Out: `Graph`: edges that fade out smoothly as they lose rank or reach the cutoff,
+and the table of slots in which attention reads them.
+
+An edge i→j exists with its reverse j→i: the soft maximum treats both ranks alike. So the edges
+are kept as P pairs, first all forward, then all reversed, and *reversing* is swapping the two
+halves. The states of the network stand in one flat list of M = N + 2P rows:
+
+    [ N self-edges (the atoms) | P forward edges | P reversed edges ]
+
+and attention reads them through a table of N rows with K slots. In the source layout, row i holds
+the edges that leave i; in the destination layout, the edges that arrive at i. Slot s of the one is
+the reverse of slot s of the other, so angles between slots and envelopes are shared by both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.neighbors import candidate_pairs, pair_vectors, safe_norm
+from allscaip_lite.structures import Structures
+
+EXTRA_CANDIDATES = 20  # ranks count the k + 20 nearest
+SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges of a batch. M = N + 2P rows of states, K slots a row.
+
+    source, target (2P,): atoms i and j of each edge; shift (2P, 3): the periodic image of j.
+    distances (P,) Å and directions (P, 3), unit vectors from i to j, of the forward edges.
+    log_weight (N, K): logarithm of the envelope, 0 for the self-edge, -inf for empty slots.
+    slot_directions (N, K, 3): zero for self-edges and empty slots.
+    source_slot, destination_slot (M,): where each state stands in the N·K slots of a layout.
+    counts (N,): occupied slots of each row.
+    """
+
+    source: Tensor
+    target: Tensor
+    shift: Tensor
+    distances: Tensor
+    directions: Tensor
+    log_weight: Tensor
+    slot_directions: Tensor
+    source_slot: Tensor
+    destination_slot: Tensor
+    counts: Tensor
+
+    @property
+    def num_atoms(self) -> int:
+        return self.log_weight.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self.log_weight.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.distances.shape[0]
+
+
+def bump(x: Tensor) -> Tensor:
+    """A smooth step: exactly 0 for x ≤ -4, ½ at 0, exactly 1 for x ≥ 4, any shape.
+
+    With u = x/4, a = exp(-2/(1+u)) and b = exp(-2/(1-u)) it is a/(a+b), a logistic function of
+    log a - log b = 4u/(1-u²). Beyond |u| = 0.99 that argument is past ±198, where the logistic
+    function is 0 or 1 to the last bit, so clamping there changes nothing.
+    """
+    u = (x / 4).clamp(-0.99, 0.99)
+    return torch.sigmoid(4 * u / (1 - u * u))
+
+
+def soft_rank(distances: Tensor, width: float, truncated: bool = True) -> Tensor:
+    """(N, C) how many candidates of the row are nearer; empty candidates are at distance inf.
+
+    A candidate counts ½ for itself. `truncated` counts with `bump`, else with a plain sigmoid.
+    """
+    step = bump if truncated else torch.sigmoid
+    real = distances.isfinite()
+    finite = torch.where(real, distances, torch.full_like(distances, 1e6))
+    nearer = step((finite.unsqueeze(2) - finite.unsqueeze(1)) / width)  # (N, C, C)
+    return torch.where(real, nearer.sum(2), torch.full_like(distances, torch.inf))
+
+
+def hard_rank(distances: Tensor) -> Tensor:
+    """(N, C) position of each candidate in its row, the nearest 0; no gradient, so jumps."""
+    order = distances.detach().argsort(dim=1, stable=True)
+    return order.argsort(dim=1).to(distances.dtype).masked_fill(distances.isinf(), torch.inf)
+
+
+def soft_maximum(values: Tensor, temperature: float) -> Tensor:
+    """Smooth maximum over the first dimension: τ·logsumexp(values/τ)."""
+    return temperature * torch.logsumexp(values / temperature, dim=0)
+
+
+def log_envelope(envelope: Tensor) -> Tensor:
+    """log w = -env²/(1 - env²): 0 at env = 0, falling smoothly to -inf at env = 1."""
+    squared = envelope * envelope
+    return -squared / (1 - squared)
+
+
+def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
+    """Graph of a batch; differentiable in positions and cell. See `Graph` for what comes out.
+
+    Raises `StructureError` where two atoms stand on one spot.
+    """
+    positions, n = structures.positions, len(structures.positions)
+    reach = config.rank_width * (4 if config.truncated_rank else SIGMOID_REACH)
+    first, second, shift = candidate_pairs(structures, config.cutoff + reach)
+    vectors = pair_vectors(structures, first, second, shift)  # (P, 3)
+    distances = safe_norm(vectors)  # (P,)
+
+    # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
+    flat_distances = distances.detach().repeat(2)  # (2P,)
+    rows = torch.cat([first, second])
+    by_distance = flat_distances.argsort(stable=True)
+    order = by_distance[rows[by_distance].argsort(stable=True)]  # by row, then by distance
+    position = _positions(rows, order, n)
+    width = int(position.max()) + 1 if len(rows) else 1
+    if config.truncated_rank:
+        width = min(width, config.k + EXTRA_CANDIDATES)
+    kept = position < width
+    listed = kept.view(2, -1).all(0)  # pairs that both atoms count among their nearest
+    entry = rows * width + position  # place in the table, slot 0 being the atom itself
+    table = positions.new_full((n, width), torch.inf)
+    table[:, 0] = 0
+    table = table.flatten().index_put((entry[kept],), distances.repeat(2)[kept]).view(n, width)
+    soft = soft_rank(table, config.rank_width, config.truncated_rank)
+    rank = (soft if config.soft_rank else hard_rank(table)).flatten()
+
+    forward, backward = entry.view(2, -1)[:, listed]  # (P',) each
+    limits = [rank.gather(0, forward) / config.k, rank.gather(0, backward) / config.k]
+    limits = torch.stack([*limits, distances[listed] / config.cutoff])
+    maximum = soft_maximum(limits, config.envelope_temperature)
+    envelope = maximum if config.soft_rank else limits.amax(0)
+    alive = envelope < 1
+    chosen, envelope = listed.nonzero().squeeze(1)[alive], envelope[alive]
+    position = _slots_by_envelope(torch.cat([first[chosen], second[chosen]]), envelope, n)
+    longest = int(position.max()) + 1 if len(position) else 1
+    num_slots = config.max_neighbors or longest
+    if longest > num_slots:
+        warnings.warn(
+            f"max_neighbors = {num_slots} is fewer than the {longest} edges of the fullest row: "
+            "the weakest edges are dropped, and the energy is no longer smooth",
+            stacklevel=3,
+        )
+        fits = (position < num_slots).view(2, -1).all(0)
+        chosen, envelope = chosen[fits], envelope[fits]
+        position = _slots_by_envelope(torch.cat([first[chosen], second[chosen]]), envelope, n)
+
+    first, second, shift = first[chosen], second[chosen], shift[chosen]
+    rows, atoms = torch.cat([first, second]), torch.arange(n, device=first.device)
+    edge_slot = rows * num_slots + position  # (2P,)
+    distances, directions = distances[chosen], vectors[chosen] / distances[chosen].unsqueeze(1)
+    log_weight = distances.new_full((n * num_slots,), -torch.inf)
+    log_weight = log_weight.index_put((atoms * num_slots,), distances.new_zeros(()))
+    log_weight = log_weight.index_put((edge_slot,), log_envelope(envelope).repeat(2))
+    slot_directions = distances.new_zeros(n * num_slots, 3)
+    slot_directions = slot_directions.index_put((edge_slot,), torch.cat([directions, -directions]))
+    return Graph(
+        source=rows,
+        target=torch.cat([second, first]),
+        shift=torch.cat([shift, -shift]),
+        distances=distances,
+        directions=directions,
+        log_weight=log_weight.view(n, num_slots),
+        slot_directions=slot_directions.view(n, num_slots, 3),
+        source_slot=torch.cat([atoms * num_slots, edge_slot]),
+        destination_slot=torch.cat([atoms * num_slots, *edge_slot.view(2, -1).flip(0)]),
+        counts=1 + torch.bincount(rows, minlength=n),
+    )
+
+
+def _slots_by_envelope(rows: Tensor, envelope: Tensor, n: int) -> Tensor:
+    """(2P,) the slot of each edge in its row, from 1, the strongest first."""
+    order = (rows + envelope.detach().double().repeat(2) / 2).argsort(stable=True)
+    return _positions(rows, order, n)
+
+
+def _positions(rows: Tensor, order: Tensor, n: int) -> Tensor:
+    """(E,) place of each entry within its row, from 1, when `order` sorts entries by row."""
+    counts = torch.bincount(rows, minlength=n)
+    starts = counts.cumsum(0) - counts
+    position = torch.empty_like(rows)
+    position[order] = torch.arange(1, len(rows) + 1, device=rows.device) - starts[rows[order]]
+    return position

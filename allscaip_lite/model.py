@@ -1,0 +1,427 @@
+"""AllScAIP: the network, its heads, and energies, forces and stress (paper section 3).
+
+In: `Structures`, or `ase.Atoms` through `predict`. Out: `Prediction` in eV, eV/Å and eV/Å³.
+
+    Input ▸ L × Block(source ▸ destination ▸ edge FFN ▸ node attention ▸ node FFN) ▸ heads
+
+States are one flat list (M, H): the N atoms, then the 2P edges (see `graph`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ase import Atoms
+from torch import Tensor, nn
+
+from allscaip_lite import attention, encodings, fused
+from allscaip_lite.attention import SelfAttention
+from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.fused import Linear
+from allscaip_lite.graph import Graph, build_graph
+from allscaip_lite.neighbors import system_distances
+from allscaip_lite.slots import AttentionRecord, Layout, SystemTable
+from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, structures_from_atoms
+
+
+class Prediction(NamedTuple):
+    """energy (B,) eV in float64; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, or None."""
+
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One structure's energy in eV, forces (N, 3) in eV/Å, stress (3, 3) in eV/Å³ or None."""
+
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All that the blocks read of a batch besides the states, made once a forward pass."""
+
+    graph: Graph
+    legendre: Tensor | None  # (l, N, K, K) for LAE
+    source: Layout
+    destination: Layout
+    systems: SystemTable
+    biases: Tensor | None  # (L, B, h, n, n): logits of the node attention
+    fused: bool  # whether the hand-written kernels may serve
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "star_relu": lambda x: 0.8944 * F.relu(x).square() - 0.4472,  # of mean 0 and variance 1
+    "smelu": lambda x: torch.where(x.abs() <= 2, (x + 2).square() / 8, F.relu(x)),
+}
+
+
+def make_norm(config: AllScAIPConfig, size: int) -> nn.Module:
+    if config.normalization == "rms":
+        return nn.RMSNorm(size)
+    return nn.LayerNorm(size) if config.normalization == "layer" else nn.Identity()
+
+
+class Input(nn.Module):
+    """Atoms and edges as vectors: section "Input" of the paper's architecture."""
+
+    def __init__(self, config: AllScAIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        directions = (config.direction_degree + 1) ** 2
+        self.atom_embedding = nn.Embedding(config.max_num_elements, size)
+        self.charge_embedding = nn.Embedding(2 * MAX_CHARGE + 1, size)
+        self.spin_embedding = nn.Embedding(MAX_MULTIPLICITY + 1, size)
+        self.charge_spin = Linear(2 * size, size)
+        self.bond_order = Linear(config.bond_order_degree + 1, size)
+        self.norm = make_norm(config, 2 * size)
+        self.node = Linear(2 * size, size)
+        self.edge_attributes = Linear(config.num_distance_basis + directions, size)
+        self.edge = Linear(2 * size, size)
+        if config.distance_basis == "silu":
+            self.distance_basis = Linear(2, config.num_distance_basis)
+
+    def forward(self, structures: Structures, graph: Graph, legendre: Tensor) -> Tensor:
+        """→ (M, H) states of atoms and edges."""
+        config, act = self.config, ACTIVATIONS[self.config.activation]
+        degree = config.bond_order_degree
+        order = encodings.bond_orientational_order(legendre, graph.counts, degree)  # (N, 10)
+        atoms = self.atom_embedding(structures.atomic_numbers)  # (N, H)
+        nodes = torch.cat([atoms, act(self.bond_order(order))], dim=1)  # (N, 2H)
+        nodes = act(self.node(self.norm(nodes)))  # (N, H)
+        charge = self.charge_embedding(structures.charge + MAX_CHARGE)  # (B, H)
+        spin = self.spin_embedding(structures.spin)  # (B, H)
+        charge_spin = act(self.charge_spin(torch.cat([charge, spin], dim=1)))  # (B, H)
+        nodes = nodes + charge_spin[structures.system]
+
+        # Lin([node ; attributes]) in two halves: the node's half once an atom, not once an edge
+        node_weight, attribute_weight = self.edge.weight.split(config.hidden_size, dim=1)
+        node_half = fused.linear(nodes, node_weight, self.edge.bias)  # (N, H)
+        row = torch.cat([torch.arange(len(nodes), device=nodes.device), graph.source])
+        node_half = node_half.gather(0, row.unsqueeze(1).expand(-1, config.hidden_size))  # (M, H)
+        attributes = act(self.attributes(graph))  # (M, H)
+        return act(node_half + fused.linear(attributes, attribute_weight, None))
+
+    def attributes(self, graph: Graph) -> Tensor:
+        """(M, H): Lin([basis(d) ; Y(r̂)]), each pair computed once for both its directions."""
+        size, degree = self.config.num_distance_basis, self.config.direction_degree
+        basis_weight, direction_weight = self.edge_attributes.weight.tensor_split([size], dim=1)
+        distances = torch.cat([graph.distances.new_zeros(1), graph.distances])  # self-edge first
+        radial = fused.linear(self.basis(distances), basis_weight, self.edge_attributes.bias)
+        harmonics = encodings.spherical_harmonics(graph.directions, degree)  # (P, 36)
+        degrees = torch.arange(degree + 1, device=harmonics.device)
+        parity = (1 - 2 * (degrees % 2)).repeat_interleave(2 * degrees + 1)  # Y(-r) = (-1)^l Y(r)
+        harmonics = torch.cat([harmonics, harmonics * parity])  # (2P, 36)
+        edges = radial[1:].repeat(2, 1) + fused.linear(harmonics, direction_weight, None)  # (2P, H)
+        alone = radial[:1] + direction_weight[:, 0]  # only Y_00 = 1 survives without a direction
+        return torch.cat([alone.expand(graph.num_atoms, -1), edges])
+
+    def basis(self, distances: Tensor) -> Tensor:
+        """(E,) Å → (E, 512)."""
+        config = self.config
+        if config.distance_basis == "silu":
+            ones = torch.ones_like(distances)
+            return F.silu(self.distance_basis(torch.stack([distances, ones], dim=1)))
+        return encodings.radial_basis(
+            distances, config.distance_basis, config.cutoff, config.num_distance_basis
+        )
+
+
+class FeedForward(nn.Module):
+    """norm ▸ Lin(H→2H) ▸ act ▸ Lin(2H→out); dropout after both in the blocks."""
+
+    def __init__(self, config: AllScAIPConfig, out: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = dropout
+        self.norm = make_norm(config, size)
+        self.expand = Linear(size, config.ffn_ratio * size)
+        self.contract = Linear(config.ffn_ratio * size, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.expand(self.norm(x)))  # (R, 2H)
+        x = self.contract(F.dropout(x, self.dropout, self.training))  # (R, out)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One transformer block; every branch is x + scale · branch(norm(x))."""
+
+    def __init__(self, config: AllScAIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.groups = attention.channel_groups(config.angular_channels, config.head_size)
+        self.source_norm = make_norm(config, size)
+        self.source_attention = SelfAttention(size)
+        self.destination_norm = make_norm(config, size)
+        self.destination_attention = SelfAttention(size)
+        self.edge_ffn = FeedForward(config, size, config.ffn_dropout)
+        self.node_ffn = FeedForward(config, size, config.ffn_dropout)
+        branches = ["source", "destination", "edge_ffn", "node_ffn"]
+        if config.node_attention:
+            branches.append("node")
+            self.node_norm = make_norm(config, size)
+            self.node_attention = SelfAttention(size)
+            if config.rotary:
+                shape = (config.num_heads, config.num_rotary_frequencies)
+                self.rotary_weight = nn.Parameter(torch.full(shape, 1 / shape[1]))
+        learned = config.residual_scaling
+        self.scale = nn.ParameterDict()
+        for name in branches:
+            start = torch.tensor(1 / config.num_layers if learned else 1.0)
+            self.scale[name] = nn.Parameter(start, requires_grad=learned)
+
+    @property
+    def dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
+    def forward(
+        self, states: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None = None
+    ) -> Tensor:
+        """(M, H) → (M, H), or (N, H) from the last block, whose edges nobody reads."""
+        graph = geometry.graph
+        states = self.mix_edges(states, "source", geometry, record)
+        if index == self.config.num_layers - 1 and record is None:
+            nodes, edges = self.mix_self_edges(states, geometry), None
+        else:
+            states = self.mix_edges(states, "destination", geometry, record)
+            nodes, edges = states.split([graph.num_atoms, 2 * graph.num_pairs])
+            edges = torch.addcmul(edges, self.edge_ffn(edges), self.scale["edge_ffn"])
+        if self.config.node_attention:
+            nodes = self.mix_nodes(nodes, geometry, index, record)
+        nodes = torch.addcmul(nodes, self.node_ffn(nodes), self.scale["node_ffn"])
+        return nodes if edges is None else torch.cat([nodes, edges])
+
+    def mix_edges(
+        self, states: Tensor, layout: str, geometry: Geometry, record: AttentionRecord | None
+    ) -> Tensor:
+        """Neighbourhood attention in one layout, with its residual: (M, H) → (M, H)."""
+        norm, layer = getattr(self, f"{layout}_norm"), getattr(self, f"{layout}_attention")
+        inputs = (
+            layer.project(norm(states)),  # (M, 3H)
+            geometry.graph.log_weight,
+            geometry.legendre,
+            getattr(geometry, layout),
+            self.groups,
+            self.config.num_heads,
+        )
+        if geometry.fused and record is None and not self.dropout:
+            mixed = fused.FusedNeighborhoodAttention.apply(*inputs)
+        else:
+            mixed, weights = attention.neighborhood_attention(*inputs, self.dropout)
+            if record is not None:
+                getattr(record, layout).append(weights)
+        return torch.addcmul(states, layer.output(mixed), self.scale[layout])
+
+    def mix_self_edges(self, states: Tensor, geometry: Geometry) -> Tensor:
+        """Destination attention for the atoms alone, with its residual: (M, H) → (N, H)."""
+        layer, log_weight = self.destination_attention, geometry.graph.log_weight
+        normed = self.destination_norm(states)
+        nodes = states[: len(log_weight)]
+        q = layer.query(normed[: len(nodes)]).unflatten(1, (self.config.num_heads, -1))  # (N, h, D)
+        key_value = layer.project(normed, ("key", "value"))  # (M, 2H)
+        mixed = attention.self_edge_attention(
+            q, key_value, log_weight, geometry.destination, self.groups[0], self.dropout
+        )
+        return torch.addcmul(nodes, layer.output(mixed), self.scale["destination"])
+
+    def mix_nodes(
+        self, nodes: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None
+    ) -> Tensor:
+        """All-to-all attention over the atoms of a system, with its residual: (N, H) → (N, H)."""
+        mixed, weights = attention.node_attention(
+            self.node_attention.project(self.node_norm(nodes)),  # (N, 3H)
+            None if geometry.biases is None else geometry.biases[index],
+            geometry.systems,
+            self.config.num_heads,
+            self.dropout,
+            geometry.fused and record is None and not self.dropout,
+        )
+        if record is not None:
+            record.node.append(weights)
+        return torch.addcmul(nodes, self.node_attention.output(mixed), self.scale["node"])
+
+
+class AllScAIP(nn.Module):
+    """The whole model.
+
+    Residual scales start at 1/L and biases at zero, as in the reference; matrices start at variance
+    2/fan-in and atom embeddings at 1, larger than there: short trainings then learned faster.
+    """
+
+    def __init__(self, config: AllScAIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input = Input(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.energy_head = FeedForward(config, 1)
+        if not config.conservative:
+            self.force_head = FeedForward(config, 3)
+        # eV and eV/Å of one unit of output, and of one atom of each element, always in float64
+        self.register_buffer("energy_scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("energy_mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("force_scale", torch.ones((), dtype=torch.float64))
+        references = torch.zeros(config.max_num_elements, dtype=torch.float64)
+        self.register_buffer("element_references", references)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move or cast the weights, but keep the energy's scale and references in float64."""
+        names = ("energy_scale", "energy_mean", "force_scale", "element_references")
+        exact = {name: getattr(self, name) for name in names}  # a cast would round them
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.atom_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.input.atom_embedding.weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, structures: Structures, create_graph: bool | None = None) -> Prediction:
+        """Energy, forces and, for a conservative model with periodic systems, stress.
+
+        `create_graph` keeps forces differentiable (default: in training mode); otherwise the fused
+        kernels run, which can be differentiated once.
+        """
+        create_graph = self.training if create_graph is None else create_graph
+        structures = structures.to(self.device, self.dtype)
+        if not self.config.conservative:
+            nodes = self.features(structures, fused=True)
+            energy = self._in_electronvolts(self.energy_head(nodes).squeeze(1), structures)
+            forces = self.force_head(nodes) * self.force_scale.to(self.dtype)
+            return Prediction(energy, forces, None)
+        with torch.enable_grad():
+            positions = structures.positions.detach().requires_grad_()
+            inputs = [positions]
+            moved = structures.replace(positions=positions)
+            with_stress = self.config.stress and bool(structures.pbc.any())
+            if with_stress:
+                inputs.append(positions.new_zeros(len(structures), 3, 3).requires_grad_())
+                moved = _strained(moved, inputs[1])
+            atomic = self.energy_head(self.features(moved, fused=not create_graph)).squeeze(1)
+            gradients = torch.autograd.grad(
+                atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
+            )
+            energy = self._in_electronvolts(atomic, structures)
+        forces = -gradients[0] * self.force_scale.to(self.dtype)
+        stress = None
+        if with_stress:
+            volume = torch.linalg.det(structures.cell).abs()  # (B,)
+            stress = gradients[1] * self.energy_scale.to(self.dtype) / volume[:, None, None]
+        return Prediction(energy if create_graph else energy.detach(), forces, stress)
+
+    def features(
+        self, structures: Structures, fused: bool, record: AttentionRecord | None = None
+    ) -> Tensor:
+        """(N, H): the states of the atoms after the last block, before the heads' norms."""
+        config = self.config
+        graph = build_graph(structures, config)
+        lae = len(config.angular_channels or ()) - 1
+        legendre = encodings.slot_legendre(graph, max(config.bond_order_degree, lae))
+        systems = SystemTable.make(structures.natoms)
+        occupied = torch.arange(graph.num_slots, device=self.device) < graph.counts.unsqueeze(1)
+        geometry = Geometry(
+            graph=graph,
+            legendre=legendre[:lae] if lae > 0 else None,
+            source=Layout.make(graph.source_slot, occupied, config.num_heads),
+            destination=Layout.make(graph.destination_slot, occupied, config.num_heads),
+            systems=systems,
+            biases=self.biases(structures, systems, fused) if config.node_attention else None,
+            fused=fused,
+        )
+        states = self.input(structures, graph, legendre)  # (M, H)
+        for index, block in enumerate(self.blocks):
+            states = block(states, geometry, index, record)
+        if record is not None:
+            record.geometry = geometry
+        return states[: graph.num_atoms]
+
+    def biases(self, structures: Structures, systems: SystemTable, fast: bool) -> Tensor | None:
+        """(L, B, h, n, n): ERoPE's logits for all blocks at once, -inf at empty keys, or None."""
+        config = self.config
+        batch, longest = systems.real.shape
+        empty = None
+        if systems.slot is not None:
+            empty = torch.zeros(batch, 1, 1, longest, dtype=self.dtype, device=self.device)
+            empty = empty.masked_fill(~systems.real[:, None, None], -torch.inf)
+        if not config.rotary:
+            return None if empty is None else empty.expand(config.num_layers, -1, -1, -1, -1)
+        positions = systems.spread(structures.positions).view(batch, longest, 3)
+        distances = system_distances(structures, positions)  # (B, n, n)
+        weight = torch.cat([block.rotary_weight for block in self.blocks])  # (L·h, F)
+        if fast:
+            i, j = torch.triu_indices(longest, longest, device=self.device)
+            pairs = distances.flatten(1)[:, i * longest + j]  # (B, n(n+1)/2)
+            bias = fused.FusedRotaryBias.apply(pairs.flatten(), weight)
+            bias = fused.Symmetrize.apply(bias.view(-1, len(i)), longest)
+        else:
+            bias = attention.rotary_bias(distances.flatten(), weight)
+        shape = (config.num_layers, config.num_heads, batch, longest, longest)
+        bias = bias.view(shape).transpose(1, 2)  # (L, B, h, n, n)
+        return bias if empty is None else bias + empty
+
+    def _in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
+        per_atom = atomic.double() * self.energy_scale
+        per_atom = per_atom + self.element_references[structures.atomic_numbers]
+        energy = per_atom.new_zeros(len(structures)).index_add(0, structures.system, per_atom)
+        return energy + self.energy_mean
+
+    def predict(self, atoms: Atoms | Sequence[Atoms]) -> list[Result]:
+        """Energies, forces and stresses of structures, in one batch.
+
+        Charge and multiplicity come from `atoms.info["charge"]` and `["spin"]`. Raises
+        `StructureError` for what the model cannot answer for.
+        """
+        batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
+        limit = self.config.max_num_elements
+        structures = structures_from_atoms(batch, torch.float64, max_num_elements=limit)
+        with torch.no_grad():  # a conservative model switches gradients on for itself
+            energy, forces, stress = self(structures, create_graph=False)
+        forces = forces.double().cpu().split(structures.natoms.tolist())
+        stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
+        results = []
+        for i, system in enumerate(batch):
+            has_volume = system.pbc.any() and system.cell.rank == 3
+            results.append(
+                Result(float(energy[i]), forces[i].numpy(), stress[i] if has_volume else None)
+            )
+        return results
+
+
+def _strained(structures: Structures, strain: Tensor) -> Structures:
+    """Positions and cell under a symmetric strain (B, 3, 3)."""
+    symmetric = (strain + strain.transpose(1, 2)) / 2
+    positions = structures.positions.unsqueeze(1) @ symmetric[structures.system]  # (N, 1, 3)
+    return structures.replace(
+        positions=structures.positions + positions.squeeze(1),
+        cell=structures.cell + structures.cell @ symmetric,
+    )

@@ -1,0 +1,137 @@
+"""Who is near whom, and how far: pairs of atoms, periodic images, distances.
+
+In: `Structures`. Out: the pairs that may become edges (found without gradient), and differentiable
+vectors and distances. Small molecules try all pairs at once; everything else goes through vesin's
+cell list, which is O(N).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import vesin
+from ase.geometry import minkowski_reduce
+from torch import Tensor
+
+from allscaip_lite.structures import StructureError, Structures
+
+DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at once
+COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
+
+
+@torch.no_grad()
+def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Every pair of atoms, each once, whose distance is below `reach` Å.
+
+    Returns first (P,), second (P,) and shift (P, 3), the image of the second atom in units of
+    the lattice vectors. Atoms of different systems never pair. Raises `StructureError` where two
+    atoms coincide.
+    """
+    found = []
+    offset = 0
+    periodic = structures.pbc.any(1).tolist()
+    for index, natoms in enumerate(structures.natoms.tolist()):
+        positions = structures.positions[offset : offset + natoms].detach()
+        if periodic[index] or natoms > DENSE_SEARCH_ATOMS:
+            cell, pbc = structures.cell[index].detach(), structures.pbc[index]
+            first, second, shift = _search_cells(positions, cell, pbc, reach)
+        else:
+            first, second = torch.triu_indices(natoms, natoms, 1, device=positions.device)
+            squared = (positions[second] - positions[first]).square().sum(1)
+            near = squared < reach * reach
+            first, second, squared = first[near], second[near], squared[near]
+            if len(squared) and bool((squared.min() < COINCIDENT**2)):
+                _raise_coincident(first, second, int(squared.argmin()))
+            shift = first.new_zeros(len(first), 3)
+        found.append((first + offset, second + offset, shift))
+        offset += natoms
+    first, second, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return first, second, shift
+
+
+def _search_cells(
+    positions: Tensor, cell: Tensor, pbc: Tensor, reach: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs within `reach` by vesin's cell list: O(N), any cell, images beyond the first too."""
+    first, second, shift, distance = vesin.NeighborList(cutoff=reach, full_list=False).compute(
+        points=positions.double().cpu().numpy(),
+        box=cell.double().cpu().numpy(),
+        periodic=pbc.cpu().numpy(),
+        quantities="ijSd",
+    )
+    if len(distance) and distance.min() < COINCIDENT:
+        _raise_coincident(first, second, int(distance.argmin()))
+    first, second, shift = (
+        torch.as_tensor(np.asarray(part).astype(np.int64), device=positions.device)
+        for part in (first, second, shift)
+    )
+    return first, second, shift
+
+
+def _raise_coincident(first: Tensor, second: Tensor, index: int) -> None:
+    raise StructureError(
+        f"atoms {int(first[index])} and {int(second[index])} stand on one spot: "
+        "move one of them, or remove the duplicate"
+    )
+
+
+@torch.no_grad()
+def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
+    """(N, N, 3) integer shifts that bring atom j nearest to atom i, in lattice vectors.
+
+    Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
+    is among the 27 around it.
+    """
+    reduced, operation = minkowski_reduce(cell.double().cpu().numpy(), pbc.cpu().numpy())
+    reduced = torch.as_tensor(np.asarray(reduced), device=cell.device)
+    # reduced = operation @ cell
+    operation = torch.as_tensor(operation, device=cell.device).double()
+    difference = positions.double().unsqueeze(0) - positions.double().unsqueeze(1)  # (N, N, 3)
+    wrap = -(difference @ torch.linalg.inv(reduced)).round() * pbc  # (N, N, 3)
+    wrapped = difference + wrap @ reduced
+    steps = [range(-1, 2) if flag else range(1) for flag in pbc.tolist()]
+    best = torch.full_like(difference[..., 0], torch.inf)
+    shift = torch.zeros_like(difference)
+    for step in torch.cartesian_prod(*(torch.tensor(list(s)) for s in steps)).double():
+        step = step.to(cell.device)
+        squared = (wrapped + step @ reduced).square().sum(-1)
+        nearer = squared < best - 1e-9
+        best = torch.where(nearer, squared, best)
+        shift = torch.where(nearer.unsqueeze(-1), wrap + step, shift)
+    return shift @ operation
+
+
+def pair_vectors(structures: Structures, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
+    """(P, 3) Å from atom `first` to the image `shift` of atom `second`; differentiable."""
+    positions = structures.positions
+    # gather rather than indexing: its backward adds up fast and in a fixed order
+    vectors = positions.gather(0, second.unsqueeze(1).expand(-1, 3)) - positions.gather(
+        0, first.unsqueeze(1).expand(-1, 3)
+    )
+    if bool(structures.pbc.any()):
+        cell = structures.cell[structures.system[first]]  # (P, 3, 3)
+        vectors = vectors + (shift.to(cell.dtype).unsqueeze(2) * cell).sum(1)
+    return vectors
+
+
+def safe_norm(vectors: Tensor) -> Tensor:
+    """Length over the last dimension; a zero vector has length 0 and gradient 0."""
+    squared = (vectors * vectors).sum(-1)
+    zero = squared == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
+
+
+def system_distances(structures: Structures, positions: Tensor) -> Tensor:
+    """(B, n, 3) padded positions → (B, n, n) Å between nearest images; differentiable."""
+    vectors = positions.unsqueeze(1) - positions.unsqueeze(2)  # (B, n, n, 3)
+    if bool(structures.pbc.any()):
+        shift = torch.zeros_like(vectors)
+        for index in structures.pbc.any(1).nonzero().flatten().tolist():
+            size = int(structures.natoms[index])
+            shift[index, :size, :size] = nearest_images(
+                positions[index, :size].detach(),
+                structures.cell[index].detach(),
+                structures.pbc[index],
+            )
+        vectors = vectors + torch.einsum("bijs,bsx->bijx", shift, structures.cell)
+    return safe_norm(vectors)

@@ -1,0 +1,276 @@
+"""Reading a `torch.save` file that might be hostile.
+
+In: the path of a zip file as `torch.save` writes it. Out: its content, made of tensors, plain
+containers and passive records. A pickle is a program; this reader runs it with a vocabulary that
+can only build data, so a file that names anything else is refused before anything happens.
+Nothing that the file names is imported, so neither fairchem nor OmegaConf need be installed.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHECKPOINT_MODULE = "fairchem.core.units.mlip_unit.api.inference"
+CHECKPOINT_CLASS = "MLIPInferenceCheckpoint"
+
+
+class UnsafeCheckpointError(pickle.UnpicklingError):
+    """The file asks for something that data does not need; nothing of it was run."""
+
+
+class CheckpointFormatError(ValueError):
+    """The file is not what it should be: no checkpoint, another kind of it, or damaged."""
+
+
+class Record:
+    """An object of a class that is known but not imported: its name and its attributes."""
+
+    class_name = ""
+
+    def __init__(self, *arguments: object) -> None:
+        self.attributes: dict[str, Any] = {}
+        if arguments:
+            raise UnsafeCheckpointError(f"{self.class_name} is called with arguments")
+
+    def __setstate__(self, state: object) -> None:
+        # Dataclasses and OmegaConf nodes keep everything in one dictionary.
+        if not isinstance(state, dict):
+            raise UnsafeCheckpointError(f"{self.class_name} has an unusual state")
+        self.__dict__["attributes"] = dict(state)
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for names that are not set; unpickling asks before `attributes` exists.
+        try:
+            return self.__dict__["attributes"][name]
+        except KeyError:
+            raise AttributeError(f"{self.class_name} has no {name!r}") from None
+
+
+RECORDS = (
+    f"{CHECKPOINT_MODULE}.{CHECKPOINT_CLASS}",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.Metadata",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.nodes.AnyNode",
+    "omegaconf.nodes.StringNode",
+    "omegaconf.nodes.IntegerNode",
+    "omegaconf.nodes.FloatNode",
+    "omegaconf.nodes.BooleanNode",
+    "omegaconf.nodes.PathNode",
+    "omegaconf.nodes.BytesNode",
+)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A type that the file mentions as a value (OmegaConf notes the types of its nodes)."""
+
+    text: str
+
+
+# Types that may be called, and stay harmless whatever their arguments are. Pickles of protocol 2
+# use the module names of Python 2.
+CALLABLE = {
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": defaultdict,
+    **{
+        f"{module}.{kind.__name__}": kind
+        for module in ("builtins", "__builtin__")
+        for kind in (dict, list, tuple, set, frozenset, int, float, bool, str)
+    },
+    "__builtin__.long": int,
+    "__builtin__.unicode": str,
+    "torch.Size": torch.Size,
+}
+MENTIONED = (
+    *(f"typing.{name}" for name in ("Any", "Union", "Optional", "Dict", "List", "Tuple")),
+    "builtins.NoneType",
+    "__builtin__.NoneType",
+)
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGES.values(), torch.complex64)
+}
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """Read a `torch.save` file without running any code that it carries.
+
+    Returns tensors (on the CPU), plain containers, and a `Record` for each object of the classes
+    in `RECORDS`. Raises `UnsafeCheckpointError`, naming it, for any other class or function, and
+    `CheckpointFormatError` where the file is no such zip file or is damaged.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+            if len(pickles) != 1:
+                raise CheckpointFormatError(f"{path.name} is a zip file, but not of torch.save")
+            folder = pickles[0].removesuffix("data.pkl")
+            if f"{folder}byteorder" in names:
+                byteorder = archive.read(f"{folder}byteorder").decode()
+                if byteorder != sys.byteorder:
+                    raise CheckpointFormatError(
+                        f"{path.name} was written on a {byteorder}-endian machine; "
+                        f"load and save it with torch on one like this ({sys.byteorder}) first"
+                    )
+            with archive.open(pickles[0]) as file:
+                return _DataUnpickler(file, archive, folder).load()
+    except zipfile.BadZipFile as error:
+        raise CheckpointFormatError(
+            f"{path.name} is not a zip file of torch.save, or it is damaged ({error}); "
+            "download it again, or write it again with a recent torch"
+        ) from error
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"{path.name} was refused, nothing was run: {error}") from None
+    except (CheckpointFormatError, OSError):
+        raise
+    except Exception as error:  # a malformed pickle can fail in any way
+        raise CheckpointFormatError(
+            f"{path.name} cannot be read, it is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """An unpickler whose only vocabulary is data."""
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(file)
+        self.archive, self.folder = archive, folder
+        self.storages: dict[str, Tensor] = {}
+        # Classes made for this one file: what it does to them, it does to nobody else's.
+        self.records = {
+            name: type(name.rpartition(".")[2], (Record,), {"class_name": name}) for name in RECORDS
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in CALLABLE:
+            return CALLABLE[full_name]
+        if full_name in self.records:
+            return self.records[full_name]
+        if full_name in MENTIONED:
+            return _Name(full_name)
+        if full_name == "torch._utils._rebuild_tensor_v2":
+            return lambda *arguments: _tensor(*arguments)
+        if full_name == "torch._utils._rebuild_parameter":
+            return lambda data, requires_grad, hooks: _expect(data, Tensor)
+        if module == "torch" and name in STORAGES:
+            return _Name(name)
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        raise UnsafeCheckpointError(
+            f"it asks for {full_name}, which no checkpoint needs. Do not open this file with "
+            "torch.load either, unless you trust whoever made it"
+        )
+
+    def persistent_load(self, identifier: Any) -> Tensor:
+        """The storage that `identifier` names, as a flat tensor."""
+        kind, storage, key, _location, size = identifier
+        if kind != "storage" or not isinstance(storage, _Name) or storage.text not in STORAGES:
+            raise CheckpointFormatError(f"unknown storage {identifier!r}")
+        if key not in self.storages:
+            dtype = STORAGES[storage.text]
+            entry = self.archive.getinfo(f"{self.folder}data/{key}")
+            compressed = entry.compress_type != zipfile.ZIP_STORED
+            if compressed or entry.file_size != size * dtype.itemsize:
+                raise CheckpointFormatError(f"storage {key} has another size than announced")
+            content = bytearray(self.archive.read(entry))
+            self.storages[key] = (
+                torch.frombuffer(content, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+            )
+        return self.storages[key]
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise CheckpointFormatError(f"a {found} stands where a {kind.__name__} belongs")
+    return value
+
+
+def _tensor(
+    storage: Tensor, offset: int, size: tuple, stride: tuple, *_gradient_and_hooks: object
+) -> Tensor:
+    """A tensor of its own: the part of a storage that offset, size and stride pick."""
+    _expect(storage, Tensor)
+    if offset < 0 or any(n < 0 for n in size) or any(step < 0 for step in stride):
+        raise CheckpointFormatError("a tensor has a negative size")
+    if math.prod(size) > storage.numel():  # would grow from a small file to any size
+        raise CheckpointFormatError("a tensor is larger than its storage")
+    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
+
+
+_INTERPOLATION = re.compile(r"^\$\{([^${}:]+)\}$")
+_MAX_DEPTH = 100
+
+
+def to_plain(value: Any, _depth: int = 0) -> Any:
+    """Dictionaries, lists and values out of OmegaConf records; anything else is left as it is.
+
+    A value that refers to another (`${max_atoms}`) is replaced by it. References that cannot be
+    followed stay the text they are.
+    """
+    if _depth > _MAX_DEPTH:
+        raise CheckpointFormatError("the configuration refers to itself, or is nested too deep")
+    if isinstance(value, Record):
+        content = value.attributes.get("_content", value.attributes.get("_val"))
+        if isinstance(content, str) and (match := _INTERPOLATION.match(content)):
+            found, target = _follow(value, match[1])
+            return to_plain(target, _depth + 1) if found else content
+        if "_content" not in value.attributes and "_val" not in value.attributes:
+            return value
+        return to_plain(content, _depth + 1)
+    if isinstance(value, Mapping):
+        return {to_plain(k, _depth + 1): to_plain(v, _depth + 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_plain(item, _depth + 1) for item in value)
+    return value
+
+
+def _follow(node: Record, reference: str) -> tuple[bool, Any]:
+    """The node that an OmegaConf reference means: from the root, or with leading dots from here."""
+    dots = len(reference) - len(reference.lstrip("."))
+    steps = 0
+    while (parent := node.attributes.get("_parent")) is not None:
+        if dots and steps == dots:
+            break
+        node, steps = _expect(parent, Record), steps + 1
+        if steps > _MAX_DEPTH:
+            return False, None
+    for key in re.split(r"[.\[\]]+", reference[dots:].rstrip("]")):
+        content = node.attributes.get("_content") if isinstance(node, Record) else None
+        if isinstance(content, str) and (match := _INTERPOLATION.match(content)):
+            return False, None  # a reference through a reference
+        if isinstance(content, Mapping) and key in content:
+            node = content[key]
+        elif isinstance(content, list) and key.isdigit() and int(key) < len(content):
+            node = content[int(key)]
+        else:
+            return False, None
+    return True, node

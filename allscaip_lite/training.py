@@ -1,0 +1,470 @@
+"""Training: direct forces first, then a conservative fine-tune of the same backbone.
+
+In: data sets in OMol25's format. Out: a run folder with a log, a checkpoint that resumes to the
+same numbers, and at the end a model with its card. The recipe is the reference's (paper section 4
+and architecture notes): AdamW, warm-up and cosine, gradient clip, EMA, batches filled by atoms.
+The loop runs on Lightning Fabric, so one CPU, one GPU or several nodes take the same path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning_fabric
+import numpy as np
+import torch
+from ase import Atoms
+from scipy.spatial.transform import Rotation
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from allscaip_lite.checkpoint import load_model, save_model
+from allscaip_lite.config import PRESETS
+from allscaip_lite.data import Dataset
+from allscaip_lite.model import AllScAIP, Prediction
+from allscaip_lite.structures import Structures, structures_from_atoms
+
+
+class TrainingError(ValueError):
+    """A training run that cannot start or go on; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run. Loss weights multiply normalised errors: |ΔE|/N and ‖ΔF‖, over rmsd."""
+
+    name: str  # "direct" or "conservative"
+    steps: int
+    learning_rate: float
+    energy_weight: float
+    force_weight: float
+    warmup: float = 0.02  # fraction of the steps
+    final_fraction: float = 0.01  # of the learning rate, at the end of the cosine
+    weight_decay: float = 1e-3
+    clip: float = 100.0
+    ema_decay: float = 0.999
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to `final_fraction`."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.steps - warmup))
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+
+def direct_stage(steps: int, learning_rate: float = 8e-4) -> Stage:
+    """The reference's first stage."""
+    return Stage("direct", steps, learning_rate, energy_weight=10, force_weight=10)
+
+
+def conservative_stage(
+    steps: int, learning_rate: float = 4e-4, weights: tuple[float, float] = (40, 20)
+) -> Stage:
+    """The reference's second stage; `weights` of energy and forces in the loss."""
+    return Stage("conservative", steps, learning_rate, *weights)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å."""
+
+    structures: Structures
+    energy: Tensor
+    forces: Tensor
+
+
+def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
+    """Labelled structures as one batch; with a seed, each turned by a random rotation."""
+    systems = list(systems)
+    forces = [system.get_forces() for system in systems]
+    if rotation_seed is not None:
+        rotations = Rotation.random(len(systems), rng=np.random.default_rng(rotation_seed))
+        for index, rotation in enumerate(rotations):
+            turned = systems[index].copy()
+            turned.calc = systems[index].calc
+            turned.positions = rotation.apply(turned.positions)
+            turned.cell = rotation.apply(turned.cell.array)
+            forces[index] = rotation.apply(forces[index])
+            systems[index] = turned
+    return Batch(
+        structures=structures_from_atoms(systems),
+        energy=torch.tensor([s.calc.results["energy"] for s in systems], dtype=torch.float64),
+        forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
+    )
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch i of an endless, seeded shuffle, each filled up to `max_atoms` atoms.
+
+    Batches are numbered from the start of training, so that a resumed run goes on with exactly
+    the one it would have seen next. Ranks of a distributed run take turns.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        max_atoms: int,
+        seed: int,
+        first: int = 0,
+        count: int = 10**9,
+        rank: int = 0,
+        world_size: int = 1,
+        rotate: bool = True,
+    ) -> None:
+        self.data, self.max_atoms, self.seed, self.rotate = data, max_atoms, seed, rotate
+        self.first, self.count, self.rank, self.world_size = first, count, rank, world_size
+        largest = int(data.natoms.max())
+        if largest > max_atoms:
+            raise TrainingError(
+                f"a structure of {largest} atoms does not fit into batches of {max_atoms}: "
+                f"give --max-atoms {largest} or more"
+            )
+        self._epochs: dict[int, list[np.ndarray]] = {}
+        self._starts = [0]  # number of the first batch of each epoch made so far
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        number = (self.first + index) * self.world_size + self.rank
+        while self._starts[-1] <= number:
+            epoch = len(self._starts) - 1
+            self._epochs = {epoch - 1: self._epochs.get(epoch - 1, []), epoch: self._fill(epoch)}
+            self._starts.append(self._starts[-1] + len(self._epochs[epoch]))
+        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._fill(epoch)
+        members = self._epochs[epoch][number - self._starts[epoch]]
+        rotation_seed = hash((self.seed, number)) % 2**63 if self.rotate else None
+        return collate([self.data[int(i)] for i in members], rotation_seed)
+
+    def _fill(self, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        batches, members, atoms = [], [], 0
+        for index in order:
+            size = int(self.data.natoms[index])
+            if atoms + size > self.max_atoms:
+                batches.append(np.array(members))
+                members, atoms = [], 0
+            members.append(index)
+            atoms += size
+        return [*batches, np.array(members)]
+
+
+def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tuple[Tensor, float]:
+    """Energy references (max_num_elements,) eV by least squares, and the rms force in eV/Å.
+
+    Of a data set of more than `limit` structures, evenly spaced ones are taken. Elements that do
+    not occur keep the reference 0.
+    """
+    indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(int))
+    counts = np.zeros((len(indices), max_num_elements))
+    energies = np.zeros(len(indices))
+    squares, components = 0.0, 0
+    for row, index in enumerate(indices):
+        atoms = data[int(index)]
+        counts[row] = np.bincount(atoms.numbers, minlength=max_num_elements)[:max_num_elements]
+        energies[row] = atoms.calc.results["energy"]
+        squares += float((atoms.calc.results["forces"] ** 2).sum())
+        components += 3 * len(atoms)
+    # a whisper of ridge settles elements that always occur together
+    gram = counts.T @ counts + 1e-6 * np.eye(max_num_elements)
+    references = np.linalg.solve(gram, counts.T @ energies)
+    return torch.as_tensor(references), math.sqrt(squares / components)
+
+
+def loss(prediction: Prediction, batch: Batch, model: AllScAIP, stage: Stage) -> Tensor:
+    """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖, errors in units of the rmsd."""
+    per_atom = (prediction.energy - batch.energy).abs() / batch.structures.natoms
+    energy = (per_atom / model.energy_scale).mean()
+    force = torch.linalg.vector_norm(prediction.forces - batch.forces, dim=1).mean()
+    return stage.energy_weight * energy + stage.force_weight * force / model.force_scale
+
+
+def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
+    """AdamW; weight decay on the matrices of linear layers only, as in the reference."""
+    decayed, kept = [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                matrix = isinstance(module, nn.Linear) and name == "weight"
+                (decayed if matrix else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": stage.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.learning_rate)
+
+
+@torch.no_grad()
+def evaluate(model: AllScAIP, data: Dataset, max_atoms: int = 400) -> dict[str, float]:
+    """Mean absolute and root mean square errors: energy in meV/atom, forces in meV/Å."""
+    model.eval()
+    energy, force = [], []
+    for batch in in_order(data, max_atoms):
+        prediction = model(batch.structures, create_graph=False)
+        batch_energy = batch.energy.to(prediction.energy.device)
+        natoms = batch.structures.natoms.to(batch_energy.device)
+        energy.append((prediction.energy - batch_energy) / natoms)
+        force.append((prediction.forces - batch.forces.to(prediction.forces)).flatten())
+    energy, force = 1e3 * torch.cat(energy), 1e3 * torch.cat(force).double()
+    return {
+        "energy_mae": energy.abs().mean().item(),
+        "energy_rmse": energy.square().mean().sqrt().item(),
+        "force_mae": force.abs().mean().item(),
+        "force_rmse": force.square().mean().sqrt().item(),
+    }
+
+
+def in_order(data: Dataset, max_atoms: int) -> Iterator[Batch]:
+    """The whole data set once, in batches of at most `max_atoms` atoms (one structure at least)."""
+    members: list[Atoms] = []
+    atoms = 0
+    for index in range(len(data)):
+        size = int(data.natoms[index])
+        if members and atoms + size > max_atoms:
+            yield collate(members)
+            members, atoms = [], 0
+        members.append(data[index])
+        atoms += size
+    if members:
+        yield collate(members)
+
+
+def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
+    """The model as a stage trains it: same backbone, direct or conservative heads."""
+    conservative = stage.name == "conservative"
+    if model.config.conservative == conservative:
+        return model.requires_grad_(True)
+    changed = AllScAIP(model.config.replace(conservative=conservative)).to(model.device)
+    changed.load_state_dict(model.state_dict(), strict=False)  # the force head comes or goes
+    return changed
+
+
+def train(
+    model: AllScAIP,
+    stages: Sequence[Stage],
+    training_data: Dataset,
+    validation_data: Dataset,
+    folder: Path,
+    *,
+    max_atoms: int = 350,
+    seed: int = 0,
+    validate_every: int = 500,
+    save_every: int = 200,
+    workers: int = 0,
+    fabric: lightning_fabric.Fabric | None = None,
+) -> AllScAIP:
+    """Train through the stages and return the averaged (EMA) model, in evaluation mode.
+
+    Everything is kept in `folder`: `state.pt` to resume from, `log.jsonl`, `NAME.safetensors` at
+    the end of each stage. Started again with the same arguments, a stopped run goes on where it
+    was, to the same numbers.
+    """
+    fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file = folder / "state.pt"
+    plan = {"stages": [asdict(s) for s in stages], "max_atoms": max_atoms, "seed": seed}
+    saved = None
+    if state_file.exists():
+        saved = torch.load(state_file, map_location="cpu", weights_only=True)
+        if saved["plan"] != plan:
+            raise TrainingError(
+                f"{folder} holds a run with other settings: give another --out, or remove it"
+            )
+    for index, stage in enumerate(stages):
+        model = start_stage(model, stage)
+        if saved and saved["stage"] > index:
+            continue
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(stage.ema_decay)
+        ).to(fabric.device)
+        trained, optimizer = fabric.setup(model, make_optimizer(model, stage))
+        first = 0
+        if saved and saved["stage"] == index:
+            first = saved["step"]
+            model.load_state_dict(saved["model"])
+            average.load_state_dict(saved["average"])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"])
+
+        def save(step: int, stage_index: int = index) -> None:
+            if fabric.global_rank == 0:
+                partial = state_file.with_suffix(".partial")
+                torch.save(
+                    {
+                        "plan": plan,
+                        "stage": stage_index,
+                        "step": step,
+                        "model": model.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "random": torch.get_rng_state(),
+                    },
+                    partial,
+                )
+                partial.replace(state_file)
+
+        batches = Batches(
+            training_data,
+            max_atoms,
+            seed + index,
+            first,
+            stage.steps - first,
+            fabric.global_rank,
+            fabric.world_size,
+        )
+        loader = DataLoader(batches, batch_size=None, num_workers=workers)
+        started, losses = time.monotonic(), []
+        for step, batch in enumerate(loader, start=first):
+            batch = to_device(batch, fabric.device)
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate_at(step)
+            model.train()
+            value = loss(trained(batch.structures), batch, model, stage)
+            optimizer.zero_grad()
+            fabric.backward(value)
+            fabric.clip_gradients(trained, optimizer, max_norm=stage.clip)
+            optimizer.step()
+            average.update_parameters(model)
+            losses.append(value.item())
+            done = step + 1
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss is not finite at step {done}: lower the learning rate, and start "
+                    f"again in a new folder (the last good state is {state_file})"
+                )
+            if done % validate_every == 0 or done == stage.steps:
+                errors = evaluate(average.module, validation_data)
+                report(fabric, folder, stage, done, losses, errors, started, first)
+                losses.clear()
+            if done % save_every == 0:
+                save(done)
+        model.load_state_dict(average.module.state_dict())
+        save(stage.steps)
+        if fabric.global_rank == 0:
+            save_model(model, folder / f"{stage.name}.safetensors", {"stage": stage.name})
+        saved = None
+    return model.eval()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        batch.structures.to(device), batch.energy.to(device), batch.forces.to(device)
+    )
+
+
+def report(
+    fabric: lightning_fabric.Fabric,
+    folder: Path,
+    stage: Stage,
+    step: int,
+    losses: list[float],
+    errors: dict[str, float],
+    started: float,
+    first: int,
+) -> None:
+    """One line to the screen and one to `log.jsonl`."""
+    pace = (time.monotonic() - started) / max(1, step - first)
+    line = {
+        "stage": stage.name,
+        "step": step,
+        "loss": sum(losses) / len(losses),
+        **errors,
+        "seconds_per_step": pace,
+    }
+    fabric.print(
+        f"{stage.name} {step}/{stage.steps}  loss {line['loss']:.3f}  validation: "
+        f"energy {errors['energy_mae']:.2f} meV/atom, forces {errors['force_mae']:.1f} meV/Å  "
+        f"{pace:.2f} s/step, {pace * (stage.steps - step) / 60:.0f} min left",
+        flush=True,
+    )
+    if fabric.global_rank == 0:
+        with (folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, type=Path, nargs="+", help="training .aselmdb")
+    parser.add_argument("--val", required=True, type=Path, nargs="+", help="validation .aselmdb")
+    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser.add_argument("--preset", default="lite", choices=sorted(PRESETS))
+    parser.add_argument("--from", dest="start", help="model to start from: a name or a file")
+    parser.add_argument("--direct-steps", type=int, default=20_000)
+    parser.add_argument("--conservative-steps", type=int, default=5_000)
+    parser.add_argument("--direct-rate", type=float, default=8e-4, help="learning rate")
+    parser.add_argument("--conservative-rate", type=float, default=4e-4, help="learning rate")
+    parser.add_argument(
+        "--conservative-weights",
+        type=float,
+        nargs=2,
+        default=(40, 20),
+        metavar=("ENERGY", "FORCE"),
+        help="weights of the loss in the conservative stage",
+    )
+    parser.add_argument("--max-atoms", type=int, default=350, help="atoms in a batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every", type=int, default=500, help="steps")
+    parser.add_argument("--save-every", type=int, default=200, help="steps")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read data")
+    parser.add_argument("--devices", default="1", help="as Lightning Fabric takes it")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
+
+
+def run(args: argparse.Namespace) -> None:
+    """`allscaip-lite train`."""
+    fabric = lightning_fabric.Fabric(
+        accelerator=args.accelerator,
+        devices=int(args.devices) if args.devices.isdigit() else args.devices,
+        num_nodes=args.nodes,
+    )
+    fabric.launch()
+    training_data, validation_data = Dataset(args.data), Dataset(args.val)
+    torch.manual_seed(args.seed)
+    if args.start:
+        model = load_model(args.start, device="cpu")
+    else:
+        model = AllScAIP(PRESETS[args.preset].replace(conservative=args.direct_steps == 0))
+        references, rms_force = fit_units(training_data, model.config.max_num_elements)
+        model.element_references.copy_(references)
+        model.energy_scale.fill_(rms_force)
+        model.force_scale.fill_(rms_force)
+    stages = []
+    if args.direct_steps:
+        stages.append(direct_stage(args.direct_steps, args.direct_rate))
+    if args.conservative_steps:
+        stages.append(
+            conservative_stage(
+                args.conservative_steps, args.conservative_rate, tuple(args.conservative_weights)
+            )
+        )
+    if not stages:
+        raise TrainingError("nothing to train: give --direct-steps or --conservative-steps")
+    fabric.print(
+        f"{len(training_data)} structures to train on, {len(validation_data)} to validate, "
+        f"{model.num_parameters:,} parameters"
+    )
+    train(
+        model,
+        stages,
+        training_data,
+        validation_data,
+        args.out,
+        max_atoms=args.max_atoms,
+        seed=args.seed,
+        validate_every=args.validate_every,
+        save_every=args.save_every,
+        workers=args.workers,
+        fabric=fabric,
+    )

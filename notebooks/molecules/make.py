@@ -1,0 +1,89 @@
+"""Make the structures of the notebooks, labelled by the teacher, GFN2-xTB.
+
+Run `python notebooks/molecules/make.py` with the `labels-xtb` extra; it writes beside itself
+
+- caffeine.xyz: the relaxed molecule, and one snapshot of it at 300 K;
+- acrolein.xyz: the relaxed molecule turned about its C-C single bond, one frame for each angle.
+
+Energies are in eV, forces in eV/Å. Both molecules belong to the test split of the training data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from ase.md.langevin import Langevin
+from ase.optimize import BFGS
+from rdkit import Chem
+from rdkit.Chem import AllChem
+
+from allscaip_lite.teacher import CAFFEINE, GFN2xTB
+
+ACROLEIN = "C=CC=O"
+ACROLEIN_TORSION = (0, 1, 2, 3)  # C=C-C=O
+SCAN_STEP = 10  # degrees
+
+
+def relaxed(smiles: str) -> Atoms:
+    """The molecule at a minimum of the teacher's surface; neutral singlet."""
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    AllChem.EmbedMolecule(molecule, randomSeed=1)
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    atoms = Atoms(numbers, molecule.GetConformer().GetPositions(), info={"charge": 0, "spin": 1})
+    atoms.calc = GFN2xTB(accuracy=0.1)
+    BFGS(atoms, logfile=None).run(fmax=0.002, steps=500)
+    atoms.positions -= atoms.positions.mean(0)
+    atoms.rotate(np.linalg.eigh(np.cov(atoms.positions.T))[1][:, 0], "z")  # flat on the page
+    return atoms
+
+
+def snapshot(atoms: Atoms, temperature: float, steps: int) -> Atoms:
+    """The molecule after some femtoseconds of Langevin dynamics at `temperature` K."""
+    atoms = atoms.copy()
+    atoms.calc = GFN2xTB(accuracy=0.1)
+    thermostat = {"temperature_K": temperature, "friction": 0.02 / units.fs, "fixcm": False}
+    rng = np.random.default_rng(0)
+    Langevin(atoms, 0.5 * units.fs, rng=rng, **thermostat).run(steps)
+    atoms.positions -= atoms.positions.mean(0)
+    return atoms
+
+
+def turned(atoms: Atoms, torsion: tuple[int, int, int, int]) -> list[Atoms]:
+    """The molecule at torsions 0°, 10° … 350°, all else kept as it is."""
+    from allscaip_lite.views import bonds
+
+    kept = [pair for pair in bonds(atoms) if set(pair) != set(torsion[1:3])]
+    side = {torsion[2]}
+    while grown := {a for pair in kept for a in pair if side & set(pair)} - side:
+        side |= grown
+    frames = []
+    for angle in range(0, 360, SCAN_STEP):
+        frame = atoms.copy()
+        frame.set_dihedral(*torsion, angle, indices=sorted(side))
+        frame.info["angle"] = angle
+        frames.append(frame)
+    return frames
+
+
+def labelled(atoms: Atoms) -> Atoms:
+    """A copy that carries the teacher's energy and forces, from a fresh calculation."""
+    labelled = Atoms(atoms.symbols, atoms.positions.round(6), info=dict(atoms.info))
+    labelled.calc = GFN2xTB(accuracy=0.1)
+    energy, forces = labelled.get_potential_energy(), labelled.get_forces()
+    labelled.calc = SinglePointCalculator(labelled, energy=energy, forces=forces)
+    return labelled
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent
+    caffeine = relaxed(CAFFEINE)
+    frames = {
+        "caffeine": [caffeine, snapshot(caffeine, 300.0, 600)],
+        "acrolein": turned(relaxed(ACROLEIN), ACROLEIN_TORSION),
+    }
+    for name, structures in frames.items():
+        write(folder / f"{name}.xyz", [labelled(atoms) for atoms in structures], format="extxyz")

@@ -1,0 +1,771 @@
+"""Files: ours and the official ones, hostile ones, and the model hub (a stand-in for it)."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import http.server
+import importlib
+import io
+import json
+import os
+import pickle
+import posix
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+from safetensors.torch import load_file, save_file
+
+from allscaip_lite import official
+from allscaip_lite.checkpoint import (
+    OFFICIAL_FILES,
+    ModelUnavailableError,
+    bundled_models,
+    download_official,
+    load_model,
+    read_card,
+    save_model,
+    save_official,
+)
+from allscaip_lite.config import PRESETS, AllScAIPConfig
+from allscaip_lite.model import AllScAIP
+from allscaip_lite.official import (
+    UNITS,
+    config_from_official,
+    config_to_official,
+    official_names,
+)
+from allscaip_lite.pickles import (
+    CHECKPOINT_CLASS,
+    CHECKPOINT_MODULE,
+    CheckpointFormatError,
+    Record,
+    UnsafeCheckpointError,
+    read_torch_file,
+    to_plain,
+)
+
+TINY = AllScAIPConfig(
+    hidden_size=16, num_layers=1, num_heads=2, angular_channels=(3, 2, 1, 1, 1), k=8
+)
+VARIANTS = {
+    "default": TINY,
+    "direct": TINY.replace(conservative=False, num_layers=2),
+    "no encodings": TINY.replace(angular_channels=None, rotary=False, stress=False),
+    "no node attention": TINY.replace(node_attention=False, normalization="none"),
+    "options": TINY.replace(
+        normalization="layer",
+        activation="smelu",
+        distance_basis="linear_sigmoid",
+        num_distance_basis=32,
+        soft_rank=False,
+        truncated_rank=False,
+        rank_width=0.3,
+        envelope_temperature=0.05,
+        cutoff=5.0,
+        direction_degree=3,
+        bond_order_degree=6,
+        num_rotary_frequencies=8,
+        residual_scaling=False,
+        ffn_ratio=3,
+        attention_dropout=0.1,
+        ffn_dropout=0.2,
+    ),
+}
+
+
+def random_model(config: AllScAIPConfig = TINY) -> AllScAIP:
+    torch.manual_seed(1)
+    model = AllScAIP(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+        model.energy_scale.fill_(1.4)
+        model.energy_mean.fill_(0.25)
+        model.force_scale.fill_(1.4 if config.conservative else 2.0)
+        model.element_references.copy_(-13.6 * torch.arange(config.max_num_elements) ** 2.1)
+    return model.eval()
+
+
+def ethanol():
+    atoms = molecule("CH3CH2OH")
+    atoms.info.update(charge=0, spin=1)
+    return atoms
+
+
+def assert_same_model(one: AllScAIP, other: AllScAIP) -> None:
+    assert one.config == other.config
+    theirs = other.state_dict()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype, name
+    for (name, value), mine in zip(
+        other.named_parameters(), one.parameters(), strict=True
+    ):
+        assert value.requires_grad == mine.requires_grad, name
+    (a,), (b,) = one.predict([ethanol()]), other.predict([ethanol()])
+    # products differ in their last bit with the alignment of the weights in memory
+    assert a.energy == pytest.approx(b.energy, rel=1e-8)
+    np.testing.assert_allclose(a.forces, b.forces, rtol=1e-5, atol=1e-6)
+
+
+# --- our files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_safetensors_there_and_back(tmp_path: Path, variant: str) -> None:
+    model = random_model(VARIANTS[variant])
+    card = {"data": "none", "errors": {"energy": [0.1, 2]}}
+    path = save_model(model, tmp_path / "new" / "model.safetensors", card)
+    loaded = load_model(path)
+    assert not loaded.training
+    assert_same_model(model, loaded)
+    assert read_card(path) == card
+
+
+def test_silu_basis_is_kept(tmp_path: Path) -> None:
+    model = random_model(TINY.replace(distance_basis="silu"))
+    assert_same_model(model, load_model(save_model(model, tmp_path / "m.safetensors")))
+
+
+def test_load_as_another_dtype_keeps_the_references_exact(tmp_path: Path) -> None:
+    model = random_model()
+    path = save_model(model, tmp_path / "m.safetensors")
+    double = load_model(str(path), device="cpu", dtype=torch.float64)
+    assert double.dtype == torch.float64 and load_model(path).dtype == torch.float32
+    for loaded in (double, double.float()):
+        assert torch.equal(loaded.element_references, model.element_references)
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    path = save_model(random_model(), tmp_path / "m.safetensors")
+    torch.manual_seed(5)
+    load_model(path)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert drawn == torch.rand(1)
+
+
+def rewrite(path: Path, change: Callable[[dict, dict], None]) -> Path:
+    """The same `.safetensors` file with its tensors and metadata changed."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    change(state, metadata)
+    save_file(state, path, metadata)
+    return path
+
+
+def _config(metadata: dict, **changes: object) -> None:
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda state, meta: state.pop("input.norm.weight"), r"lacks 1 tensors: input\.norm\.w"),
+        (lambda state, meta: state.update(extra=torch.ones(1)), "does not know 1 tensors: extra"),
+        (lambda state, meta: state.update({"input.norm.weight": torch.ones(3)}), r"shape \(3,\)"),
+        (lambda state, meta: meta.update(format="other"), "no allscaip-lite model"),
+        (lambda state, meta: meta.update(format_version="99"), "newer version"),
+        (lambda state, meta: _config(meta, wings=2), "wings"),
+        (lambda state, meta: _config(meta, hidden_size=7), "multiple"),
+    ],
+    ids=["missing", "unknown", "shape", "format", "version", "config key", "config value"],
+)
+def test_wrong_safetensors(tmp_path: Path, change: Callable, complaint: str) -> None:
+    path = rewrite(save_model(random_model(), tmp_path / "m.safetensors"), change)
+    with pytest.raises(CheckpointFormatError, match=complaint):
+        load_model(path)
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    path = save_model(random_model(), tmp_path / "m.safetensors")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(CheckpointFormatError, match="damaged"):
+        load_model(path)
+
+
+def test_save_model_wants_a_safetensors_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="safetensors"):
+        save_model(random_model(), tmp_path / "m.pt")
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+def test_bundled_models_load() -> None:
+    for name in bundled_models():
+        assert load_model(name).predict([ethanol()])[0].forces.shape == (9, 3)
+        assert isinstance(read_card(name), dict)
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="allscaip-md-conserving-all-omol"):
+        load_model("allscaip-md-conservative-omol")
+    with pytest.raises(ValueError, match="Did you mean"):
+        load_model("xyzzy")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_model(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"load_model\('allscaip-md-direct-all-omol'\)"):
+        load_model(tmp_path / "AllScAIP-OMol102M-md-d.pt")
+    with pytest.raises(IsADirectoryError, match="folder"):
+        load_model(tmp_path)
+
+
+# --- official files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [*VARIANTS.values(), *PRESETS.values()])
+def test_configuration_there_and_back(config: AllScAIPConfig) -> None:
+    options = config_to_official(config)
+    assert config_from_official(options) == config
+    assert json.loads(json.dumps(options)) == options  # plain values only
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_weight_has_its_own_official_name(variant: str) -> None:
+    model = random_model(VARIANTS[variant])
+    names = official_names(model, {"energy": "E", "forces": "F"})
+    assert names.keys() == model.state_dict().keys() - set(UNITS)
+    assert len(set(names.values())) == len(names)
+    assert not any("{" in name for name in names.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_official_file_there_and_back(tmp_path: Path, variant: str) -> None:
+    model = random_model(VARIANTS[variant])
+    loaded = load_model(save_official(model, tmp_path / "official.pt"))
+    assert_same_model(model, loaded)
+
+
+def test_official_files_need_no_fairchem(tmp_path: Path) -> None:
+    """Written and read in a process where fairchem and OmegaConf cannot be imported."""
+    ours, theirs = tmp_path / "m.safetensors", tmp_path / "m.pt"
+    model = random_model()
+    save_model(model, ours)
+    program = f"""
+import sys
+sys.modules["fairchem"] = sys.modules["omegaconf"] = sys.modules["hydra"] = None
+from allscaip_lite.checkpoint import load_model, save_official
+save_official(load_model({str(ours)!r}), {str(theirs)!r})
+load_model({str(theirs)!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+    assert_same_model(model, load_model(theirs))
+
+
+def test_official_file_is_what_torch_expects(tmp_path: Path) -> None:
+    """`torch.load` finds the dataclass by its module's name, and gives it all four fields."""
+    path = save_official(random_model(), tmp_path / "m.pt")
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+        program = archive.read(name)
+    assert b"cfairchem.core.units.mlip_unit.api.inference\nMLIPInferenceCheckpoint\n" in program
+    stand_in = type("MLIPInferenceCheckpoint", (), {})
+    with torch.serialization.safe_globals(
+        [(stand_in, "fairchem.core.units.mlip_unit.api.inference.MLIPInferenceCheckpoint")]
+    ):
+        found = torch.load(path, weights_only=True)
+    assert isinstance(found, stand_in)
+    fields = {"model_config", "model_state_dict", "ema_state_dict", "tasks_config"}
+    assert set(vars(found)) == fields
+
+
+def change_official(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Rewrite an official file with its four fields changed."""
+    fields = dict(read_torch_file(path).attributes)
+    change(fields)
+    official._save_as_dataclass(fields, CHECKPOINT_MODULE, CHECKPOINT_CLASS, path)
+    return path
+
+
+def _backbone(fields: dict, **changes: object) -> None:
+    fields["model_config"]["backbone"].update(changes)
+
+
+def _energy_task(fields: dict, **changes: object) -> None:
+    fields["tasks_config"][0].update(changes)
+
+
+WRONG_OFFICIAL = {
+    "missing weight": (
+        lambda f: f["ema_state_dict"].pop("module.backbone.input_block.node_norm.weight"),
+        r"lacks 1 tensors: backbone\.input_block\.node_norm\.weight",
+    ),
+    "unknown weight": (
+        lambda f: f["ema_state_dict"].update({"module.backbone.extra": torch.ones(1)}),
+        r"does not know 1 tensors: backbone\.extra",
+    ),
+    "shape": (
+        lambda f: f["ema_state_dict"].update(
+            {"module.backbone.input_block.node_norm.weight": torch.ones(2)}
+        ),
+        r"node_norm\.weight has shape \(2,\)",
+    ),
+    "another model": (lambda f: _backbone(f, model="a.b.eSCNMDBackbone"), "eSCNMDBackbone"),
+    "unknown option": (lambda f: _backbone(f, use_wings=True), "does not know: use_wings"),
+    "missing option": (lambda f: f["model_config"]["backbone"].pop("knn_k"), "lacks knn_k"),
+    "unsupported value": (lambda f: _backbone(f, energy_reduce="mean"), "energy_reduce"),
+    "unknown value": (lambda f: _backbone(f, activation="mish"), "mish"),
+    "unknown norm": (lambda f: _backbone(f, normalization="batch"), "batch"),
+    "ffn ratios": (lambda f: _backbone(f, output_hidden_layer_multiplier=4), "differ"),
+    "unknown head": (
+        lambda f: f["model_config"]["heads"].update(dipole={"module": "x.DipoleHead"}),
+        "DipoleHead",
+    ),
+    "two heads": (
+        lambda f: f["model_config"]["heads"].update(e={"module": "x.AllScAIPEnergyHead"}),
+        "two heads for energy",
+    ),
+    "no heads": (lambda f: f["model_config"].pop("heads"), "no backbone and heads"),
+    "no force head": (lambda f: _backbone(f, direct_forces=True), "without a force head"),
+    "no EMA": (lambda f: f.pop("ema_state_dict"), "ema_state_dict"),
+    "no energy task": (lambda f: f["tasks_config"].pop(0), "none of its tasks is the energy"),
+    "tasks": (lambda f: f.update(tasks_config=3), "not a list of tasks"),
+    "data sets": (
+        lambda f: [t.update(datasets=["oc20", "omat"]) for t in f["tasks_config"]],
+        "several data sets: oc20, omat",
+    ),
+    "normaliser": (lambda f: _energy_task(f, normalizer={"file": "x.pt"}), "normaliser"),
+    "references": (lambda f: _energy_task(f, element_references="none"), "element references"),
+    "forces with a mean": (
+        lambda f: f["tasks_config"][1]["normalizer"].update(mean=1.0),
+        "mean other than zero",
+    ),
+    "stress in other units": (
+        lambda f: f["tasks_config"][2]["normalizer"].update(rmsd=9.0),
+        "not in the units of its energy",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OFFICIAL)
+def test_wrong_official_file(tmp_path: Path, case: str) -> None:
+    change, complaint = WRONG_OFFICIAL[case]
+    path = change_official(save_official(random_model(), tmp_path / "m.pt"), change)
+    with pytest.raises(CheckpointFormatError, match=complaint):
+        load_model(path)
+
+
+def test_harmless_extras_of_official_files(tmp_path: Path) -> None:
+    """Options that are off or only steer the computation, several data sets, plain heads."""
+
+    def change(fields: dict[str, Any]) -> None:
+        _backbone(fields, use_wings=False, cpu_notes=None, use_pbc=True, graph_chunk_size=9)
+        for task in fields["tasks_config"]:
+            task["datasets"] = ["oc20", "omol"]
+        heads = fields["model_config"]["heads"]
+        (name,) = heads
+        heads[name] = {"module": heads[name]["head_cls"]}
+        fields["ema_state_dict"] = {
+            f"module.{key.replace('.head.', '.')}": value
+            for key, value in fields["ema_state_dict"].items()
+            if key != "n_averaged"
+        }
+
+    model = random_model()
+    path = change_official(save_official(model, tmp_path / "m.pt"), change)
+    assert_same_model(model, load_model(path))
+
+
+def test_ema_weights_are_taken(tmp_path: Path) -> None:
+    def change(fields: dict[str, Any]) -> None:
+        fields["model_state_dict"] = {k: v + 1 for k, v in fields["model_state_dict"].items()}
+
+    model = random_model()
+    path = change_official(save_official(model, tmp_path / "m.pt"), change)
+    assert_same_model(model, load_model(path))
+
+
+def test_silu_basis_cannot_be_official(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="SiLU"):
+        save_official(random_model(TINY.replace(distance_basis="silu")), tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, torch.ones(2), [1, 2]])
+def test_other_pickles_are_no_checkpoints(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(CheckpointFormatError, match="MLIPInferenceCheckpoint"):
+        load_model(tmp_path / "m.pt")
+
+
+# --- reading pickles --------------------------------------------------------------------------
+
+
+def test_tensors_of_all_kinds(tmp_path: Path) -> None:
+    base = torch.arange(24, dtype=torch.float32)
+    content = {
+        "part": base[4:16].view(3, 4),
+        "transposed": base.view(4, 6).t(),
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 5),
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+        "nested": [(1, 2.5, None, True, {"x"}), torch.ones(2, dtype=torch.float64)],
+        "size": torch.Size([2, 3]),
+        **{name: torch.ones(3).to(getattr(torch, name)) for name in ("bfloat16", "half", "bool")},
+    }
+    for protocol in (2, 4):
+        torch.save(content, tmp_path / "m.pt", pickle_protocol=protocol)
+        found = read_torch_file(tmp_path / "m.pt")
+        assert found.keys() == content.keys()
+        assert found["nested"][0] == content["nested"][0]
+        for name, value in content.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+
+
+def test_omegaconf_containers(tmp_path: Path) -> None:
+    """References between values are followed, as OmegaConf does, without OmegaConf."""
+    omegaconf = pytest.importorskip("omegaconf")
+    whole = omegaconf.OmegaConf.create(
+        {
+            "atoms": 3,
+            "part": {
+                "absolute": "${atoms}",
+                "sibling": "${.absolute}",
+                "upwards": "${..atoms}",
+                "item": ["${part.list[1]}", None, 2.5],
+                "list": [5, 6],
+                "text": "plain",
+            },
+            "whole_part": "${part}",
+        }
+    )
+    for content in (whole, whole.part):
+        torch.save(content, tmp_path / "m.pt")
+        expected = omegaconf.OmegaConf.to_container(content, resolve=True)
+        found = read_torch_file(tmp_path / "m.pt")
+        assert isinstance(found, Record)
+        assert to_plain(found) == expected
+
+
+def test_references_in_a_circle(tmp_path: Path) -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    torch.save(omegaconf.OmegaConf.create({"a": "${b}", "b": "${a}"}), tmp_path / "m.pt")
+    with pytest.raises(CheckpointFormatError, match="refers to itself"):
+        to_plain(read_torch_file(tmp_path / "m.pt"))
+
+
+class Call:
+    """Pickles to the instruction "call this with these arguments"."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.instruction = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.instruction
+
+    def __call__(self) -> None:
+        """Pickle only checks that what is to be called is callable."""
+
+
+def _marker_bomb(marker: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(Call(os.system, f"touch {marker}"), buffer)
+    return buffer.getvalue()
+
+
+# Each would create the marker file if it were run; the name is what the refusal must mention.
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "os.system": (lambda m: Call(os.system, f"touch {m}"), f"{posix.system.__module__}.system"),
+    "eval": (lambda m: Call(eval, f"open({str(m)!r}, 'w')"), "builtin.*eval"),
+    "exec": (lambda m: Call(exec, f"open({str(m)!r}, 'w')"), "builtin.*exec"),
+    "open": (lambda m: Call(open, str(m), "w"), "open"),
+    "Popen": (lambda m: Call(subprocess.Popen, ["touch", str(m)]), r"\.Popen"),
+    "getattr chain": (
+        lambda m: Call(Call(getattr, Call(importlib.import_module, "os"), "system"), f"touch {m}"),
+        "getattr",
+    ),
+    "map over exec": (lambda m: Call(list, Call(map, exec, [f"open({str(m)!r}, 'w')"])), "map"),
+    "torch.load": (
+        lambda m: Call(torch.storage._load_from_bytes, _marker_bomb(m)),
+        "torch.storage._load_from_bytes",
+    ),
+    "pickle.loads": (lambda m: Call(pickle.loads, pickle.dumps(Call(open, str(m), "w"))), "loads"),
+    "path": (lambda m: Call(Path.touch, m), "getattr|pathlib|Path"),
+    "inside a list": (lambda m: [1, {"a": (Call(os.system, f"touch {m}"),)}], "system"),
+    "as a default factory": (
+        lambda m: Call(__import__("collections").defaultdict, Call(eval, f"open({str(m)!r}, 'w')")),
+        "eval",
+    ),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("payload", HOSTILE)
+def test_hostile_pickle_is_refused(tmp_path: Path, payload: str, protocol: int) -> None:
+    make, name = HOSTILE[payload]
+    marker, path = tmp_path / "marker", tmp_path / "m.pt"
+    torch.save({"weights": torch.ones(2), "bomb": make(marker)}, path, pickle_protocol=protocol)
+    with pytest.raises(UnsafeCheckpointError, match=name) as refusal:
+        load_model(path)
+    assert "m.pt was refused" in str(refusal.value)
+    assert not marker.exists()
+    with contextlib.suppress(TypeError):  # where the result of the call is used for something
+        opened = torch.load(path, weights_only=False)  # the payload is live: torch.load runs it
+        if isinstance(opened["bomb"], subprocess.Popen):
+            opened["bomb"].wait()
+    assert marker.exists()
+
+
+def test_hostile_checkpoint_that_looks_right(tmp_path: Path) -> None:
+    """The bomb hides in the state of a field that the reader would never look at."""
+    marker = tmp_path / "marker"
+
+    def change(fields: dict[str, Any]) -> None:
+        fields["notes"] = Call(os.system, f"touch {marker}")
+
+    path = change_official(save_official(random_model(), tmp_path / "m.pt"), change)
+    with pytest.raises(UnsafeCheckpointError, match="system"):
+        load_model(path)
+    assert not marker.exists()
+
+
+def write_program(path: Path, program: bytes) -> Path:
+    """A torch file whose pickle is this program, written by hand."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/byteorder", sys.byteorder)
+        archive.writestr("archive/data/0", b"\0" * 8)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", UnsafeCheckpointError),
+        (b"(S'true'\nios\nsystem\n.", UnsafeCheckpointError),  # INST
+        (b"\x80\x04\x8c\x08builtins\x8c\x0ddict.fromkeys\x93.", UnsafeCheckpointError),
+        (b"\x80\x04\x8c\x0dallscaip_lite\x8c\x08AllScAIP\x93.", UnsafeCheckpointError),
+        (b"ctorch\nload\n.", UnsafeCheckpointError),
+        (b"ctorch\nFloatStorage.__reduce__\n.", UnsafeCheckpointError),
+        (b"\x82\x01.", CheckpointFormatError),  # an extension code
+        (b"P0\n.", CheckpointFormatError),  # a persistent name that is no storage
+        (b"garbage", CheckpointFormatError),
+        (b"", CheckpointFormatError),
+    ],
+)
+def test_handwritten_pickles(tmp_path: Path, program: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        read_torch_file(write_program(tmp_path / "m.pt", program))
+
+
+def test_classes_of_the_file_cannot_reach_ours(tmp_path: Path) -> None:
+    """Setting attributes on a class that the file names changes nothing beyond that file."""
+    program = (
+        b"comegaconf.nodes\nAnyNode\n"  # the class itself, not an object of it
+        b"(N}X\x0a\x00\x00\x00class_nameX\x05\x00\x00\x00stuff\x73tb."  # BUILD with (None, {…})
+    )
+    with pytest.raises(CheckpointFormatError):
+        read_torch_file(write_program(tmp_path / "m.pt", program))
+    assert Record.class_name == ""
+    program = b"comegaconf.nodes\nAnyNode\n)\x81}X\x04\x00\x00\x00_valK\x07sb."
+    assert to_plain(read_torch_file(write_program(tmp_path / "m.pt", program))) == 7
+
+
+def test_storages_that_lie(tmp_path: Path) -> None:
+    """Sizes beyond what the file holds are refused, not read or allocated."""
+    path = tmp_path / "m.pt"
+    torch.save(torch.ones(4).expand(10**6, 4), path)
+    with pytest.raises(CheckpointFormatError, match="larger than its storage"):
+        read_torch_file(path)
+    torch.save(torch.ones(8), path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointFormatError, match="another size"):
+        read_torch_file(path)
+
+
+def test_files_that_are_no_torch_files(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    path.write_bytes(pickle.dumps({"old": "format"}))
+    with pytest.raises(CheckpointFormatError, match="not a zip file of torch.save"):
+        load_model(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointFormatError, match="not of torch.save"):
+        load_model(path)
+    with zipfile.ZipFile(write_program(path, b"."), "a") as archive:
+        archive.writestr("other/data.pkl", b".")
+    with pytest.raises(CheckpointFormatError, match="not of torch.save"):
+        load_model(path)
+
+
+# --- the model hub ----------------------------------------------------------------------------
+
+CONSERVING = "allscaip-md-conserving-all-omol"
+COMMIT = "0123456789" * 4
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Answers like the model hub does for one gated file; `mood` says how."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.content, self.mood, self.requests = content, "open", []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    refusals = {
+        "gated, no token": (401, "GatedRepo"),
+        "gated, no access": (403, "GatedRepo"),
+        "unknown token": (401, "RepoNotFound"),
+        "moved": (404, "EntryNotFound"),
+        "broken": (500, ""),
+    }
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.server.requests.append((self.command, self.path))
+        if self.server.mood == "hangs up":
+            self.close_connection = True
+            return
+        status, code = self.refusals.get(self.server.mood, (200, ""))
+        expected = f"/facebook/OMol25/resolve/main/{OFFICIAL_FILES[CONSERVING]}"
+        if status == 200 and self.path != expected:
+            status, code = 404, "EntryNotFound"
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", '"abc"')
+        content = self.server.content if status == 200 else b""
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    content = save_official(random_model(), tmp_path / "hub.pt").read_bytes()
+    server = Hub(content)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_download_is_cached(hub: Hub, tmp_path: Path) -> None:
+    path = download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
+    assert path.read_bytes() == hub.content
+    assert_same_model(random_model(), load_model(path))
+    fetched = [command for command, _ in hub.requests].count("GET")
+    assert fetched == 1
+    assert download_official(CONSERVING, hub.endpoint, tmp_path / "cache") == path
+    assert [command for command, _ in hub.requests].count("GET") == fetched
+    hub.mood = "broken"  # what is in the cache needs no hub
+    assert download_official(CONSERVING, hub.endpoint, tmp_path / "cache") == path
+
+
+@pytest.mark.parametrize(
+    ("mood", "token", "advice"),
+    [
+        ("gated, no token", None, "no token was found.*licence.*hf auth login"),
+        ("gated, no access", "hf_stranger", "no access.*Ask for it"),
+        ("unknown token", "hf_expired", "token is missing, wrong or expired.*hf auth login"),
+        ("moved", "hf_friend", "has no file.*download it"),
+    ],
+)
+def test_refusals_say_what_to_do(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mood: str, token: str, advice: str
+) -> None:
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    hub.mood = mood
+    with pytest.raises(ModelUnavailableError, match=advice):
+        download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's client tries several times
+    with socket.socket() as unused:  # nobody listens there
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ModelUnavailableError, match="cannot be reached.*OMol102M-md-cons.pt"):
+            download_official(CONSERVING, endpoint, tmp_path / "cache")
+
+
+def test_connection_breaks_off(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.mood = "hangs up"
+    with pytest.raises(ModelUnavailableError, match="Check the network"):
+        download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
+
+
+def test_load_model_by_official_name(hub: Hub, tmp_path: Path) -> None:
+    """The whole way in a fresh process, with progress on the terminal."""
+    saved = tmp_path / "m.safetensors"
+    program = f"""
+from allscaip_lite.checkpoint import load_model, save_model
+save_model(load_model({CONSERVING!r}), {str(saved)!r})
+"""
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    environment["TQDM_POSITION"] = "-1"  # show the progress although this is no terminal
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr
+    assert_same_model(random_model(), load_model(saved))
+
+
+def test_unrelated_builtins_are_untouched() -> None:
+    """The reader's vocabulary holds types of data only: nothing that runs or opens anything."""
+    from allscaip_lite.pickles import CALLABLE
+
+    names = ("eval", "exec", "open", "getattr", "setattr", "__import__", "type", "object")
+    forbidden = {getattr(builtins, name) for name in names}
+    assert not forbidden & set(CALLABLE.values())
+    assert all(isinstance(value, type) for value in CALLABLE.values())

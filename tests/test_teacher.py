@@ -1,0 +1,291 @@
+"""The teacher's labels are physical, and making a data set is repeatable, resumable, leak-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import molecule
+from ase.calculators.calculator import CalculatorError
+
+pytest.importorskip("tblite")
+Chem = pytest.importorskip("rdkit.Chem")
+
+from allscaip_lite import teacher  # noqa: E402
+from allscaip_lite.data import SPLITS, Dataset  # noqa: E402
+from allscaip_lite.teacher import GFN2xTB, Job, free_atom_energies, plan, sample  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[Job]:
+    return plan(14_000)
+
+
+def job_of(jobs: list[Job], molecule: str, count: int, spin: int = 1) -> Job:
+    (system,) = (
+        job.system
+        for job in jobs
+        if (job.system.molecule, job.system.multiplicity) == (molecule, spin)
+        and job.system.charge in (0, 1, -1)
+    )
+    return Job(system, count, "train")
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def energy(atoms: Atoms, charge: int = 0, spin: int = 1) -> float:
+    atoms = atoms.copy()
+    atoms.info = {"charge": charge, "spin": spin}
+    atoms.calc = GFN2xTB(accuracy=0.1)
+    return atoms.get_potential_energy()
+
+
+def test_triplet_oxygen_lies_below_singlet():
+    oxygen = molecule("O2")
+    assert energy(oxygen, spin=3) < energy(oxygen, spin=1) - 0.3
+
+
+def test_triplet_methylene_lies_below_singlet():
+    assert energy(molecule("CH2_s3B1d"), spin=3) < energy(molecule("CH2_s1A1d"), spin=1) - 0.1
+
+
+def test_forces_are_the_energy_s_derivative():
+    radical = molecule("CH3O", info={"charge": 0, "spin": 2})
+    radical.rattle(0.05, seed=1)
+    radical.calc = GFN2xTB(accuracy=0.01)
+    forces, step = radical.get_forces(), 1e-3
+    for atom, axis in ((0, 0), (1, 1), (2, 2)):
+        shifted = []
+        for sign in (1, -1):
+            moved = radical.copy()
+            moved.positions[atom, axis] += sign * step
+            moved.calc = GFN2xTB(accuracy=0.01)
+            shifted.append(moved.get_potential_energy())
+        assert forces[atom, axis] == pytest.approx(
+            -(shifted[0] - shifted[1]) / (2 * step), abs=1e-3
+        )
+
+
+def test_stress_is_the_energy_s_derivative():
+    chain = Atoms("HF", [[0, 0, 0], [0.9, 0.1, 0]], cell=np.diag([2.6, 6, 6]), pbc=True)
+    chain.calc = GFN2xTB(accuracy=0.01)
+    stress, step, strained = chain.get_stress(), 1e-3, []
+    for sign in (1, -1):
+        moved = chain.copy()
+        moved.set_cell(moved.cell * [[1 + sign * step], [1], [1]], scale_atoms=True)
+        moved.calc = GFN2xTB(accuracy=0.01)
+        strained.append(moved.get_potential_energy())
+    derivative = (strained[0] - strained[1]) / (2 * step * chain.get_volume())
+    assert stress[0] == pytest.approx(derivative, abs=1e-4)
+
+
+def test_charge_and_spin_count_in_a_repeated_call():
+    water = molecule("H2O")
+    water.calc = GFN2xTB()
+    neutral = water.get_potential_energy()
+    water.info = {"charge": 1, "spin": 2}
+    assert water.get_potential_energy() > neutral + 5
+    water.info = {}
+    assert water.get_potential_energy() == pytest.approx(neutral, abs=1e-5)
+
+
+def test_a_multiplicity_that_the_electrons_forbid_is_refused():
+    with pytest.raises(CalculatorError, match="OH2, charge 0, multiplicity 2"):
+        energy(molecule("H2O"), spin=2)
+
+
+def test_free_atoms_are_in_their_ground_states():
+    energies = free_atom_energies(["H", "C", "O"])
+    assert energies["C"] == pytest.approx(energy(Atoms("C"), spin=3))
+    assert energies["O"] == pytest.approx(energy(Atoms("O"), spin=3))
+    atomization = 2 * energies["H"] + energies["O"] - energy(molecule("H2O"))
+    assert 8 < atomization < 14  # eV; experiment 10.1
+
+
+# --- plan and splits ----------------------------------------------------------------------------
+
+
+def test_every_system_has_electrons_for_its_multiplicity(jobs):
+    for job in jobs:
+        molecules = [Chem.AddHs(Chem.MolFromSmiles(part)) for part in job.system.parts]
+        protons = sum(atom.GetAtomicNum() for m in molecules for atom in m.GetAtoms())
+        assert (protons - job.system.charge + job.system.multiplicity) % 2 == 1, job.system
+
+
+def test_the_plan_covers_what_the_card_says(jobs):
+    assert sum(job.count for job in jobs) == pytest.approx(14_000 * 1.05, rel=0.05)
+    assert len({job.system.name for job in jobs}) == len(jobs)
+    molecules = {job.system.molecule for job in jobs}
+    assert set(teacher.HELD_OUT) | teacher.KEPT_IN_TRAIN <= molecules
+    assert {job.system.multiplicity for job in jobs} == {1, 2, 3, 4}
+    assert {job.system.charge for job in jobs} == {-2, -1, 0, 1, 2}
+    fewer = plan(1_000)
+    assert [job.split for job in fewer] == [job.split for job in jobs]
+
+
+def test_splits_share_no_molecule(jobs):
+    splits = {split: [job for job in jobs if job.split == split] for split in SPLITS}
+    shares = [len(found) / len(jobs) for found in splits.values()]
+    np.testing.assert_allclose(shares, (0.9, 0.05, 0.05), atol=0.03)
+
+    whole = {split: {job.system.molecule for job in found} for split, found in splits.items()}
+    assert not whole["train"] & (whole["val"] | whole["test"])
+    assert not whole["val"] & whole["test"]
+
+    # Nor does a molecule that is held out by its hash take part in a complex that is trained on,
+    # be it as its ion.
+    inside = {
+        split: {teacher.parent(part) for job in found for part in job.system.parts}
+        for split, found in splits.items()
+    }
+    alone = {
+        teacher.parent(job.system.molecule)
+        for job in splits["test"] + splits["val"]
+        if len(job.system.parts) == 1
+    }
+    assert len(alone) > 80
+    assert not alone & inside["train"]
+
+
+def test_named_molecules_are_where_the_card_says(jobs):
+    split = {job.system.molecule: job.split for job in jobs}
+    assert split[teacher.CAFFEINE] == split[f"{teacher.CAFFEINE}.O"] == "test"
+    assert split["NCC(=O)O.O"] == split["O.O.O.O.O.O.O"] == "test"
+    assert split["O.O.O.O.O"] == "val"
+    assert split["NCC(=O)O"] == split["CCO"] == split["CCCC"] == split["O"] == "train"
+
+
+def test_an_acid_goes_with_its_ions():
+    assert teacher.parent("CC(=O)[O-]") == teacher.parent("CC(=O)O") == "CC(=O)O"
+    assert teacher.parent("C[C@H]([NH3+])C(=O)[O-]") == teacher.parent("CC(N)C(=O)O")
+    acids = [f"{'C' * n}(=O)" for n in range(3, 30)]
+    splits = [teacher.split_of(teacher._system("ions", f"{acid}[O-]")) for acid in acids]
+    assert splits == [teacher.split_of(teacher._system("organic", f"{acid}O")) for acid in acids]
+    assert len(set(splits)) > 1
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def test_a_sample_is_labelled_described_and_whole(jobs):
+    structures = sample(job_of(jobs, "CCO", 12))
+    assert len(structures) == 12
+    ways = {atoms.info["source"].rpartition("/")[2] for atoms in structures}
+    assert ways == {"relaxed", "langevin", "displaced", "turned"}
+    for atoms in structures:
+        info = atoms.info
+        assert (info["charge"], info["spin"], info["num_electrons"]) == (0, 1, 26)
+        assert (info["num_atoms"], info["composition"]) == (9, "C2H6O")
+        assert (info["molecule"], info["data_id"]) == ("CCO", "organic")
+        assert 2 < info["homo_lumo_gap"][0] < 20
+        assert np.abs(atoms.get_forces()).max() < teacher.MAX_FORCE
+        assert atoms.get_potential_energy() == pytest.approx(energy(atoms), abs=1e-4)
+    energies = [atoms.get_potential_energy() for atoms in structures]
+    assert np.ptp(energies) > 0.3
+    angles = [atoms.get_dihedral(0, 1, 2, 8) for atoms in structures]
+    assert np.ptp(angles) > 90
+
+
+def test_a_radical_has_a_gap_for_each_spin(jobs):
+    structures = sample(job_of(jobs, "[OH]", 4, spin=2))
+    assert all(atoms.info["spin"] == 2 for atoms in structures)
+    assert all(len(atoms.info["homo_lumo_gap"]) == 2 for atoms in structures)
+
+
+def test_what_is_unfit_for_training_is_rejected(jobs):
+    system = job_of(jobs, "CCO", 1).system
+    good = teacher._relax(sample(job_of(jobs, "CCO", 2))[0], steps=3)
+    assert teacher._label(good, system) is not None
+    # another electronic state than the run's
+    assert teacher._label(good, system, expected=energy(good) + 0.1) is None
+    broken, squeezed, strained = good.copy(), good.copy(), good.copy()
+    broken.positions[-1] += 5.0
+    squeezed.positions[1] = squeezed.positions[0] + [0.3, 0, 0]
+    strained.set_distance(0, 1, 0.93, fix=0)  # no overlap yet, but forces beyond the limit
+    for atoms in (broken, squeezed, strained):
+        assert teacher._label(atoms, system) is None
+
+
+def test_turning_a_bond_turns_one_side_and_keeps_lengths(jobs):
+    butane = sample(job_of(jobs, "CCCC", 2))[0]
+    bonds = {(i, j): side for i, j, side in teacher._turnable("CCCC")}
+    assert {(0, 1), (1, 2), (2, 3)} == set(bonds)
+    before = butane.copy()
+    teacher._turn(butane, 1, 2, bonds[1, 2], np.pi / 3)
+    assert butane.get_dihedral(0, 1, 2, 3) == pytest.approx(
+        (before.get_dihedral(0, 1, 2, 3) + 60) % 360
+    )
+    for i, j in ((0, 1), (1, 2), (2, 3)):
+        assert butane.get_distance(i, j) == pytest.approx(before.get_distance(i, j))
+
+
+# --- the command --------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from tests.test_teacher import few_jobs
+from allscaip_lite import teacher
+if __name__ == "__main__":
+    teacher.generate(sys.argv[1], few_jobs(), seed=3)
+"""
+
+
+def few_jobs() -> list[Job]:
+    words = ["N", "[OH]", "O.O", "[Li+].O", "CO", "[O][O]|0|3", "CCO", "C=C"]
+    splits = ["train", "val", "train", "test", "train", "train", "train", "test"]
+    systems = [teacher._system("organic", word) for word in words]
+    return [Job(system, 5, split) for system, split in zip(systems, splits, strict=True)]
+
+
+def test_a_killed_run_goes_on_to_the_same_data(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(killed)], cwd=root, start_new_session=True
+    )
+    while not list((killed / "jobs").glob("*.aselmdb")) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = {path.name: path.stat().st_mtime_ns for path in (killed / "jobs").glob("*.aselmdb")}
+    assert 0 < len(first) < len(few_jobs())
+    assert not (killed / "train.aselmdb").exists()
+
+    teacher.generate(killed, few_jobs(), seed=3, workers=2)
+    teacher.generate(whole, few_jobs(), seed=3, workers=1)
+    for name, modified in first.items():  # taken as they were, not made again
+        assert (killed / "jobs" / name).stat().st_mtime_ns == modified
+    for split, count in (("train", 25), ("val", 5), ("test", 10)):
+        resumed, straight = (Dataset(folder / f"{split}.aselmdb") for folder in (killed, whole))
+        assert len(resumed) == len(straight) == count
+        for a, b in zip(resumed, straight, strict=True):
+            np.testing.assert_array_equal(a.positions, b.positions)
+            np.testing.assert_array_equal(a.get_forces(), b.get_forces())
+            assert a.get_potential_energy() == b.get_potential_energy()
+            assert a.info == b.info
+    references = json.loads((killed / "references.json").read_text())
+    assert list(references) == ["H", "Li", "C", "N", "O"]
+    assert json.loads((killed / "failed.json").read_text()) == {}
+
+    with pytest.raises(ValueError, match="another data set"):
+        teacher.generate(killed, few_jobs(), seed=4)
+
+
+def test_a_job_that_fails_is_recorded_and_skipped(tmp_path, capsys):
+    good = few_jobs()[0]
+    impossible = teacher.System("organic", ("C1#CC1",), charge=0, multiplicity=2)
+    teacher.generate(tmp_path, [Job(impossible, 4, "train"), good])
+    assert "JobFailed: " in json.loads((tmp_path / "failed.json").read_text())[impossible.name]
+    assert len(Dataset(tmp_path / "train.aselmdb")) == good.count
+    text = capsys.readouterr().err
+    assert "2 of 2 systems" in text
+    assert "1 of 2 systems failed" in text

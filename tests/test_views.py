@@ -1,0 +1,365 @@
+"""Attention maps are what the model computes, and the views show what the maps say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from allscaip_lite import AllScAIP, AllScAIPConfig, views
+from allscaip_lite.attention_maps import attention_maps
+from allscaip_lite.graph import build_graph
+from allscaip_lite.structures import structures_from_atoms
+
+SMALL = AllScAIPConfig(hidden_size=32, num_heads=2, num_layers=2, angular_channels=(6, 4, 2, 2, 2))
+
+
+def random_model(**changes) -> AllScAIP:
+    """A small model whose every part has a say: random biases, scales and rotary weights."""
+    torch.manual_seed(0)
+    model = AllScAIP(SMALL.replace(**changes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def singlet(atoms: Atoms) -> Atoms:
+    atoms.info.update(charge=0, spin=1)
+    return atoms
+
+
+ETHANOL = singlet(molecule("CH3CH2OH"))
+SALT = singlet(bulk("NaCl", "rocksalt", 5.6) * (2, 1, 1))
+FAR_APART = singlet(molecule("H2O"))
+FAR_APART += Atoms("He", [[9.0, 0.0, 0.0]])
+STRUCTURES = {"ethanol": ETHANOL, "salt": SALT, "far apart": FAR_APART}
+
+
+@pytest.fixture(scope="module")
+def model() -> AllScAIP:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def maps(model):
+    return attention_maps(model, ETHANOL)
+
+
+@pytest.fixture
+def figure():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure.subplots()
+    return figure
+
+
+# --- attention maps -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_rows_sum_to_one_and_empty_slots_hold_nothing(model, name):
+    maps = attention_maps(model, STRUCTURES[name])
+    one = torch.ones((), dtype=torch.float64)
+    assert maps.node.shape == (2, 2, len(STRUCTURES[name]), len(STRUCTURES[name]))
+    torch.testing.assert_close(maps.node.sum(-1), one.expand(maps.node.shape[:-1]))
+    occupied = maps.neighbor >= 0
+    for weights in (maps.source, maps.destination):
+        assert weights.shape == (2, 2, *occupied.shape, occupied.shape[1])
+        torch.testing.assert_close(weights.sum(-1), occupied.double().expand(weights.shape[:-1]))
+        assert not weights[..., ~occupied.unsqueeze(1).expand(weights.shape[2:])].any()
+    if name == "far apart":
+        assert (~occupied).any(), "no empty slot: this structure tests nothing"
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_fused_path_reproduces_the_energy(model, name):
+    atoms = STRUCTURES[name]
+    (result,) = model.predict(atoms)
+    assert attention_maps(model, atoms).energy == pytest.approx(result.energy, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["source", "destination", "node"])
+def test_fused_kernels_mix_values_with_these_weights(model, maps, kind):
+    """Weights times values, computed here, against what enters the output layer of a fused pass."""
+    seen = {}
+    block = model.blocks[0]
+    layer = getattr(block, f"{kind}_attention")
+    hooks = [
+        getattr(block, f"{kind}_norm").register_forward_hook(
+            lambda module, inputs, output: seen.update(states=output)
+        ),
+        layer.output.register_forward_pre_hook(lambda module, inputs: seen.update(mixed=inputs[0])),
+    ]
+    try:
+        with torch.no_grad():
+            model.features(structures_from_atoms(ETHANOL, torch.float64), fused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads, n = maps.num_heads, len(ETHANOL)
+    values = layer.value(seen["states"]).unflatten(1, (heads, -1)).transpose(0, 1)  # (h, R, D)
+    if kind == "node":
+        mixed = (maps.node[0] @ values).transpose(0, 1).flatten(1)  # (N, H)
+    else:
+        weights = getattr(maps, kind)[0]  # (h, N, K, K)
+        slots, state = slots_and_states(model, kind)  # (M,), (N, K)
+        mixed = (weights @ values[:, state]).flatten(1, 2)  # (h, N·K, D)
+        mixed = mixed[:, slots].transpose(0, 1).flatten(1)  # (M, H)
+    torch.testing.assert_close(seen["mixed"], mixed)
+    assert (maps.node[0] - 1 / n).abs().max() > 1e-3, "weights all equal: this tests nothing"
+
+
+def slots_and_states(model: AllScAIP, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M,) slot of each state of ethanol, (N, K) state of each slot; empty slots say 0."""
+    graph = build_graph(structures_from_atoms(ETHANOL, torch.float64), model.config)
+    slots = getattr(graph, f"{layout}_slot")
+    states = torch.zeros(graph.log_weight.numel(), dtype=torch.long)
+    states[slots] = torch.arange(len(slots))
+    return slots, states.view(graph.log_weight.shape)
+
+
+def test_slots_name_their_neighbours_and_images(model):
+    maps = attention_maps(model, SALT)
+    positions, occupied = SALT.positions, (maps.neighbor >= 0).numpy()
+    assert maps.neighbor[:, 0].tolist() == list(range(len(SALT)))
+    assert maps.image.abs().max() >= 1
+    j, image = maps.neighbor.numpy(), maps.image.numpy()
+    vectors = positions[j] + image @ SALT.cell.array - positions[:, None]  # (N, K, 3)
+    distances = np.linalg.norm(vectors, axis=-1)
+    assert np.allclose(distances[:, 0], 0)
+    assert (distances[:, 1:][occupied[:, 1:]] > 2.7).all()  # half a lattice constant
+    assert (distances[occupied] < model.config.cutoff).all()
+    edges = {(i, j[i, s], *image[i, s]) for i, s in zip(*np.nonzero(occupied), strict=True)}
+    assert len(edges) == occupied.sum(), "an edge stands in two slots"
+    assert all((j, i, -a, -b, -c) in edges for i, j, a, b, c in edges)
+    envelope = maps.envelope.numpy()
+    assert (envelope[:, 0] == 1).all() and (np.diff(envelope, axis=1) <= 1e-12).all()
+    assert (envelope[~occupied] == 0).all()
+
+
+def test_maps_leave_the_model_as_it_was():
+    model = random_model(attention_dropout=0.3).train()
+    first, second = (attention_maps(model, ETHANOL) for _ in range(2))
+    assert model.training and all(module.training for module in model.modules())
+    assert torch.equal(first.node, second.node) and first.energy == second.energy
+
+
+def test_one_structure_at_a_time(model):
+    with pytest.raises(TypeError, match="one ase.Atoms"):
+        attention_maps(model, [ETHANOL])
+
+
+def test_a_model_without_node_attention_says_so():
+    maps = attention_maps(random_model(node_attention=False), ETHANOL)
+    assert maps.node is None and maps.source.shape[0] == 2
+    with pytest.raises(ValueError, match="no node attention"):
+        views.show_attention(maps, ETHANOL)
+
+
+# --- geometry of the pictures -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["CH4", "C6H6", "CO2", "H", "H2"])
+def test_front_is_a_rotation_that_shows_the_widest_side(name):
+    atoms = molecule(name)
+    rotation = views.front(atoms)
+    assert np.allclose(rotation @ rotation.T, np.eye(3)) and np.linalg.det(rotation) > 0
+    spread = views.seen_from_front(atoms).std(0)
+    assert spread[0] >= spread[1] - 1e-9 and spread[1] >= spread[2] - 1e-9
+
+
+def test_bonds():
+    assert len(views.bonds(molecule("CH4"))) == 4
+    assert len(views.bonds(molecule("C6H6"))) == 12
+    assert views.bonds(FAR_APART) == [(0, 1), (0, 2)]
+    assert views.atom_labels(FAR_APART) == ["O0", "H1", "H2", "He3"]
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def page_data(html: str) -> dict:
+    return json.loads(re.search(r"attentionView\(root, (\{.*\})\);", html)[1])
+
+
+def test_the_page_holds_the_maps_and_needs_nothing_else(model, maps, tmp_path):
+    page = views.show_attention(maps, ETHANOL, query=-1, block=0, head=1)
+    data = page_data(page.html)
+    assert (data["query"], data["block"], data["head"]) == (len(ETHANOL) - 1, 0, 1)
+    weights = np.frombuffer(base64.b64decode(data["weights"]), "<u2").reshape(maps.node.shape)
+    assert np.abs(weights / 65535 - maps.node.numpy()).max() < 1e-5
+    assert data["scene"]["bonds"] == [list(pair) for pair in views.bonds(ETHANOL)]
+    text = page.save(tmp_path / "view.html").read_text()
+    assert page.html in text and page._repr_html_() == page.html
+    assert not re.search(r"https?:|<link|\bsrc=|\bimport\b|\brequire\b|@[A-Z]+@", text)
+    assert page_data(views.show_attention(model, ETHANOL, -1, 0, 1).html) == data
+
+
+def test_two_views_on_one_page_do_not_share_a_name(maps):
+    pages = [views.show_attention(maps, ETHANOL).html for _ in range(2)]
+    names = [set(re.findall(r'data-view="([^"]+)"', html)) for html in pages]
+    assert all(len(found) == 1 for found in names) and names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    "choice, error, words",
+    [
+        ({"query": 9}, IndexError, "atoms 0 to 8"),
+        ({"block": 2}, IndexError, "blocks 0 to 1"),
+        ({"head": -3}, IndexError, "heads 0 to 1"),
+    ],
+)
+def test_what_is_not_there_cannot_be_shown(maps, choice, error, words):
+    with pytest.raises(error, match=words):
+        views.show_attention(maps, ETHANOL, **choice)
+
+
+def test_maps_of_another_structure_are_refused(maps):
+    with pytest.raises(ValueError, match="another structure"):
+        views.show_attention(maps, SALT)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+PLAY = """<script>
+const root = document.querySelector("[data-view]"), canvas = root.querySelector("canvas");
+const tell = name => document.body.append(Object.assign(document.createElement("pre"),
+  {className: name, textContent: JSON.stringify([root.dataset.query, root.dataset.block,
+    root.dataset.head, canvas.toDataURL().length,
+    root.querySelector("[data-part=text]").textContent])}));
+const pointer = (kind, x, y) => canvas.dispatchEvent(
+  new PointerEvent("pointer" + kind, {clientX: x, clientY: y, pointerId: 1}));
+canvas.setPointerCapture = () => {};
+tell("start");
+for (const [part, value] of [["block", "0"], ["head", "-1"]]) {
+  const choice = root.querySelector(`[data-part=${part}]`);
+  choice.value = value;
+  choice.dispatchEvent(new Event("change"));
+}
+tell("chosen");
+const box = canvas.getBoundingClientRect(), before = root.dataset.query;
+for (let x = 0; x < box.width && root.dataset.query === before; x += 10)
+  for (let y = 0; y < box.height && root.dataset.query === before; y += 10)
+    for (const kind of ["down", "up"]) pointer(kind, box.left + x, box.top + y);
+tell("clicked");
+pointer("down", box.left + 5, box.top + 5);
+pointer("move", box.left + 60, box.top + 90);
+pointer("up", box.left + 60, box.top + 90);
+tell("turned");
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_draws_and_follows_the_mouse(maps, tmp_path):
+    page = views.show_attention(maps, ETHANOL, query=2, block=1, head=0)
+    path = tmp_path / "view.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8><body>{page.html}{PLAY}</body>")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
+    options.append(f"--user-data-dir={tmp_path / 'profile'}")
+    run = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, timeout=120)
+    found = re.findall(r'<pre class="(\w+)">(.*?)</pre>', run.stdout.decode())
+    seen = {name: json.loads(text) for name, text in found}
+    assert seen.keys() == {"start", "chosen", "clicked", "turned"}, run.stderr.decode()[-2000:]
+    assert seen["start"][:3] == ["2", "1", "0"]
+    assert seen["chosen"][:3] == ["2", "0", "-1"]
+    assert seen["clicked"][0] != "2" and seen["turned"][:3] == seen["clicked"][:3]
+    pictures = [values[3] for values in seen.values()]
+    assert min(pictures) > 5000, "an empty canvas"
+    assert len(set(pictures)) == 4, "a picture did not change"
+    # the text names what the maps hold: the largest weight of oxygen's mean row in block 0
+    row = maps.node[0, :, 2].mean(0)
+    best = views.atom_labels(ETHANOL)[int(row.argmax())]
+    assert re.search(rf"O2 takes most from {best}( \(itself\))? {row.max():.3f}", seen["chosen"][4])
+
+
+# --- figures and other viewers ------------------------------------------------------------------
+
+
+def test_the_matrix_is_the_map(maps, figure):
+    axes = views.plot_attention(maps, block=0, axes=figure.axes[0])
+    (image,) = axes.get_images()
+    assert np.allclose(image.get_array(), maps.node[0].mean(0))
+    assert [label.get_text() for label in axes.get_yticklabels()] == views.atom_labels(ETHANOL)
+    assert axes.get_title() == "block 0, mean over heads"
+
+
+def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
+    forces = np.random.default_rng(0).normal(size=(len(ETHANOL), 3))
+    weights = np.zeros(len(ETHANOL))
+    weights[[0, 1, 4]] = 0.5, 0.3, 0.2
+    axes = views.plot_molecule(ETHANOL, forces, (0, weights), figure.axes[0])
+    kinds = [type(patch).__name__ for patch in axes.patches]
+    assert kinds.count("Circle") == len(ETHANOL) + 1  # with the ring around the query
+    assert kinds.count("FancyArrowPatch") == 2
+    (arrows,) = [c for c in axes.collections if type(c).__name__ == "Quiver"]
+    assert arrows.N == len(ETHANOL)
+
+
+def test_without_py3dmol_the_molecule_is_a_flat_picture(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.setitem(sys.modules, "py3Dmol", None)
+    axes = views.view_molecule(ETHANOL)
+    assert len(axes.patches) == len(ETHANOL)
+
+
+def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
+    pytest.importorskip("py3Dmol")
+    script = tmp_path / "3Dmol-min.js"
+    script.write_text("/* the library */")
+    monkeypatch.setattr(views, "VIEWER_SCRIPT", script)
+    html = views.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).write_html()
+    assert base64.b64encode(script.read_bytes()).decode() in html
+    assert not re.search(r"https?://[^\s'\"]*3Dmol", html)
+    assert html.count("addArrow") == len(ETHANOL)
+    monkeypatch.setattr(views, "VIEWER_SCRIPT", tmp_path / "absent.js")
+    assert re.search(r"https?://[^\s'\"]*3Dmol", views.view_molecule(ETHANOL).write_html())
+
+
+def test_a_missing_viewer_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nglview", None)
+    with pytest.raises(ImportError, match=r"allscaip-lite\[notebooks\]"):
+        views.view_trajectory([ETHANOL])
+
+
+def test_a_trajectory_keeps_its_frames():
+    pytest.importorskip("nglview")
+    frames = [ETHANOL.copy() for _ in range(3)]
+    frames[2].positions += 1
+    view = views.view_trajectory(frames)
+    assert view.max_frame == 2
+
+
+def test_the_readme_picture_is_made_by_a_command(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    from ase.io import write
+
+    from allscaip_lite import save_model
+
+    save_model(model, tmp_path / "model.safetensors")
+    write(tmp_path / "molecule.xyz", ETHANOL)
+    picture = tmp_path / "docs" / "picture.png"
+    chosen = ["--model", str(tmp_path / "model.safetensors"), "--query", "2"]
+    assert views.main([str(tmp_path / "molecule.xyz"), str(picture), *chosen]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_the_script_comes_with_the_package():
+    script = resources.files("allscaip_lite") / "molecule_view.js"
+    assert "function moleculeView" in script.read_text("utf-8")
+
+
+def test_maps_can_be_changed_for_an_experiment(maps):
+    uniform = replace(maps, node=torch.full_like(maps.node, 1 / len(ETHANOL)))
+    assert np.allclose(views.node_weights(uniform, 0, None), 1 / len(ETHANOL))
