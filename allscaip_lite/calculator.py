@@ -26,8 +26,8 @@ class AllScAIPCalculator(Calculator):
     """ASE calculator of a model, or of the name or path of one.
 
     `device` defaults to the model's own, or for a name to a CUDA GPU where there is one, else the
-    CPU. `compile=True` compiles the model's blocks on the first call, which pays in long runs of
-    one system. Results are kept until positions, cell, elements, charge or multiplicity change.
+    CPU. The model is frozen: its weights no longer require gradients. Results are kept until
+    positions, cell, elements, charge or multiplicity change.
 
     Raises `StructureError` for structures the model cannot answer for, and ASE's
     `PropertyNotImplementedError` for a stress that does not exist: of a structure without
@@ -41,7 +41,6 @@ class AllScAIPCalculator(Calculator):
         model: AllScAIP | str | Path = "lite",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -49,8 +48,6 @@ class AllScAIPCalculator(Calculator):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model)
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        if compile:
-            self.model.compile_blocks()
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last call; charge and multiplicity in `atoms.info` count too."""

@@ -64,8 +64,9 @@ class Linear(nn.Linear):
 class FusedNeighborhoodAttention(torch.autograd.Function):
     """The same by hand, forwards and once backwards: no copies, few saved intermediates.
 
-    Atoms are taken a few at a time, so that their K × K matrices stay in the processor's cache.
-    Queries of empty slots get zero weights, so what stands there never reaches a gradient.
+    It takes one head and a few atoms at a time, so that their K × K matrices stay in the
+    processor's cache. Queries of empty slots get zero weights, so what stands there never reaches
+    a gradient.
     """
 
     @staticmethod
@@ -79,81 +80,69 @@ class FusedNeighborhoodAttention(torch.autograd.Function):
         num_heads: int,
     ) -> Tensor:
         n, num_slots = log_weight.shape
-        head_size = qkv.shape[1] // (3 * num_heads)
-        q, k, v = (
-            qkv.view(-1, head_size)
-            .index_select(0, layout.qkv_to_slots)
-            .view(3, n, num_heads, num_slots, head_size)
-        )
-        q.mul_(head_size**-0.5)
-        weights = torch.empty(n, num_heads, num_slots, num_slots, dtype=q.dtype, device=q.device)
-        mixed = torch.empty_like(q)
-        for rows in _chunks(weights):
-            qc, kc, vc = (x[rows].flatten(0, 1) for x in (q, k, v))  # (c·h, K, D)
-            logits = _products(qc, kc, groups[0], num_heads)  # (c, h, K, K)
+        table = qkv.index_select(0, layout.occupant).view(n, num_slots, 3, num_heads, -1)
+        weights = table.new_empty(num_heads, n, num_slots, num_slots)
+        mixed = table.new_empty(n, num_slots, num_heads, table.shape[-1])
+        for head, rows in _chunks(weights):
+            q, k, v = table[rows, :, :, head].unbind(2)  # (c, K, D) each
+            q = q * table.shape[-1] ** -0.5
+            logits = _products(q, k, groups[0])  # (c, K, K)
             for l, group in enumerate(groups[1:]):
                 if group.stop > group.start:
-                    logits.addcmul_(
-                        legendre[l, rows].unsqueeze(1), _products(qc, kc, group, num_heads)
-                    )
-            logits += log_weight[rows, None, None]
-            chunk = torch.softmax(logits, -1, out=weights[rows])
-            chunk *= layout.occupied[rows, None, :, None]
-            torch.bmm(chunk.flatten(0, 1), vc, out=mixed[rows].flatten(0, 1))
-        ctx.save_for_backward(q, k, v, weights, legendre)
+                    logits.addcmul_(legendre[l, rows], _products(q, k, group))
+            logits += log_weight[rows, None]
+            chunk = torch.softmax(logits, -1, out=weights[head, rows])
+            chunk *= layout.occupied[rows, :, None]
+            mixed[rows, :, head] = torch.bmm(chunk, v)
+        ctx.save_for_backward(table, weights, legendre)
         ctx.layout, ctx.groups = layout, groups
-        rows = mixed.view(-1, head_size).index_select(0, layout.slots_to_rows)
-        return rows.view(-1, num_heads * head_size)
+        return mixed.view(n * num_slots, -1).index_select(0, layout.slot)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, legendre = ctx.saved_tensors
+        table, weights, legendre = ctx.saved_tensors
         layout, groups = ctx.layout, ctx.groups
-        n, num_heads, num_slots, head_size = q.shape
-        gradient = gradient.reshape(-1, head_size).index_select(0, layout.rows_to_slots).view_as(q)
-        d_qkv = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
-        d_log_weight = torch.empty(n, num_slots, dtype=q.dtype, device=q.device)
+        n, num_slots, _, num_heads, head_size = table.shape
+        gradient = gradient.index_select(0, layout.occupant).view(n, num_slots, num_heads, -1)
+        d_table = torch.empty_like(table)
+        d_log_weight = table.new_zeros(n, num_slots)
         d_legendre = None
         if legendre is not None and ctx.needs_input_grad[2]:
             d_legendre = torch.zeros_like(legendre)
-        for rows in _chunks(weights):
-            qc, kc, vc, gc = (x[rows].flatten(0, 1) for x in (q, k, v, gradient))  # (c·h, K, D)
-            dq, dk, dv = (x[rows].flatten(0, 1) for x in d_qkv)
-            chunk = weights[rows]  # (c, h, K, K)
-            torch.bmm(chunk.flatten(0, 1).transpose(1, 2), gc, out=dv)
-            d_weights = torch.bmm(gc, vc.transpose(1, 2)).view_as(chunk)
+        for head, rows in _chunks(weights):
+            q, k, v = table[rows, :, :, head].unbind(2)  # (c, K, D) each
+            q = q * head_size**-0.5
+            dq, dk, dv = d_table[rows, :, :, head].unbind(2)
+            chunk, g = weights[head, rows], gradient[rows, :, head]  # (c, K, K), (c, K, D)
+            dv.copy_(torch.bmm(chunk.transpose(1, 2), g))
+            d_weights = torch.bmm(g, v.transpose(1, 2))
             d_logits = torch._softmax_backward_data(d_weights, chunk, -1, chunk.dtype)
-            torch.sum(d_logits, (1, 2), out=d_log_weight[rows])
+            d_log_weight[rows] += d_logits.sum(1)
             for l, group in enumerate(groups):
                 if group.stop == group.start:
                     continue
-                d_product = d_logits if l == 0 else d_logits * legendre[l - 1, rows].unsqueeze(1)
-                d_product = d_product.flatten(0, 1)
-                dq[..., group] = torch.bmm(d_product, kc[..., group])
-                dk[..., group] = torch.bmm(d_product.transpose(1, 2), qc[..., group])
+                d_product = d_logits if l == 0 else d_logits * legendre[l - 1, rows]
+                dq[..., group] = torch.bmm(d_product, k[..., group])
+                dk[..., group] = torch.bmm(d_product.transpose(1, 2), q[..., group])
                 if l and d_legendre is not None:
-                    product = _products(qc, kc, group, num_heads)
-                    torch.sum(product.mul_(d_logits), 1, out=d_legendre[l - 1, rows])
-        d_qkv[0].mul_(head_size**-0.5)
-        rows = d_qkv.view(-1, head_size).index_select(0, layout.slots_to_qkv)
-        rows = rows.view(-1, 3 * num_heads * head_size)
-        return rows, d_log_weight, d_legendre, None, None, None
+                    d_legendre[l - 1, rows].addcmul_(_products(q, k, group), d_logits)
+            dq.mul_(head_size**-0.5)
+        d_qkv = d_table.view(n * num_slots, -1).index_select(0, layout.slot)
+        return d_qkv, d_log_weight, d_legendre, None, None, None
 
 
-def _products(q: Tensor, k: Tensor, group: slice, num_heads: int) -> Tensor:
-    """q·k over one group of channels: (c·h, K, D) twice → (c, h, K, K)."""
-    product = torch.bmm(q[..., group], k[..., group].transpose(1, 2))
-    return product.view(-1, num_heads, *product.shape[1:])
+def _products(q: Tensor, k: Tensor, group: slice) -> Tensor:
+    """q·k over one group of channels: (c, K, D) twice → (c, K, K)."""
+    return torch.bmm(q[..., group], k[..., group].transpose(1, 2))
 
 
-def _chunks(weights: Tensor) -> list[slice]:
-    """Atoms in runs whose attention weights (c, h, K, K) fill about half a megabyte on a CPU."""
-    n = weights.shape[0]
-    if weights.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(0, n)]
-    size = max(1, 2**17 // weights[0].numel())
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def _chunks(weights: Tensor) -> list[tuple[int, slice]]:
+    """Heads and runs of atoms whose weights (c, K, K) fill about half a megabyte on a CPU."""
+    num_heads, n, num_slots, _ = weights.shape
+    size = max(1, 2**17 // num_slots**2) if weights.device.type == "cpu" else n
+    runs = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return [(head, rows) for head in range(num_heads) for rows in runs]
 
 
 class FusedRotaryBias(torch.autograd.Function):

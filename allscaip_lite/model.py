@@ -352,8 +352,8 @@ class AllScAIP(nn.Module):
         geometry = Geometry(
             graph=graph,
             legendre=legendre[:lae] if lae > 0 else None,
-            source=Layout.make(graph.source_slot, occupied, config.num_heads),
-            destination=Layout.make(graph.destination_slot, occupied, config.num_heads),
+            source=Layout.make(graph.source_slot, occupied),
+            destination=Layout.make(graph.destination_slot, occupied),
             systems=systems,
             biases=self.biases(structures, systems, fused) if config.node_attention else None,
             fused=fused,

@@ -50,39 +50,19 @@ class Collect(torch.autograd.Function):
 class Layout:
     """The graph's slots as one attention reads them: source or destination.
 
-    slot (M,): the slot of each state; occupied (N, K) bool. The rest are indices for the fused
-    attention, made once for all blocks: they carry q, k, v of shape (M·3h, D) straight into
-    (3, N, h, K, D), and results from (N, h, K, D) back to (M·h, D).
+    slot (M,): the slot of each state. occupant (N·K,): the state in each slot; an empty slot names
+    any. occupied (N, K) bool.
     """
 
     slot: Tensor
+    occupant: Tensor
     occupied: Tensor
-    qkv_to_slots: Tensor  # (3·N·h·K,)
-    rows_to_slots: Tensor  # (N·h·K,)
-    slots_to_qkv: Tensor  # (M·3·h,)
-    slots_to_rows: Tensor  # (M·h,)
 
     @classmethod
-    def make(cls, slot: Tensor, occupied: Tensor, num_heads: int) -> Layout:
-        n, num_slots = occupied.shape
-        occupant = slot.new_zeros(n * num_slots)  # an empty slot names any state
+    def make(cls, slot: Tensor, occupied: Tensor) -> Layout:
+        occupant = slot.new_zeros(occupied.numel())
         occupant[slot] = torch.arange(len(slot), device=slot.device)
-        occupant = occupant.view(n, 1, num_slots)
-        head = torch.arange(num_heads, device=slot.device)
-        part = torch.arange(3, device=slot.device)
-        row, column = slot.unsqueeze(1) // num_slots, slot.unsqueeze(1) % num_slots
-        place = (row * num_heads + head) * num_slots + column  # (M, h) in (N, h, K)
-        qkv = (occupant * 3 + part[:, None, None, None]) * num_heads + head[:, None]
-        return cls(
-            slot=slot,
-            occupied=occupied,
-            qkv_to_slots=qkv.flatten(),  # from (3, N, h, K)
-            rows_to_slots=(occupant * num_heads + head[:, None]).flatten(),  # from (N, h, K)
-            slots_to_qkv=(
-                place.unsqueeze(1) + part[:, None] * (n * num_heads * num_slots)
-            ).flatten(),  # from (M, 3, h)
-            slots_to_rows=place.flatten(),
-        )
+        return cls(slot, occupant, occupied)
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,7 @@ def _arrow_scale(arrows: np.ndarray) -> float:
 
 def view_molecule(
     atoms: Atoms, arrows: np.ndarray | None = None, size: tuple[int, int] = (600, 400)
-) -> Any:
+) -> Page | Axes:
     """The molecule as balls and sticks in py3Dmol, to be turned; `arrows` as in `plot_molecule`.
 
     3Dmol.js goes into the page where the set-up has put it at `VIEWER_SCRIPT`, so that no network
@@ -336,7 +336,7 @@ def view_molecule(
             spec |= {"end": dict(zip("xyz", end, strict=True))}
             view.addArrow({**spec, "radius": 0.07, "color": LINK_COLOR})
     view.zoomTo()
-    return view
+    return Page(view.write_html(), f"Molecule {atoms.get_chemical_formula()}")
 
 
 def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Any:
@@ -344,7 +344,8 @@ def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own imports are deprecated ones
         nglview = _import("nglview", "view_trajectory")
-    view = nglview.show_asetraj(list(frames), default=False)
+    view = nglview.show_asetraj(list(frames))
+    view.clear_representations()
     view.add_representation("ball+stick")
     view.layout.width, view.layout.height = f"{size[0]}px", f"{size[1]}px"
     view.center()

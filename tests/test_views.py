@@ -319,12 +319,12 @@ def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
     script = tmp_path / "3Dmol-min.js"
     script.write_text("/* the library */")
     monkeypatch.setattr(views, "VIEWER_SCRIPT", script)
-    html = views.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).write_html()
+    html = views.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).html
     assert base64.b64encode(script.read_bytes()).decode() in html
     assert not re.search(r"https?://[^\s'\"]*3Dmol", html)
     assert html.count("addArrow") == len(ETHANOL)
     monkeypatch.setattr(views, "VIEWER_SCRIPT", tmp_path / "absent.js")
-    assert re.search(r"https?://[^\s'\"]*3Dmol", views.view_molecule(ETHANOL).write_html())
+    assert re.search(r"https?://[^\s'\"]*3Dmol", views.view_molecule(ETHANOL).html)
 
 
 def test_a_missing_viewer_names_the_extra(monkeypatch):

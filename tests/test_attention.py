@@ -1,0 +1,522 @@
+"""Attention: the fused twins beside the plain formulas, the plain formulas beside longer ways.
+
+Everything in float64 except `linear`, whose fast path is float32. Layouts come from graphs of a
+batch whose systems differ in size, so empty slots are always there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ase import Atoms
+from ase.build import molecule
+from torch import Tensor
+
+from allscaip_lite import attention, fused
+from allscaip_lite.encodings import slot_legendre, spherical_harmonics
+from allscaip_lite.graph import Graph
+from allscaip_lite.slots import Collect, Layout, Spread, SystemTable
+
+HEADS = 2
+CHANNELS = {
+    "lae": (5, 4, 1, 3, 3),
+    "empty group": (9, 0, 4, 0, 3),
+    "no invariant group": (0, 8, 8),
+    "one group": (16,),
+    "none": None,
+}
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+@dataclass
+class Case:
+    """One attention's inputs: leaves that ask for gradients, and the layout they belong to."""
+
+    graph: Graph
+    qkv: Tensor
+    log_weight: Tensor
+    legendre: Tensor | None
+    layout: Layout
+    groups: list[slice]
+
+    @property
+    def inputs(self) -> tuple:
+        return (self.qkv, self.log_weight, self.legendre, self.layout, self.groups, HEADS)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.qkv, self.log_weight, self.legendre) if x is not None]
+
+
+def make_case(
+    graph: Graph, channels: tuple[int, ...] | None, which: str = "source", head_size: int = 16
+) -> Case:
+    occupied = torch.arange(graph.num_slots) < graph.counts.unsqueeze(1)
+    slot = graph.source_slot if which == "source" else graph.destination_slot
+    degrees = len(channels or ()) - 1
+    legendre = slot_legendre(graph, degrees).detach().requires_grad_() if degrees > 0 else None
+    rows = graph.num_atoms + 2 * graph.num_pairs
+    return Case(
+        graph=graph,
+        qkv=random(rows, 3 * HEADS * head_size).requires_grad_(),
+        log_weight=graph.log_weight.detach().clone().requires_grad_(),
+        legendre=legendre,
+        layout=Layout.make(slot, occupied, HEADS),
+        groups=attention.channel_groups(channels, head_size),
+    )
+
+
+@pytest.fixture(scope="module")
+def graph(make_graph: Callable[..., Graph], cluster: Atoms) -> Graph:
+    """Full rows, half-empty rows and one atom alone."""
+    found = make_graph([cluster, molecule("CH3OH"), Atoms("He")])
+    assert found.counts.min() == 1 and found.counts.max() == found.num_slots > 9
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny_graph(make_graph: Callable[..., Graph]) -> Graph:
+    return make_graph([molecule("H2O"), molecule("OH")])
+
+
+# --- the neighbourhood attention, fused and plain ----------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["source", "destination"])
+@pytest.mark.parametrize("channels", CHANNELS.values(), ids=CHANNELS)
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_fused_neighborhood_attention_is_the_formula(
+    graph: Graph,
+    channels: tuple[int, ...] | None,
+    which: str,
+    chunk: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if chunk:
+        starts = range(0, graph.num_atoms, chunk)
+        slices = [slice(start, min(start + chunk, graph.num_atoms)) for start in starts]
+        monkeypatch.setattr(fused, "_chunks", lambda weights: slices)
+    case = make_case(graph, channels, which)
+    plain, weights = attention.neighborhood_attention(*case.inputs)
+    fast = fused.FusedNeighborhoodAttention.apply(*case.inputs)
+    assert plain.shape == (len(case.qkv), 32)
+    assert torch.allclose(fast, plain, rtol=0, atol=1e-12)
+    assert torch.allclose(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    pull = random(*plain.shape, seed=1)
+    expected = torch.autograd.grad(plain, case.leaves, pull)
+    found = torch.autograd.grad(fast, case.leaves, pull)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert all(g.abs().max() > 1e-3 for g in expected)
+
+
+def test_fused_neighborhood_attention_cuts_its_rows_into_chunks() -> None:
+    """Every row once, in order, whatever their number."""
+    for n in (1, 13, 700):
+        weights = torch.empty(n, 4, 31, 31)
+        rows = [i for chunk in fused._chunks(weights) for i in range(n)[chunk]]
+        assert rows == list(range(n))
+    assert len(fused._chunks(torch.empty(700, 4, 31, 31))) > 1
+
+
+def test_fused_neighborhood_attention_without_gradient_of_legendre(graph: Graph) -> None:
+    """Training direct forces needs none: it comes back as None, and the others do not change."""
+    case = make_case(graph, CHANNELS["lae"])
+    pull = random(len(case.qkv), 32, seed=1)
+    leaves = case.leaves[:2]
+    expected = torch.autograd.grad(
+        fused.FusedNeighborhoodAttention.apply(*case.inputs), leaves, pull
+    )
+    case.legendre.requires_grad_(False)
+    found = torch.autograd.grad(fused.FusedNeighborhoodAttention.apply(*case.inputs), leaves, pull)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_attention_stays_inside_its_row(graph: Graph, form: str) -> None:
+    """A state hears the states that share its row, and no other."""
+    case = make_case(graph, CHANNELS["lae"])
+    row = case.layout.slot // graph.num_slots
+    apply = {
+        "plain": lambda *x: attention.neighborhood_attention(*x)[0],
+        "fused": fused.FusedNeighborhoodAttention.apply,
+    }[form]
+    (gradient,) = torch.autograd.grad(apply(*case.inputs)[row == 3].sum(), case.qkv)
+    heard = gradient.abs().sum(1) > 0
+    assert torch.equal(heard, row == 3)
+
+
+def test_empty_slots_never_matter(graph: Graph) -> None:
+    """More empty slots, with any Legendre entries there: the same numbers, fused and plain."""
+    case = make_case(graph, CHANNELS["lae"])
+    expected, _ = attention.neighborhood_attention(*case.inputs)
+    extra = 3
+    width, wider = graph.num_slots, graph.num_slots + extra
+    slot = case.layout.slot // width * wider + case.layout.slot % width
+    occupied = F.pad(case.layout.occupied, (0, extra))
+    log_weight = F.pad(case.log_weight, (0, extra), value=-torch.inf)
+    legendre = F.pad(case.legendre, (0, extra, 0, extra)).detach().clone()
+    empty = ~(occupied.unsqueeze(2) & occupied.unsqueeze(1))
+    legendre[:, empty] = random(len(legendre), int(empty.sum()), seed=5)
+    inputs = (case.qkv, log_weight, legendre, Layout.make(slot, occupied, HEADS), case.groups, 2)
+    plain, weights = attention.neighborhood_attention(*inputs)
+    assert (weights[:, ~occupied.unsqueeze(1).expand(-1, wider, -1)] == 0).all()
+    assert torch.allclose(plain, expected, rtol=0, atol=1e-13)
+    fast = fused.FusedNeighborhoodAttention.apply(*inputs)
+    assert torch.allclose(fast, expected, rtol=0, atol=1e-12)
+    pull = random(*expected.shape, seed=1)
+    (wanted,) = torch.autograd.grad(expected, case.qkv, pull)
+    for form in (plain, fast):
+        (found,) = torch.autograd.grad(form, case.qkv, pull, retain_graph=True)
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_neighborhood_attention_can_be_differentiated_twice(tiny_graph: Graph) -> None:
+    graph = tiny_graph
+    case = make_case(graph, (1, 2, 1), head_size=4)
+    real = graph.log_weight.isfinite()
+    finite = graph.log_weight[real].detach().requires_grad_()
+
+    def attend(qkv: Tensor, weight: Tensor, legendre: Tensor) -> Tensor:
+        table = torch.full_like(graph.log_weight, -torch.inf).masked_scatter(real, weight)
+        inputs = (qkv, table, legendre, case.layout, case.groups, HEADS)
+        return attention.neighborhood_attention(*inputs)[0]
+
+    inputs = (case.qkv, finite, case.legendre)
+    assert not real.all()
+    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.autograd.gradgradcheck(attend, inputs)
+
+
+def test_fused_attention_refuses_a_second_differentiation(tiny_graph: Graph) -> None:
+    """An error, never a silently wrong gradient of the loss on forces."""
+    case = make_case(tiny_graph, CHANNELS["lae"])
+    mixed = fused.FusedNeighborhoodAttention.apply(*case.inputs)
+    (gradient,) = torch.autograd.grad(mixed.square().sum(), case.qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# --- the angular encoding ----------------------------------------------------------------------
+
+
+def test_angular_logits_are_repeated_channels_times_harmonics(graph: Graph) -> None:
+    """The reference's way: each channel 2l + 1 times, each times Y_lm/√(2l+1), one dot product."""
+    channels = CHANNELS["lae"]
+    groups = attention.channel_groups(channels, 16)
+    n, slots = graph.log_weight.shape
+    q, k = random(HEADS, n, slots, 16, seed=1), random(HEADS, n, slots, 16, seed=2)
+    directions = graph.slot_directions.reshape(-1, 3)
+    present = directions.norm(dim=1) > 0.5
+    harmonics = torch.zeros(n * slots, len(channels) ** 2, dtype=q.dtype)
+    harmonics[present] = spherical_harmonics(directions[present], len(channels) - 1)
+    harmonics[:, 0] = 1  # Y_00, also without a direction
+    harmonics = harmonics.view(n, slots, -1)
+
+    def expand(x: Tensor) -> Tensor:
+        parts = []
+        for l, group in enumerate(groups):
+            angular = harmonics[..., l * l : (l + 1) ** 2] / math.sqrt(2 * l + 1)
+            parts.append((x[..., group, None] * angular.unsqueeze(-2)).flatten(-2))
+        return torch.cat(parts, -1)
+
+    expected = expand(q) @ expand(k).transpose(-1, -2)
+    found = attention.angular_logits(q, k, slot_legendre(graph, len(channels) - 1), groups)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-11)
+
+
+def test_channel_groups_cover_a_head() -> None:
+    assert attention.channel_groups((2, 0, 3), 5) == [slice(0, 2), slice(2, 2), slice(2, 5)]
+    assert attention.channel_groups(None, 5) == [slice(0, 5)]
+
+
+def test_without_lae_attention_is_a_plain_dot_product(graph: Graph) -> None:
+    """Row by row, by PyTorch's own attention on the occupied slots alone."""
+    case = make_case(graph, None)
+    mixed, _ = attention.neighborhood_attention(*case.inputs)
+    q, k, v = case.qkv.view(-1, 3, HEADS, 16).permute(1, 2, 0, 3)  # (h, M, D)
+    row, column = case.layout.slot // graph.num_slots, case.layout.slot % graph.num_slots
+    for i in range(graph.num_atoms):
+        states = (row == i).nonzero().squeeze(1)
+        mask = case.log_weight[i, column[states]].expand(1, len(states), -1)
+        own = F.scaled_dot_product_attention(q[:, states], k[:, states], v[:, states], mask)
+        expected = own.transpose(0, 1).reshape(len(states), -1)
+        assert torch.allclose(mixed[states], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [CHANNELS["lae"], CHANNELS["none"]], ids=["lae", "none"])
+def test_self_edge_attention_is_the_first_row_of_the_full_one(
+    graph: Graph, channels: tuple[int, ...] | None
+) -> None:
+    """What the last block computes is what the whole destination attention gives the atoms."""
+    case = make_case(graph, channels, "destination")
+    n = graph.num_atoms
+    full = attention.neighborhood_attention(*case.inputs)[0][:n]
+    query, key_value = case.qkv.split([32, 64], dim=1)
+    short = attention.self_edge_attention(
+        query[:n].view(n, HEADS, 16), key_value, case.log_weight, case.layout, case.groups[0]
+    )
+    assert torch.allclose(short, full, rtol=0, atol=1e-12)
+    pull = random(n, 32, seed=1)
+    leaves = [case.qkv, case.log_weight]
+    for a, b in zip(
+        torch.autograd.grad(short, leaves, pull),
+        torch.autograd.grad(full, leaves, pull),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+# --- rotary bias -------------------------------------------------------------------------------
+
+
+def pair_distances(n: int) -> tuple[Tensor, Tensor]:
+    """(n, n) Å of random points, zero on the diagonal, and (n(n+1)/2,) of the pairs i ≤ j."""
+    points = 3 * random(n, 3, seed=3)
+    full = (points.unsqueeze(0) - points.unsqueeze(1)).norm(dim=-1)
+    i, j = torch.triu_indices(n, n)
+    return full, full[i, j]
+
+
+@pytest.mark.parametrize("chunk", [8192, 11, 1])
+def test_fused_rotary_bias_is_the_formula(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused.FusedRotaryBias, "CHUNK", chunk)
+    n = 9
+    _, pairs = pair_distances(n)
+    pairs.requires_grad_()
+    weight = random(6, 8).requires_grad_()
+    i, j = torch.triu_indices(n, n)
+    full = torch.zeros(n, n, dtype=pairs.dtype)
+    full = full.index_put((i, j), pairs).index_put((j, i), pairs)
+    expected = attention.rotary_bias(full.flatten(), weight).view(6, n, n)
+    found = fused.Symmetrize.apply(fused.FusedRotaryBias.apply(pairs, weight), n)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-13)
+    assert torch.equal(found, found.transpose(1, 2))
+    pull = random(6, n, n, seed=1)
+    for a, b in zip(
+        torch.autograd.grad(found, [pairs, weight], pull),
+        torch.autograd.grad(expected, [pairs, weight], pull),
+        strict=True,
+    ):
+        assert b.abs().max() > 0.1
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_rotary_bias_is_the_logarithm_of_a_softplus_of_mixed_sincs() -> None:
+    d, weight = torch.tensor([0.0, 1.3, 40.0], dtype=torch.float64), random(2, 4)
+    frequencies = torch.logspace(math.log10(math.pi / 120), math.log10(4 * math.pi), 4)
+    for head in range(2):
+        for index, distance in enumerate(d.tolist()):
+            mixed = sum(
+                float(w) * (math.sin(f * distance) / (f * distance) if distance else 1.0)
+                for w, f in zip(weight[head], frequencies.double().tolist(), strict=True)
+            )
+            expected = math.log(math.log1p(math.exp(mixed)) + 1e-6)
+            found = attention.rotary_bias(d, weight)[head, index].item()
+            assert found == pytest.approx(expected, abs=1e-5)  # frequencies were float32
+
+
+def test_rotary_bias_can_be_differentiated_twice() -> None:
+    d = torch.tensor([0.4, 2.0, 9.0], dtype=torch.float64, requires_grad=True)
+    weight = random(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(attention.rotary_bias, (d, weight))
+    assert torch.autograd.gradgradcheck(attention.rotary_bias, (d, weight))
+
+
+def test_fused_rotary_bias_of_an_atom_with_itself_has_no_slope() -> None:
+    d = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    bias = fused.FusedRotaryBias.apply(d, random(2, 8))
+    (slope,) = torch.autograd.grad(bias.sum(), d)
+    assert (slope == 0).all()
+
+
+def test_symmetrize_spreads_each_pair_to_both_places() -> None:
+    pairs = torch.arange(6.0, dtype=torch.float64).view(1, 6).requires_grad_()
+    matrix = fused.Symmetrize.apply(pairs, 3)
+    assert matrix.tolist() == [[[0, 1, 2], [1, 3, 4], [2, 4, 5]]]
+    assert torch.autograd.gradcheck(lambda x: fused.Symmetrize.apply(x, 3), (pairs,))
+
+
+# --- node attention ----------------------------------------------------------------------------
+
+
+def node_bias(table: SystemTable, rotary: bool) -> Tensor | None:
+    """(B, h, n, n) random, -inf at empty keys."""
+    if not rotary and table.slot is None:
+        return None
+    batch, longest = table.real.shape
+    bias = random(batch, HEADS, longest, longest, seed=4) if rotary else torch.zeros(1).double()
+    return (bias + torch.zeros(batch, HEADS, longest, longest)).masked_fill(
+        ~table.real[:, None, None], -torch.inf
+    )
+
+
+@pytest.mark.parametrize("natoms", [[4, 4], [5, 1, 3], [1]])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_fused_node_attention_is_the_formula(natoms: list[int], rotary: bool) -> None:
+    table = SystemTable.make(torch.tensor(natoms))
+    assert (table.slot is None) == (len(set(natoms)) == 1)
+    bias = node_bias(table, rotary)
+    qkv = random(sum(natoms), 3 * 32).requires_grad_()
+    plain, weights = attention.node_attention(qkv, bias, table, HEADS)
+    fast, none = attention.node_attention(qkv, bias, table, HEADS, fused=True)
+    assert none is None and plain.shape == (sum(natoms), 32)
+    assert torch.allclose(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert (weights.transpose(1, 3)[~table.real] == 0).all()  # nobody attends to an empty slot
+    assert torch.allclose(fast, plain, rtol=0, atol=1e-12)
+    pull = random(*plain.shape, seed=1)
+    (expected,) = torch.autograd.grad(plain, qkv, pull)
+    (found,) = torch.autograd.grad(fast, qkv, pull)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_node_attention_of_each_system_apart(form: str) -> None:
+    """A system in a batch gets what it gets alone."""
+    natoms = [5, 1, 3]
+    table = SystemTable.make(torch.tensor(natoms))
+    bias = node_bias(table, rotary=True)
+    qkv = random(9, 3 * 32)
+    together, _ = attention.node_attention(qkv, bias, table, HEADS, fused=form == "fused")
+    parts = zip(qkv.split(natoms), together.split(natoms), bias, natoms, strict=True)
+    for own, expected, system_bias, n in parts:
+        table = SystemTable.make(torch.tensor([n]))
+        own_bias = system_bias[None, :, :n, :n]
+        alone, _ = attention.node_attention(own, own_bias, table, HEADS, fused=form == "fused")
+        assert torch.allclose(alone, expected, rtol=0, atol=1e-12)
+
+
+def test_node_attention_can_be_differentiated_twice() -> None:
+    table = SystemTable.make(torch.tensor([2, 1]))
+    logits = random(2, 2, 2, 2).requires_grad_()
+    qkv = random(3, 12).requires_grad_()
+
+    def attend(qkv: Tensor, logits: Tensor) -> Tensor:
+        bias = logits.masked_fill(~table.real[:, None, None], -torch.inf)
+        return attention.node_attention(qkv, bias, table, HEADS)[0]
+
+    assert torch.autograd.gradcheck(attend, (qkv, logits))
+    assert torch.autograd.gradgradcheck(attend, (qkv, logits))
+
+
+def test_dropout_changes_the_mixing_but_not_the_recorded_weights(graph: Graph) -> None:
+    case = make_case(graph, CHANNELS["lae"])
+    torch.manual_seed(0)
+    kept, weights = attention.neighborhood_attention(*case.inputs)
+    dropped, same = attention.neighborhood_attention(*case.inputs, 0.5)
+    assert torch.equal(weights, same)
+    assert (kept - dropped).abs().max() > 0.1
+
+
+# --- slots -------------------------------------------------------------------------------------
+
+
+def test_spread_and_collect_are_adjoint() -> None:
+    """⟨Spread x, y⟩ = ⟨x, Collect y⟩, and Collect undoes Spread."""
+    slots = torch.tensor([5, 0, 9, 3])
+    x, y = random(4, 3), random(12, 3, seed=1)
+    spread = Spread.apply(x, slots, 12)
+    assert torch.allclose((spread * y).sum(), (x * Collect.apply(y, slots)).sum())
+    assert torch.equal(Collect.apply(spread, slots), x)
+    empty = torch.ones(12, dtype=torch.bool).index_fill(0, slots, False)
+    assert (spread[empty] == 0).all() and int(empty.sum()) == 8
+
+
+def test_spread_and_collect_can_be_differentiated_twice() -> None:
+    slots = torch.tensor([5, 0, 3])
+    x, y = random(3, 2).requires_grad_(), random(6, 2).requires_grad_()
+    for function, argument in (
+        (lambda t: Spread.apply(t, slots, 6).pow(3), x),
+        (lambda t: Collect.apply(t, slots).pow(3), y),
+    ):
+        assert torch.autograd.gradcheck(function, (argument,))
+        assert torch.autograd.gradgradcheck(function, (argument,))
+
+
+def test_the_two_layouts_hold_the_same_edges_reversed(graph: Graph) -> None:
+    """Each state has a slot of its own; a slot's edge in one layout is its reverse in the other."""
+    n, pairs = graph.num_atoms, graph.num_pairs
+    occupied = torch.arange(graph.num_slots) < graph.counts.unsqueeze(1)
+    for slot in (graph.source_slot, graph.destination_slot):
+        assert len(slot.unique()) == len(slot) == n + 2 * pairs
+        assert occupied.flatten()[slot].all() and occupied.sum() == len(slot)
+    reverse = torch.cat([torch.arange(n), n + pairs + torch.arange(pairs), n + torch.arange(pairs)])
+    assert torch.equal(graph.destination_slot, graph.source_slot[reverse])
+    arrive = graph.destination_slot[n:] // graph.num_slots
+    assert torch.equal(arrive, graph.target)
+
+
+# --- linear ------------------------------------------------------------------------------------
+
+
+def derivatives(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> list[Tensor]:
+    """Value, first derivatives, and derivatives of a force-like gradient: all that training asks."""
+    leaves = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    y = function(x, weight, bias)
+    results = [y]
+    if leaves:
+        pulled = (y.tanh() * random(*y.shape, seed=9, dtype=y.dtype)).sum()
+        first = torch.autograd.grad(pulled, leaves, create_graph=True)
+        results += first
+        results += torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return [r.detach() for r in results]
+
+
+@pytest.mark.parametrize("rows", [1, 17, 200])
+@pytest.mark.parametrize("needs", ["all", "input", "weight", "nothing"])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "column slice"])
+def test_linear_is_that_of_pytorch(rows: int, needs: str, with_bias: bool, layout: str) -> None:
+    """float32, in values, first and second derivatives; frozen weights and trained ones."""
+    x = random(rows, 24, seed=1, dtype=torch.float32)
+    weight = {
+        "contiguous": random(10, 24, seed=2, dtype=torch.float32),
+        "transposed": random(24, 10, seed=2, dtype=torch.float32).t(),
+        "column slice": random(10, 40, seed=2, dtype=torch.float32)[:, 7:31],
+    }[layout]
+    assert weight.is_contiguous() == (layout == "contiguous")
+    bias = random(10, seed=3, dtype=torch.float32) if with_bias else None
+    x.requires_grad_(needs in ("all", "input"))
+    weight = weight.detach().requires_grad_(needs in ("all", "weight"))
+    if bias is not None:
+        bias.requires_grad_(needs in ("all", "weight"))
+    found = derivatives(fused.linear, x, weight, bias)
+    expected = derivatives(F.linear, x, weight, bias)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max())
+
+
+def test_linear_of_no_rows() -> None:
+    """A molecule of one atom has no edges."""
+    x = torch.zeros(0, 24, requires_grad=True)
+    weight = random(10, 24, dtype=torch.float32).requires_grad_()
+    y = fused.linear(x, weight, torch.zeros(10))
+    assert y.shape == (0, 10)
+    gradients = torch.autograd.grad(y.sum(), [x, weight])
+    assert gradients[0].shape == (0, 24) and (gradients[1] == 0).all()
+
+
+def test_linear_in_float64_is_that_of_pytorch() -> None:
+    """Elsewhere than in float32 it is PyTorch's own, to the last bit."""
+    x, weight, bias = random(5, 24), random(10, 24, seed=1), random(10, seed=2)
+    assert torch.equal(fused.linear(x, weight, bias), F.linear(x, weight, bias))
+    layer = fused.Linear(24, 10)
+    x = random(5, 24, dtype=torch.float32)
+    assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-6)
