@@ -6,6 +6,7 @@ In: `ase.Atoms`, charge and multiplicity in `atoms.info`. Out: energy and free e
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ase.calculators.calculator import (
     all_changes,
 )
 from ase.stress import full_3x3_to_voigt_6_stress
+from torch import nn
 
 from allscaip_lite.checkpoint import load_model
 from allscaip_lite.model import AllScAIP
@@ -26,8 +28,10 @@ class AllScAIPCalculator(Calculator):
     """ASE calculator of a model, or of the name or path of one.
 
     `device` defaults to the model's own, or for a name to a CUDA GPU where there is one, else the
-    CPU. The model is frozen: its weights no longer require gradients. Results are kept until
-    positions, cell, elements, charge or multiplicity change.
+    CPU. The model that is given stays as it is, in training mode or not: the calculator's own
+    `model` is a frozen copy on the same weights (on a copy of them, where `device` or `dtype` ask
+    for another place). Results are kept until positions, cell, elements, charge or multiplicity
+    change; after a change of the weights, call `reset()`.
 
     Raises `StructureError` for structures the model cannot answer for, and ASE's
     `PropertyNotImplementedError` for a stress that does not exist: of a structure without
@@ -47,7 +51,7 @@ class AllScAIPCalculator(Calculator):
         if not isinstance(model, AllScAIP):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model)
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = _frozen(model).to(device=device, dtype=dtype).eval()
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last call; charge and multiplicity in `atoms.info` count too."""
@@ -84,3 +88,11 @@ class AllScAIPCalculator(Calculator):
         }
         if result.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)
+
+
+def _frozen(model: AllScAIP) -> AllScAIP:
+    """A second module on the same weights, which asks for no gradients of them."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
+    return copy.deepcopy(model, shared)

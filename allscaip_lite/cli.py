@@ -43,6 +43,11 @@ COMMANDS = {
         "train a model on a data set",
         "the same command goes on from its last checkpoint",
     ),
+    "evaluate": Command(
+        "evaluation",
+        "errors of a model on a data set, overall and by domain",
+        "nothing was kept; the same command starts again",
+    ),
     "bench": Command(
         "benchmark",
         "time a model, beside fairchem where that is installed",

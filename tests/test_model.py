@@ -50,7 +50,7 @@ def moved(atoms: Atoms, step: np.ndarray) -> Structures:
     return structures_from_atoms(shifted, torch.float64)
 
 
-def slope(model: AllScAIP, atoms: Atoms, direction: np.ndarray, step: float = 1e-4) -> float:
+def slope(model: AllScAIP, atoms: Atoms, direction: np.ndarray, step: float = 1e-5) -> float:
     """dE/ds along (N, 3), by the five-point formula."""
     e = {n: energy_of(model, moved(atoms, n * step * direction)) for n in (-2, -1, 1, 2)}
     return (e[-2] - 8 * e[-1] + 8 * e[1] - e[2]) / (12 * step)
@@ -63,7 +63,7 @@ def assert_forces_are_slopes(model: AllScAIP, atoms: Atoms, seeds: int = 2) -> N
     for seed in range(seeds):
         direction = np.random.default_rng(seed).normal(size=forces.shape)
         expected = -(forces * direction).sum()
-        assert slope(model, atoms, direction) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+        assert slope(model, atoms, direction) == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
 def assert_same(left: Result, right: Result, tolerance: float = 1e-10) -> None:
@@ -189,8 +189,8 @@ def test_rotation_changes_the_energy_a_little(model: AllScAIP, cluster: Atoms) -
     """Invariance is learned: with random weights the energy moves, and moves by little."""
     turned, _ = rotated(cluster)
     before, after = model.predict([cluster, turned])
-    relative = abs(after.energy - before.energy) / np.abs(before.forces).max()
-    assert 1e-5 < relative < 1.0
+    change = abs(after.energy - before.energy) / len(cluster)
+    assert 1e-4 < change < 0.3  # eV/atom
 
 
 def test_rotation_enters_by_the_edge_directions_alone(
@@ -347,17 +347,18 @@ def test_bond_order_makes_a_step_where_an_edge_enters(model: AllScAIP, cluster: 
 def test_smooth_where_neighbours_swap_rank(
     make_model: ModelMaker, cluster: Atoms, truncated_rank: bool
 ) -> None:
+    """And hard ranks make a step there, under the very same weights."""
     model = make_model(truncated_rank=truncated_rank)
     hard = make_model(soft_rank=False)
     at = walk(cluster, MOVER, PATH)
-    low, high = first_change(lambda s: order_of(at(s), 0))
+    low, high = first_change(lambda s: order_of(at(s), 6))
     assert edges_of(model, at(low)) == edges_of(model, at(high))
     before, after = model.predict([at(low), at(high)])
     assert after.energy == pytest.approx(before.energy, abs=1e-12)
     np.testing.assert_allclose(after.forces, before.forces, atol=1e-10)
     assert slope_along(model, at, low, 1e-5) == pytest.approx(force_along(model, at, low), abs=1e-8)
     before, after = hard.predict([at(low), at(high)])
-    assert abs(after.energy - before.energy) > 1e-6
+    assert abs(after.energy - before.energy) > 1e-3
 
 
 # --- far away, alone, in a box ------------------------------------------------------------------
@@ -606,12 +607,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(make_model: ModelMaker, cluster: Atoms, crystal: Atoms, name: str) -> None:
-    """Builds, differs from the default, and its forces are slopes, fused and plain."""
+    """Builds, and its forces are slopes of its energy, by the fused and by the plain formulas."""
     model = make_model(**OPTIONS[name])
     assert_forces_are_slopes(model, cluster, seeds=1)
     structures = structures_from_atoms([cluster, crystal], torch.float64)
     inference, training = model(structures), model.train()(structures)
-    torch.testing.assert_close(training.forces.detach(), inference.forces, rtol=0, atol=1e-9)
+    torch.testing.assert_close(training.forces.detach(), inference.forces, rtol=1e-9, atol=1e-9)
     assert (inference.stress is None) == (name == "no stress")
     training.forces.square().sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -631,11 +632,7 @@ def test_options_without_weights_of_their_own_change_the_energy(
 ) -> None:
     other = make_model(**OPTIONS[name])
     other.load_state_dict(model.state_dict())
-    change = abs(other.predict(cluster)[0].energy - model.predict(cluster)[0].energy)
-    if name == "LAE, l = 0 only":  # which is another name for no LAE
-        other = make_model(angular_channels=None)
-        other.load_state_dict(model.state_dict())
-    assert change > 1e-4
+    assert abs(other.predict(cluster)[0].energy - model.predict(cluster)[0].energy) > 1e-4
 
 
 def test_lae_of_degree_zero_is_no_lae(model: AllScAIP, make_model: ModelMaker, cluster: Atoms) -> None:
