@@ -70,10 +70,10 @@ def bump(x: Tensor) -> Tensor:
     """A smooth step: exactly 0 for x ≤ -4, ½ at 0, exactly 1 for x ≥ 4, any shape.
 
     With u = x/4, a = exp(-2/(1+u)) and b = exp(-2/(1-u)) it is a/(a+b), a logistic function of
-    log a - log b = 4u/(1-u²). Beyond |u| = 0.99 that argument is past ±198, where the logistic
+    log a - log b = 4u/(1-u²). Beyond |u| = 0.999 that argument is past ±1998, where the logistic
     function is 0 or 1 to the last bit, so clamping there changes nothing.
     """
-    u = (x / 4).clamp(-0.99, 0.99)
+    u = (x / 4).clamp(-0.999, 0.999)
     return torch.sigmoid(4 * u / (1 - u * u))
 
 

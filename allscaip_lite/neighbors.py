@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import vesin
-from ase.geometry import minkowski_reduce
+from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
 
 from allscaip_lite.structures import StructureError, Structures
@@ -80,11 +80,13 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     """(N, N, 3) integer shifts that bring atom j nearest to atom i, in lattice vectors.
 
     Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
-    is among the 27 around it.
+    is among the 27 around it. Lattice vectors that are not periodic give way to normals of the
+    others, or a tilted one would lead to the wrong image.
     """
-    reduced, operation = minkowski_reduce(cell.double().cpu().numpy(), pbc.cpu().numpy())
+    lattice = complete_cell((cell.double() * pbc.unsqueeze(1)).cpu().numpy())
+    reduced, operation = minkowski_reduce(lattice, pbc.cpu().numpy())
     reduced = torch.as_tensor(np.asarray(reduced), device=cell.device)
-    # reduced = operation @ cell
+    # reduced = operation @ lattice
     operation = torch.as_tensor(operation, device=cell.device).double()
     difference = positions.double().unsqueeze(0) - positions.double().unsqueeze(1)  # (N, N, 3)
     wrap = -(difference @ torch.linalg.inv(reduced)).round() * pbc  # (N, N, 3)

@@ -37,6 +37,12 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=generator, dtype=dtype)
 
 
+def neutral(name: str, spin: int = 1) -> Atoms:
+    atoms = Atoms("He") if name == "He" else molecule(name)
+    atoms.info.update(charge=0, spin=spin)
+    return atoms
+
+
 @dataclass
 class Case:
     """One attention's inputs: leaves that ask for gradients, and the layout they belong to."""
@@ -70,7 +76,7 @@ def make_case(
         qkv=random(rows, 3 * HEADS * head_size).requires_grad_(),
         log_weight=graph.log_weight.detach().clone().requires_grad_(),
         legendre=legendre,
-        layout=Layout.make(slot, occupied, HEADS),
+        layout=Layout.make(slot, occupied),
         groups=attention.channel_groups(channels, head_size),
     )
 
@@ -78,14 +84,14 @@ def make_case(
 @pytest.fixture(scope="module")
 def graph(make_graph: Callable[..., Graph], cluster: Atoms) -> Graph:
     """Full rows, half-empty rows and one atom alone."""
-    found = make_graph([cluster, molecule("CH3OH"), Atoms("He")])
+    found = make_graph([cluster, neutral("CH3OH"), neutral("He")])
     assert found.counts.min() == 1 and found.counts.max() == found.num_slots > 9
     return found
 
 
 @pytest.fixture(scope="module")
 def tiny_graph(make_graph: Callable[..., Graph]) -> Graph:
-    return make_graph([molecule("H2O"), molecule("OH")])
+    return make_graph([neutral("H2O"), neutral("OH", spin=2)])
 
 
 # --- the neighbourhood attention, fused and plain ----------------------------------------------
@@ -103,8 +109,9 @@ def test_fused_neighborhood_attention_is_the_formula(
 ) -> None:
     if chunk:
         starts = range(0, graph.num_atoms, chunk)
-        slices = [slice(start, min(start + chunk, graph.num_atoms)) for start in starts]
-        monkeypatch.setattr(fused, "_chunks", lambda weights: slices)
+        runs = [slice(start, min(start + chunk, graph.num_atoms)) for start in starts]
+        chunks = [(head, rows) for head in range(HEADS) for rows in runs]
+        monkeypatch.setattr(fused, "_chunks", lambda weights: chunks)
     case = make_case(graph, channels, which)
     plain, weights = attention.neighborhood_attention(*case.inputs)
     fast = fused.FusedNeighborhoodAttention.apply(*case.inputs)
@@ -120,13 +127,13 @@ def test_fused_neighborhood_attention_is_the_formula(
     assert all(g.abs().max() > 1e-3 for g in expected)
 
 
-def test_fused_neighborhood_attention_cuts_its_rows_into_chunks() -> None:
-    """Every row once, in order, whatever their number."""
+def test_fused_neighborhood_attention_visits_every_row_of_every_head_once() -> None:
     for n in (1, 13, 700):
-        weights = torch.empty(n, 4, 31, 31)
-        rows = [i for chunk in fused._chunks(weights) for i in range(n)[chunk]]
-        assert rows == list(range(n))
-    assert len(fused._chunks(torch.empty(700, 4, 31, 31))) > 1
+        visits = torch.zeros(4, n)
+        for head, rows in fused._chunks(torch.empty(4, n, 31, 31)):
+            visits[head, rows] += 1
+        assert (visits == 1).all()
+    assert len(fused._chunks(torch.empty(4, 700, 31, 31))) > 4  # more than one run a head
 
 
 def test_fused_neighborhood_attention_without_gradient_of_legendre(graph: Graph) -> None:
@@ -168,7 +175,7 @@ def test_empty_slots_never_matter(graph: Graph) -> None:
     legendre = F.pad(case.legendre, (0, extra, 0, extra)).detach().clone()
     empty = ~(occupied.unsqueeze(2) & occupied.unsqueeze(1))
     legendre[:, empty] = random(len(legendre), int(empty.sum()), seed=5)
-    inputs = (case.qkv, log_weight, legendre, Layout.make(slot, occupied, HEADS), case.groups, 2)
+    inputs = (case.qkv, log_weight, legendre, Layout.make(slot, occupied), case.groups, HEADS)
     plain, weights = attention.neighborhood_attention(*inputs)
     assert (weights[:, ~occupied.unsqueeze(1).expand(-1, wider, -1)] == 0).all()
     assert torch.allclose(plain, expected, rtol=0, atol=1e-13)
@@ -211,7 +218,7 @@ def test_fused_attention_refuses_a_second_differentiation(tiny_graph: Graph) -> 
 
 
 def test_angular_logits_are_repeated_channels_times_harmonics(graph: Graph) -> None:
-    """The reference's way: each channel 2l + 1 times, each times Y_lm/√(2l+1), one dot product."""
+    """The reference's way: each channel 2l + 1 times, each times Y_lm/√(2l+1), one product."""
     channels = CHANNELS["lae"]
     groups = attention.channel_groups(channels, 16)
     n, slots = graph.log_weight.shape
@@ -465,7 +472,7 @@ def derivatives(
     weight: Tensor,
     bias: Tensor | None,
 ) -> list[Tensor]:
-    """Value, first derivatives, and derivatives of a force-like gradient: all that training asks."""
+    """Value, first derivatives, and those of a force-like gradient: all that training asks."""
     leaves = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     y = function(x, weight, bias)
     results = [y]

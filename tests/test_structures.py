@@ -1,0 +1,232 @@
+"""From atoms to tensors: what comes out, and every structure that is refused, with its message."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from allscaip_lite import AllScAIPConfig, StructureError, structures, structures_from_atoms
+from allscaip_lite.graph import build_graph
+from allscaip_lite.structures import charge_and_spin
+
+
+@pytest.fixture
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a fresh process: nothing has been said about charge and multiplicity yet."""
+    monkeypatch.setattr(structures, "_warned_defaults", False)
+    yield
+
+
+def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:
+    atoms.info.update(charge=charge, spin=spin)
+    return atoms
+
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+def test_a_batch_of_a_molecule_and_a_crystal() -> None:
+    water = state(molecule("H2O"), charge=1, spin=2)
+    salt = state(bulk("NaCl", "rocksalt", a=5.6))
+    salt.positions += 30
+    batch = structures_from_atoms([water, salt])
+    assert len(batch) == 2
+    assert batch.natoms.tolist() == [3, 2] and batch.system.tolist() == [0, 0, 0, 1, 1]
+    assert batch.atomic_numbers.tolist() == [8, 1, 1, 11, 17]
+    assert batch.charge.tolist() == [1, 0] and batch.spin.tolist() == [2, 1]
+    assert batch.pbc.tolist() == [[False] * 3, [True] * 3]
+    assert batch.positions.dtype == batch.cell.dtype == torch.float32
+    assert batch.charge.dtype == batch.spin.dtype == batch.atomic_numbers.dtype == torch.int64
+    np.testing.assert_allclose(batch.cell[1], salt.cell.array, rtol=1e-6)
+    np.testing.assert_allclose(batch.positions[3:], salt.positions, rtol=1e-6)
+    centred = water.positions - water.positions.mean(0)
+    np.testing.assert_allclose(batch.positions[:3], centred, atol=1e-6)
+
+
+def test_far_from_the_origin_nothing_is_lost() -> None:
+    near, far = state(molecule("CH4")), state(molecule("CH4"))
+    far.positions += 1e5
+    a, b = structures_from_atoms(near).positions, structures_from_atoms(far).positions
+    assert (a - b).abs().max() < 1e-6
+
+
+def test_atoms_are_left_as_they_are() -> None:
+    atoms = state(bulk("MgO", "rocksalt", a=4.2))
+    positions, cell = atoms.positions.copy(), atoms.cell.array.copy()
+    batch = structures_from_atoms(atoms, torch.float64)
+    batch.positions.add_(1)
+    batch.cell.add_(1)
+    np.testing.assert_array_equal(atoms.positions, positions)
+    np.testing.assert_array_equal(atoms.cell.array, cell)
+
+
+def test_to_casts_positions_and_cell_alone() -> None:
+    batch = structures_from_atoms(state(molecule("H2O")), torch.float64)
+    cast = batch.to(dtype=torch.float32)
+    assert cast.positions.dtype == cast.cell.dtype == torch.float32
+    assert cast.charge.dtype == torch.int64 and cast.pbc.dtype == torch.bool
+    assert batch.to("cpu").positions.dtype == torch.float64
+
+
+def test_a_periodic_cell_is_completed() -> None:
+    """The missing lattice vectors of a wire stand across it, so that the cell can be inverted."""
+    wire = state(Atoms("He", cell=[(3.0, 0, 0), (0, 0, 0), (0, 0, 0)], pbc=(True, False, False)))
+    cell = structures_from_atoms(wire, torch.float64).cell[0]
+    assert torch.equal(cell[0], torch.tensor([3.0, 0, 0]).double())
+    assert torch.linalg.det(cell).abs() == pytest.approx(3.0)
+
+
+# --- charge and multiplicity ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "info", "expected"),
+    [
+        ("H2O", {}, (0, 1)),
+        ("OH", {}, (0, 2)),
+        ("OH", {"charge": -1}, (-1, 1)),
+        ("H2O", {"charge": 1}, (1, 2)),
+        ("O2", {"spin": 3}, (0, 3)),
+        ("O2", {"charge": 0, "spin": 1}, (0, 1)),
+        ("O2", {"charge": 0, "spin": 0}, (0, 0)),  # 0 says: not given
+        ("H2O", {"charge": np.int64(2), "spin": 3.0}, (2, 3)),
+        ("H2O", {"charge": np.array(1), "spin": "2"}, (1, 2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no atoms.info")
+def test_charge_and_lowest_multiplicity(name: str, info: dict, expected: tuple) -> None:
+    atoms = molecule(name)
+    atoms.info = info
+    found = charge_and_spin(atoms)
+    assert found == expected
+    assert all(type(number) is int for number in found)
+
+
+def test_defaults_are_said_once(unwarned: None) -> None:
+    radical = molecule("OH")
+    with pytest.warns(UserWarning, match="taking charge 0 and the lowest multiplicity") as said:
+        structures_from_atoms([radical, molecule("H2O")])
+    assert len(said) == 1
+    assert "charge +0, multiplicity 2" in str(said[0].message)
+    assert 'atoms.info["charge"]' in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        structures_from_atoms(molecule("NH3"))
+
+
+def test_nothing_is_said_when_nothing_is_assumed(unwarned: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        structures_from_atoms(state(molecule("OH"), spin=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "charge", "spin", "message"),
+    [
+        ("H2O", 0, 2, r'structure 0 \(H2O\).*"spin"\] = 2 .*10 electrons \(charge \+0\).*is 1'),
+        ("H2O", 1, 1, r"9 electrons \(charge \+1\) do not allow it; the lowest they allow is 2"),
+        ("H2", 0, 5, "2 electrons"),  # of the right parity, but more unpaired than there are
+        ("CH4", 0, -1, r"multiplicity -1 is outside 1 \.\. 100"),
+        ("CH4", 0, 101, r"multiplicity 101 is outside"),
+        ("H2", 3, 1, r"charge \+3 leaves fewer than no electrons"),
+        ("CH4", -101, 2, "charge -101 is outside ±100"),
+        ("CH4", 0.5, 1, r'"charge"\] = 0.5 is not a whole number'),
+        ("CH4", 0, 1.5, r'"spin"\] = 1.5 is not a whole number'),
+        ("CH4", "plus", 1, "'plus' is not a whole number"),
+        ("CH4", None, 1, "None is not a whole number"),
+        ("CH4", float("nan"), 1, "nan is not a whole number"),
+        ("CH4", float("inf"), 1, "inf is not a whole number"),
+    ],
+)
+def test_impossible_charge_or_multiplicity(
+    name: str, charge: object, spin: object, message: str
+) -> None:
+    with pytest.raises(StructureError, match=message):
+        structures_from_atoms(state(molecule(name), charge, spin))
+
+
+def test_the_proton_has_no_electron() -> None:
+    batch = structures_from_atoms(state(Atoms("H"), charge=1, spin=1))
+    assert batch.charge.tolist() == [1]
+
+
+# --- geometry -----------------------------------------------------------------------------------
+
+
+def misplaced(value: float, index: int) -> Atoms:
+    atoms = state(molecule("CH4"))
+    atoms.positions[index, 1] = value
+    return atoms
+
+
+def periodic(cell: object, pbc: object = True) -> Atoms:
+    return state(Atoms("He2", [(0, 0, 0), (1, 1, 1)], cell=cell, pbc=pbc))
+
+
+@pytest.mark.parametrize(
+    ("atoms", "message"),
+    [
+        (Atoms(), "structure 0.*has no atoms"),
+        (state(Atoms("X")), "(X|0) is outside this model's table of elements, H to Es"),
+        (state(Atoms("Fm")), "Fm is outside this model's table of elements, H to Es"),
+        (misplaced(float("nan"), 2), r"CH4.*positions of atoms \[2\] are not finite"),
+        (misplaced(float("inf"), 0), r"positions of atoms \[0\] are not finite"),
+        (periodic(None), "periodic along a lattice vector that is zero or flat"),
+        (periodic([4.0, 4.0, 0.0]), "periodic along a lattice vector that is zero or flat"),
+        (periodic([(4, 0, 0), (0, 4, 0), (4, 4, 0)]), "zero or flat"),
+        (periodic([0.0, 4.0, 4.0], (True, False, False)), "zero or flat"),
+        (periodic([4.0, 4.0, float("nan")]), "the cell is not finite"),
+    ],
+)
+def test_impossible_geometry(atoms: Atoms, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        structures_from_atoms(atoms)
+
+
+def test_a_wire_needs_its_own_lattice_vector_alone() -> None:
+    assert len(structures_from_atoms(periodic([4.0, 0.0, 0.0], (True, False, False)))) == 1
+
+
+def test_the_table_of_elements_is_the_models() -> None:
+    fluoride = state(molecule("HF"))
+    assert len(structures_from_atoms(fluoride, max_num_elements=10)) == 1
+    with pytest.raises(StructureError, match="F is outside this model's table.*H to O"):
+        structures_from_atoms(fluoride, max_num_elements=9)
+
+
+def test_the_message_names_the_structure_of_a_batch() -> None:
+    batch = [state(molecule("H2O")), state(molecule("CH4")), misplaced(float("nan"), 1)]
+    with pytest.raises(StructureError, match=r"structure 2 \(CH4\)"):
+        structures_from_atoms(batch)
+
+
+def test_no_structures_and_no_atoms_objects() -> None:
+    with pytest.raises(StructureError, match="no structures: give one ase.Atoms"):
+        structures_from_atoms([])
+    with pytest.raises(TypeError, match="structure 1 is a str"):
+        structures_from_atoms([state(molecule("H2O")), "CH4"])
+
+
+def test_structure_errors_are_value_errors() -> None:
+    assert issubclass(StructureError, ValueError)
+
+
+@pytest.mark.parametrize("case", ["dense", "cell list", "through the boundary"])
+def test_two_atoms_on_one_spot(case: str, small_config: AllScAIPConfig) -> None:
+    """Found with the neighbours, in each of the two searches, and across a periodic boundary."""
+    if case == "through the boundary":
+        atoms = Atoms("He3", [(0.1, 1, 1), (2, 2, 2), (4.1, 1, 5)], cell=[4, 4, 4], pbc=True)
+    else:
+        points = np.stack(np.meshgrid(*[np.arange(8.0)] * 3), -1).reshape(-1, 3)[:450]
+        points = points[: 30 if case == "dense" else 450]
+        atoms = Atoms("He3", np.vstack([[points[7]], points[:1], [points[7]]]))
+        atoms += Atoms("He" * (len(points) - 8), points[8:])
+    batch = structures_from_atoms(state(atoms))
+    with pytest.raises(StructureError, match="atoms 0 and 2 stand on one spot: move one"):
+        build_graph(batch, small_config)
