@@ -30,10 +30,7 @@ from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, s
 
 
 class Prediction(NamedTuple):
-    """energy (B,) eV in float64; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, or None.
-
-    The stress of a system without periodicity is zero.
-    """
+    """energy (B,) eV, float64; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³ (0 of molecules) or None."""
 
     energy: Tensor
     forces: Tensor
@@ -338,9 +335,8 @@ class AllScAIP(nn.Module):
         forces = -gradients[0] * self.force_scale.to(self.dtype)
         stress = None
         if with_stress:
-            volume = torch.linalg.det(structures.cell).abs()  # (B,)
-            # a molecule in the batch has no volume: zero stress, where 0/0 would spoil gradients
-            volume = volume.masked_fill(~structures.pbc.any(1), torch.inf)
+            volume = torch.linalg.det(structures.cell).abs()  # (B,), of a molecule as if infinite:
+            volume = volume.masked_fill(~structures.pbc.any(1), torch.inf)  # 0/0 spoils gradients
             stress = gradients[1] * self.energy_scale.to(self.dtype) / volume[:, None, None]
         return Prediction(energy if create_graph else energy.detach(), forces, stress)
 

@@ -33,7 +33,9 @@ def test_the_same_cluster_every_time() -> None:
     np.testing.assert_array_equal(first.positions, second.positions)
 
 
-def test_bench_alone_writes_rows_and_the_machine(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_bench_alone_writes_rows_and_the_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     rows = tmp_path / "rows.json"
     assert cli.main(["bench", "--alone", "--atoms", "6", "--rounds", "2", "--json", str(rows)]) == 0
     written = json.loads(rows.read_text())
