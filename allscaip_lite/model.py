@@ -30,7 +30,7 @@ from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, s
 
 
 class Prediction(NamedTuple):
-    """energy (B,) eV, float64; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³ (0 of molecules) or None."""
+    """energy (B,) eV, float64; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, 0 of molecules."""
 
     energy: Tensor
     forces: Tensor
