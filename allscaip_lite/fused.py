@@ -7,6 +7,8 @@ nothing is copied and little is kept. `linear` is the exception: it serves every
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,6 +132,19 @@ class FusedNeighborhoodAttention(torch.autograd.Function):
             dq.mul_(head_size**-0.5)
         d_qkv = d_table.view(n * num_slots, -1).index_select(0, layout.slot)
         return d_qkv, d_log_weight, d_legendre, None, None, None
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it the weights of `module` ask for no gradients, which nobody would read."""
+    asking = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in asking:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)
 
 
 def _products(q: Tensor, k: Tensor, group: slice) -> Tensor:

@@ -405,7 +405,7 @@ class AllScAIP(nn.Module):
         batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         limit = self.config.max_num_elements
         structures = structures_from_atoms(batch, torch.float64, max_num_elements=limit)
-        with torch.no_grad():  # a conservative model switches gradients on for itself
+        with torch.no_grad(), fused.frozen(self):  # gradients are switched on for forces alone
             energy, forces, stress = self(structures, create_graph=False)
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())

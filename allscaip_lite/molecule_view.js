@@ -168,7 +168,8 @@ function attentionView(root, data) {
       chosen.reduce((sum, head) => sum + of(head)[j], 0) / chosen.length / 65535);
   }
 
-  const most = values => Math.max(1e-9, ...values);
+  const most = values => // of what comes from others, so that a large own share hides no link
+    Math.max(1e-9, ...values.filter((_, j) => j !== state.query));
   const view = moleculeView(part("canvas"), scene, {
     links: () => {
       const values = row(), top = most(values);
@@ -178,7 +179,7 @@ function attentionView(root, data) {
     },
     marked: () => {
       const values = row();
-      return {atom: state.query, width: 1 + 6 * values[state.query] / most(values)};
+      return {atom: state.query, width: 1 + 6 * Math.min(1, values[state.query] / most(values))};
     },
     picked: atom => show({query: atom}),
     hovered: atom => { hover = atom; tell(); },

@@ -155,8 +155,8 @@ def show_attention(
     """The node attention of one atom, on the molecule, to be turned and clicked.
 
     Links run from the query atom to those it takes from; width and opacity follow the weight, the
-    widest being the largest. The ring around the query is what it takes from itself. `head` None
-    is the mean over heads. `size` in pixels. Raises what `attention_maps` and `node_weights` raise,
+    widest being the largest. The ring around the query is what it takes from itself, on the same
+    scale up to the widest link. `head` None is the mean over heads. `size` in pixels. Raises what `attention_maps` and `node_weights` raise,
     `IndexError` for a query that is no atom, `ValueError` for maps of another structure.
     """
     maps = model_or_maps
@@ -264,7 +264,8 @@ def plot_molecule(
     above = 3 * len(atoms) + 3
     if links is not None:
         query, weights = links[0], np.asarray(links[1])
-        strength = weights / weights.max()
+        largest = np.delete(weights, query).max(initial=1e-9)  # a large own share hides no link
+        strength = (weights / largest).clip(max=1)
         for j in np.flatnonzero(strength > 0.02):
             if j == query:
                 look = {"edgecolor": LINK_COLOR, "linewidth": 1 + 3 * strength[j]}

@@ -139,11 +139,17 @@ def assert_is_dense(graph: Graph, atoms: Atoms, config: AllScAIPConfig) -> None:
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize("k", [5, 12, 40])
+@pytest.mark.parametrize(("k", "cutoff"), [(5, 6.0), (12, 6.0), (40, 6.0), (7, 2.5)])
 def test_molecule_is_the_dense_graph(
-    make_graph: GraphMaker, small_config: AllScAIPConfig, cluster: Atoms, ranking: str, k: int
+    make_graph: GraphMaker,
+    small_config: AllScAIPConfig,
+    cluster: Atoms,
+    ranking: str,
+    k: int,
+    cutoff: float,
 ) -> None:
-    changes = {"k": k, **RANKINGS[ranking]}
+    """Ranks decide, or the cutoff, or both; atoms beyond the cutoff count for ranks inside it."""
+    changes = {"k": k, "cutoff": cutoff, **RANKINGS[ranking]}
     assert_is_dense(make_graph(cluster, **changes), cluster, small_config.replace(**changes))
 
 

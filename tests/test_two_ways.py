@@ -14,7 +14,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from allscaip_lite import AllScAIP
+from allscaip_lite import AllScAIP, AllScAIPConfig
 from allscaip_lite.slots import AttentionRecord
 from allscaip_lite.structures import structures_from_atoms
 
@@ -145,3 +145,13 @@ def test_frozen_weights_answer_the_same(make_model: ModelMaker, cluster: Atoms) 
     left, right = trained.predict(cluster)[0], frozen.predict(cluster)[0]
     assert left.energy == pytest.approx(right.energy, abs=1e-4)
     np.testing.assert_allclose(left.forces, right.forces, rtol=0, atol=1e-4)
+
+
+def test_predicting_leaves_no_trace_on_the_weights() -> None:
+    torch.manual_seed(0)
+    model = AllScAIP(AllScAIPConfig(num_layers=1))
+    model.input.edge.weight.requires_grad_(False)
+    asking = [weight.requires_grad for weight in model.parameters()]
+    model.predict(molecule("CH4"))
+    assert [weight.requires_grad for weight in model.parameters()] == asking
+    assert all(weight.grad is None for weight in model.parameters())
