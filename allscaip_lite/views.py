@@ -156,8 +156,9 @@ def show_attention(
 
     Links run from the query atom to those it takes from; width and opacity follow the weight, the
     widest being the largest. The ring around the query is what it takes from itself, on the same
-    scale up to the widest link. `head` None is the mean over heads. `size` in pixels. Raises what `attention_maps` and `node_weights` raise,
-    `IndexError` for a query that is no atom, `ValueError` for maps of another structure.
+    scale up to the widest link. `head` None is the mean over heads. `size` in pixels. Raises what
+    `attention_maps` and `node_weights` raise, `IndexError` for a query that is no atom,
+    `ValueError` for maps of another structure.
     """
     maps = model_or_maps
     if not isinstance(maps, AttentionMaps):
