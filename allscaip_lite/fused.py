@@ -153,9 +153,9 @@ def _products(q: Tensor, k: Tensor, group: slice) -> Tensor:
 
 
 def _chunks(weights: Tensor) -> list[tuple[int, slice]]:
-    """Heads and runs of atoms whose weights (c, K, K) fill 128 kB on a CPU."""
+    """Heads and runs of atoms whose weights (c, K, K) fill 256 kB on a CPU."""
     num_heads, n, num_slots, _ = weights.shape
-    size = max(1, 2**15 // num_slots**2) if weights.device.type == "cpu" else n
+    size = max(1, 2**16 // num_slots**2) if weights.device.type == "cpu" else n
     runs = [slice(start, min(start + size, n)) for start in range(0, n, size)]
     return [(head, rows) for head in range(num_heads) for rows in runs]
 
