@@ -1,14 +1,16 @@
 """`allscaip-lite bench`: time and memory of the model, beside fairchem's calculator.
 
-In: sizes of water clusters, a preset or the small benchmark model, a device. Out: a table. Both
-sides read the same official-format file with random weights. Each has a process of its own, so
-that peak memory is its own, and they take turns, so that a noisy machine disturbs both alike.
+In: sizes of water clusters, a preset or the small benchmark model, a device. Out: a table. All
+sides read the same official-format file with random weights. Each has a process of its own for
+each size, so that peak memory is its own, and they take turns, so that a noisy machine disturbs
+all alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -19,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ import torch
 from ase import Atoms
 from scipy.spatial.transform import Rotation
 
+from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoint import load_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.model import AllScAIP
@@ -34,7 +39,8 @@ from allscaip_lite.official import save_official
 
 WATERS_PER_CUBIC_ANGSTROM = 0.0334  # 0.997 g/cm³
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
-SIDES = ("allscaip-lite", "fairchem")
+OURS, COMPILED, THEIRS = SIDES = ("allscaip-lite", "compiled", "fairchem")
+WARM_UP = 2  # calls before timing; a compiled model may compile again at the second geometry
 
 
 def water_cluster(molecules: int, seed: int = 0) -> Atoms:
@@ -81,129 +87,218 @@ def random_model(config: AllScAIPConfig, seed: int = 0) -> AllScAIP:
 
 
 def calculator(side: str, checkpoint: str, device: str) -> Any:
-    if side == "fairchem":
+    """The ASE calculator that is measured as `side`."""
+    if side == THEIRS:
         from fairchem.core import FAIRChemCalculator
         from fairchem.core.units.mlip_unit import load_predict_unit
 
         unit = load_predict_unit(checkpoint, device=device)
         return FAIRChemCalculator(unit, task_name="omol")
-    from allscaip_lite.calculator import AllScAIPCalculator
+    options = {"compile": True} if side == COMPILED else {}
+    return AllScAIPCalculator(load_model(checkpoint), device=device, **options)
 
-    return AllScAIPCalculator(load_model(checkpoint), device=device)
+
+def peak_memory(device: str) -> float:
+    """GiB: the most this process held in memory, or on a GPU the most PyTorch allocated."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not ru_maxrss: on Linux that starts at the peak of the process that started this one
+        (line,) = [s for s in status.read_text().splitlines() if s.startswith("VmHWM")]
+        return int(line.split()[1]) / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def serve(side: str, checkpoint: str, molecules: int, device: str, threads: int) -> None:
     """The measured process: one timed call for each line it reads, a JSON line for each."""
+    answers = os.fdopen(os.dup(1), "w")  # libraries may print to standard output
+    os.dup2(2, 1)
     torch.set_num_threads(threads)
     cluster = water_cluster(molecules)
     start = cluster.positions.copy()
     cluster.calc = calculator(side, checkpoint, device)
-    random = np.random.default_rng(1)
-    answers = os.fdopen(os.dup(1), "w")  # libraries may print to standard output
-    os.dup2(2, 1)
-    for line in sys.stdin:
+    loaded = peak_memory(device)
+    random = np.random.default_rng(1)  # the same positions on all sides
+    for _ in sys.stdin:
         # every call sees new positions, so nothing is cached and neighbours are searched again
-        moved = 0.0 if line.strip() == "check" else random.normal(scale=1e-3, size=start.shape)
-        cluster.positions = start + moved
+        cluster.positions = start + random.normal(scale=1e-3, size=start.shape)
         begin = time.perf_counter()
         forces = cluster.get_forces()
         energy = cluster.get_potential_energy()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
-        if device == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        answer = {"seconds": seconds, "memory": peak}
-        if line.strip() == "check":
-            answer |= {"energy": float(energy), "forces": forces.tolist()}
+        answer = {"seconds": seconds, "memory": peak_memory(device), "loaded": loaded}
+        answer |= {"energy": float(energy), "forces": forces.tolist()}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 class Side:
-    """One measured process, asked for one call at a time."""
+    """One measured process, asked for one call at a time.
+
+    `ask` raises `RuntimeError` with the last line the process wrote, if it has ended.
+    """
 
     def __init__(self, side: str, checkpoint: Path, molecules: int, args: argparse.Namespace):
         command = [sys.executable, "-m", "allscaip_lite.benchmark", "--serve", side]
         command += ["--checkpoint", str(checkpoint), "--atoms", str(3 * molecules)]
         command += ["--device", args.device, "--threads", str(args.threads)]
-        threads = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
+        environment = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        if side == COMPILED:  # an empty cache, so that start-up time is that of a first start
+            cache = tempfile.mkdtemp(prefix="compiled-", dir=checkpoint.parent)
+            environment["TORCHINDUCTOR_CACHE_DIR"] = cache
+        # a file, for a pipe that nobody reads would fill and block
+        self.printed = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not args.verbose else None,
+            stderr=None if args.verbose else self.printed,
             text=True,
-            env={**os.environ, **threads},
+            env={**os.environ, **environment},
         )
 
-    def ask(self, what: str) -> dict[str, Any]:
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+    def ask(self) -> dict[str, Any]:
+        """Seconds, GiB, energy in eV and forces (N, 3) in eV/Å of one call."""
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
-            error = (self.process.communicate()[1] or "").strip().splitlines()[-1:]
-            raise RuntimeError(f"a measured process ended: {' '.join(error)} (see --verbose)")
+            status = self.process.wait()
+            self.printed.seek(0)
+            lines = self.printed.read().strip().splitlines() or [f"exit status {status}"]
+            raise RuntimeError(lines[-1])
         return json.loads(line)
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.printed.close()
 
 
 def measure(molecules: int, sides: list[str], checkpoint: Path, args: argparse.Namespace) -> dict:
-    """One row of the table: seconds (median of the rounds), GiB, differences."""
-    row: dict[str, Any] = {"atoms": 3 * molecules}
+    """One row of the table: seconds (median of the rounds), GiB, ratios, largest differences.
+
+    A side that fails, for lack of memory say, leaves its columns out and its reason in `failed`.
+    """
     running: dict[str, Side] = {}
+    calls: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    failed: dict[str, str] = {}
+
+    def ask(side: str) -> None:
+        if side not in failed:
+            try:
+                calls[side].append(running[side].ask())
+            except RuntimeError as error:
+                failed[side] = str(error)
+
     try:
-        checks = {}
-        for side in sides:
+        for side in sides:  # one after the other: start-up of one must not disturb another's
             running[side] = Side(side, checkpoint, molecules, args)
-            checks[side] = running[side].ask("check")  # the first call also warms up
-        times: dict[str, list[float]] = {side: [] for side in sides}
+            for _ in range(WARM_UP):
+                ask(side)
         for _ in range(args.rounds):
             for side in sides:
-                answer = running[side].ask("time")
-                times[side].append(answer["seconds"])
-                row[f"{side} GiB"] = answer["memory"]
-        for side in sides:
-            row[f"{side} s"] = statistics.median(times[side])
-            row[f"{side} spread s"] = max(times[side]) - min(times[side])
+                ask(side)
     finally:
         for process in running.values():
             process.close()
-    if len(sides) == 2:
-        ours, theirs = (checks[side] for side in SIDES)
-        ratios = [b / a for a, b in zip(times[SIDES[0]], times[SIDES[1]], strict=True)]
-        row["speed ratio"] = statistics.median(ratios)
-        row["memory ratio"] = row["allscaip-lite GiB"] / row["fairchem GiB"]
-        row["energy difference eV/atom"] = abs(ours["energy"] - theirs["energy"]) / (3 * molecules)
-        forces = np.array(theirs["forces"])
-        difference = np.abs(np.array(ours["forces"]) - forces).max()
-        row["force difference / largest force"] = difference / np.abs(forces).max()
+    row = {"atoms": 3 * molecules, **compare({s: calls[s] for s in sides if s not in failed})}
+    return row | {"failed": failed} if failed else row
+
+
+def compare(calls: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The numbers of a row from the answers of each side, warm-up first."""
+    row: dict[str, Any] = {}
+    times = {side: [c["seconds"] for c in calls[side][WARM_UP:]] for side in calls}
+    for side, answers in calls.items():
+        row[f"{side} s"] = statistics.median(times[side])
+        row[f"{side} spread s"] = max(times[side]) - min(times[side])
+        row[f"{side} GiB"] = answers[-1]["memory"]
+        row[f"{side} GiB before the first call"] = answers[0]["loaded"]
+    if COMPILED in calls:
+        row["compiled start s"] = sum(call["seconds"] for call in calls[COMPILED][:WARM_UP])
+    if THEIRS in calls:
+        for side, prefix in ((OURS, ""), (COMPILED, "compiled ")):
+            if side in calls:
+                ratios = [b / a for a, b in zip(times[side], times[THEIRS], strict=True)]
+                row[f"{prefix}speed ratio"] = statistics.median(ratios)
+                row[f"{prefix}memory ratio"] = row[f"{side} GiB"] / row[f"{THEIRS} GiB"]
+    if len(calls) > 1:
+        *sides, reference = calls  # fairchem is last, if it is there; else compiled against eager
+        energies, forces = [], []
+        for side in sides:
+            for ours, theirs in zip(calls[side], calls[reference], strict=True):
+                expected = np.array(theirs["forces"])  # (N, 3)
+                difference = np.abs(np.array(ours["forces"]) - expected).max()
+                forces.append(difference / np.abs(expected).max())
+                energies.append(abs(ours["energy"] - theirs["energy"]) / len(expected))
+        row["energy difference eV/atom"] = max(energies)
+        row["force difference / largest force"] = max(forces)
     return row
 
 
 COLUMNS = {
     "atoms": "{:d}",
     "allscaip-lite s": "{:.3f}",
+    "compiled s": "{:.3f}",
     "fairchem s": "{:.3f}",
     "speed ratio": "{:.1f}",
+    "compiled speed ratio": "{:.1f}",
+    "compiled start s": "{:.0f}",
     "allscaip-lite GiB": "{:.2f}",
+    "compiled GiB": "{:.2f}",
     "fairchem GiB": "{:.2f}",
     "memory ratio": "{:.2f}",
+    "compiled memory ratio": "{:.2f}",
     "energy difference eV/atom": "{:.0e}",
     "force difference / largest force": "{:.0e}",
 }
 
 
-def table(rows: list[dict]) -> str:
-    """A markdown table of the rows that `measure` makes."""
-    columns = [name for name in COLUMNS if name in rows[0]]
+def columns_of(sides: list[str]) -> list[str]:
+    """The columns that a run with these sides can fill."""
+    names = []
+    for name in COLUMNS:
+        measured = any(name.startswith(side) for side in sides)
+        compared = ("ratio" in name and THEIRS in sides) or ("difference" in name and sides[1:])
+        if name.startswith(COMPILED) and COMPILED not in sides:
+            continue
+        if name == "atoms" or compared or (measured and "ratio" not in name):
+            names.append(name)
+    return names
+
+
+def table(rows: list[dict], columns: list[str]) -> str:
+    """A markdown table of the rows that `measure` makes; a side that failed leaves dashes."""
+
+    def cell(row: dict, name: str) -> str:
+        if name not in row:
+            return "–"
+        shown = COLUMNS[name].format(row[name])
+        spread = row.get(name.removesuffix(" s") + " spread s") if name.endswith(" s") else None
+        return shown if spread is None else f"{shown} ± {spread / 2:.3f}"
+
     lines = ["| " + " | ".join(columns) + " |", "|" + "---:|" * len(columns)]
     for row in rows:
-        lines.append("| " + " | ".join(COLUMNS[c].format(row[c]) for c in columns) + " |")
+        lines.append("| " + " | ".join(cell(row, name) for name in columns) + " |")
     return "\n".join(lines)
+
+
+def exponents(rows: list[dict], sides: list[str]) -> dict[str, float]:
+    """p of time ~ atoms^p for each side, between its two largest sizes."""
+    found = {}
+    for side in sides:
+        times = {row["atoms"]: row[f"{side} s"] for row in rows if f"{side} s" in row}
+        if len(times) > 1:
+            small, large = sorted(times)[-2:]
+            found[side] = math.log(times[large] / times[small]) / math.log(large / small)
+    return found
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -213,24 +308,110 @@ def machine(args: argparse.Namespace) -> str:
     if information.exists():
         names = [s for s in information.read_text().splitlines() if s.startswith("model name")]
         processor = names[0].split(":", 1)[1].strip() if names else processor
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} thread(s)"
-    return f"{processor}, {device}, Python {platform.python_version()}, torch {torch.__version__}"
+    parts = [processor, f"{args.threads} thread(s)"]
+    if args.device == "cuda":
+        parts.append(torch.cuda.get_device_name())
+    parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if args.sides[-1] == THEIRS:
+        parts.append(f"fairchem-core {metadata.version('fairchem-core')}")
+    return ", ".join(parts)
+
+
+def notes(rows: list[dict], args: argparse.Namespace) -> str:
+    """What a reader of the table must know: the machine, what was measured, how it grows."""
+    model = f"preset {args.preset}" if args.preset else "hidden 128, 4 blocks, 4 heads"
+    memory = "PyTorch's allocations on the GPU" if args.device == "cuda" else "the whole process"
+    described = (
+        f"Water clusters, {model}, conservative forces. Seconds for energy and forces: the median "
+        f"of {args.rounds} calls ± half their range. Memory: the peak of {memory}."
+    )
+    if COMPILED in args.sides:
+        described += f" Compiled start: the first {WARM_UP} calls, with an empty cache."
+    lines = [machine(args), described]
+    lines += [f"{side}: time ~ atoms^{p:.2f}" for side, p in exponents(rows, args.sides).items()]
+    for row in rows:
+        for side, reason in row.get("failed", {}).items():
+            lines.append(f"{side} failed at {row['atoms']} atoms: {reason}")
+    return "\n\n".join(lines)
+
+
+def write(rows: list[dict], args: argparse.Namespace) -> None:
+    """The rows so far, as `--json` and `--markdown` ask."""
+    if args.json:
+        content = {"machine": machine(args), "exponents": exponents(rows, args.sides), "rows": rows}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(f"{table(rows, columns_of(args.sides))}\n\n{notes(rows, args)}\n")
+
+
+# What an operator does, by a part of its name; the first that fits. The rest is elementwise.
+KINDS = {
+    "neighbour search": ("vesin", "sort", "topk", "cdist", "nonzero"),
+    "attention kernels": ("scaled_dot_product", "flash_attention", "efficient_attention"),
+    "matrix products": ("::mm", "::bmm", "addmm", "addbmm", "baddbmm", "::mv", "linear"),
+    "gathers, scatters": ("index", "gather", "scatter", "embedding", "::take"),
+    "copies, fills": ("copy_", "::cat", "zero_", "fill_", "::empty", "::clone", "resize_"),
+    "norms, softmax": ("norm", "softmax"),
+    "Python of our own kernels": ("Fused", "Symmetrize"),
+    "sums": ("::sum", "::mean", "cumsum", "::max", "::amax"),
+}
+
+
+def kind_of(operator: str) -> str:
+    """The group of an operator such as `aten::addmm`."""
+    for kind, parts in KINDS.items():
+        if any(part in operator for part in parts):
+            return kind
+    return "elementwise, other"
 
 
 def profile(molecules: int, checkpoint: Path, args: argparse.Namespace) -> str:
-    """Where our time goes: operators by their own time, of one call."""
+    """Where our time goes in one call: kinds of operators, forward and backward, then the top 12.
+
+    Each operator counts with its own time, without that of the operators it calls. On a GPU it is
+    the time of its kernels.
+    """
     torch.set_num_threads(args.threads)
     cluster = water_cluster(molecules)
     model = load_model(checkpoint).to(args.device).requires_grad_(False)
-    model.predict(cluster)
+    for _ in range(WARM_UP):
+        model.predict(cluster)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
     if args.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-        key = "self_cuda_time_total"
     with torch.profiler.profile(activities=activities) as recorded:
         model.predict(cluster)
-    return recorded.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40)
+    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # forward, backward
+    operators: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    calls: dict[str, int] = defaultdict(int)
+    for event in recorded.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a GPU kernel; the operator that started it has its time
+        on_gpu = args.device == "cuda"
+        time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        ancestor, backward = event, False
+        while ancestor is not None and not backward:
+            backward = ancestor.name.startswith("autograd::engine::evaluate_function")
+            ancestor = ancestor.cpu_parent
+        calls[event.name] += 1
+        for name, sums in ((kind_of(event.name), kinds), (event.name, operators)):
+            sums[name][backward] += time_us / 1000
+    total = sum(map(sum, kinds.values()))
+
+    def lines(sums: dict[str, list[float]], limit: int) -> list[str]:
+        top = sorted(sums.items(), key=lambda item: -sum(item[1]))[:limit]
+        shown = [
+            f"{name[:40]:40s}{forward:10.1f}{backward:10.1f}{(forward + backward) / total:8.0%}"
+            for name, (forward, backward) in top
+        ]
+        counts = [f"{calls[name]:8d}" if name in calls else "" for name, _ in top]
+        return [line + count for line, count in zip(shown, counts, strict=True)]
+
+    title = (
+        f"{'one call, ' + str(3 * molecules) + ' atoms, ms':40s}{'forward':>10s}{'backward':>10s}"
+    )
+    title += f"{'share':>8s}{'calls':>8s}"
+    return "\n".join([title, *lines(kinds, len(kinds)), "", *lines(operators, 12)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,42 +420,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled model")
     parser.add_argument("--alone", action="store_true", help="without fairchem")
     parser.add_argument("--profile", action="store_true", help="also print where time goes")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="write the rows here, after each size")
+    parser.add_argument("--markdown", type=Path, help="write the table here, after each size")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
 
 
-def run(args: argparse.Namespace) -> None:
-    """`allscaip-lite bench`."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for what cannot be measured, before anything is."""
+    if min(args.atoms) < 3:
+        raise ValueError("--atoms: the smallest cluster is one water molecule, 3 atoms")
+    if args.rounds < 1 or args.threads < 1:
+        raise ValueError("--rounds and --threads must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU here")
-    sides = list(SIDES)
-    if args.alone or importlib.util.find_spec("fairchem") is None:
-        sides = sides[:1]
-        if not args.alone:
-            print("fairchem is not installed: pip install 'allscaip-lite[parity]' to compare")
+    # ASE's calculators swallow unknown options, and eager times would pass for compiled ones
+    if args.compile and "compile" not in inspect.signature(AllScAIPCalculator).parameters:
+        raise ValueError("--compile: AllScAIPCalculator cannot compile models yet; leave it out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite bench`; 1 if a measurement of this package's own failed."""
+    check_arguments(args)
+    args.sides = [OURS, COMPILED] if args.compile else [OURS]
+    if not args.alone and importlib.util.find_spec("fairchem") is None:
+        print("fairchem is skipped, it is not installed: pip install 'allscaip-lite[parity]'")
+    elif not args.alone:
+        args.sides.append(THEIRS)
     print(machine(args), flush=True)
-    rows = []
+    rows: list[dict] = []
+    molecules = list(dict.fromkeys(round(atoms / 3) for atoms in args.atoms))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "benchmark.pt"
         config = PRESETS[args.preset] if args.preset else BENCHMARK
         save_official(random_model(config.replace(max_num_elements=100, stress=False)), checkpoint)
-        for atoms in args.atoms:
-            rows.append(measure(max(1, round(atoms / 3)), sides, checkpoint, args))
-            shown = table(rows).splitlines()
+        for count in molecules:
+            rows.append(measure(count, args.sides, checkpoint, args))
+            shown = table(rows, columns_of(args.sides)).splitlines()
             print("\n".join(shown if len(rows) == 1 else shown[-1:]), flush=True)
+            write(rows, args)
+        print("\n" + notes(rows, args).split("\n\n", 1)[1])
         if args.profile:
-            print(profile(max(1, round(args.atoms[-1] / 3)), checkpoint, args))
-    if len(rows) > 1:
-        sizes, seconds = ([row[key] for row in rows[-2:]] for key in ("atoms", f"{sides[0]} s"))
-        exponent = math.log(seconds[1] / seconds[0]) / math.log(sizes[1] / sizes[0])
-        print(f"time grows as atoms^{exponent:.2f} between the last two sizes")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args), "rows": rows}, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(f"{table(rows)}\n\n{machine(args)}\n")
+            print("\n" + profile(molecules[-1], checkpoint, args))
+    return int(any(side != THEIRS for row in rows for side in row.get("failed", {})))
 
 
 if __name__ == "__main__":
@@ -285,8 +475,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.serve:
         molecules = arguments.atoms[0] // 3
-        serve(
-            arguments.serve, arguments.checkpoint, molecules, arguments.device, arguments.threads
-        )
+        serve(arguments.serve, arguments.checkpoint, molecules, arguments.device, arguments.threads)
     else:
-        run(arguments)
+        sys.exit(run(arguments))

@@ -94,15 +94,15 @@ def slot_legendre(graph: Graph, degree: int) -> Tensor:
     return torch.stack([p * both for p in legendre_polynomials(cosine, degree)[1:]])
 
 
-def bond_orientational_order(legendre: Tensor, counts: Tensor, degree: int) -> Tensor:
+def bond_orientational_order(legendre: Tensor, weights: Tensor, degree: int) -> Tensor:
     """(N, degree+1): Steinhardt's q_l of each atom, from its row's Legendre matrices.
 
     By the addition theorem Σ_m (mean_e Y_lm/√(2l+1))² is the mean of P_l(cos θ) over all pairs of
-    edges of the row, so no harmonics are needed. The mean counts the self-edge, and the square is
-    held above 1e-6, as in the reference.
+    edges of the row, so no harmonics are needed. weights (N, K) weigh the mean: the reference's
+    are 1 for every edge, the self-edge too. The square is held above 1e-6, as in the reference.
     """
-    squared = legendre[:degree].sum((2, 3)).T / counts.unsqueeze(1) ** 2  # (N, degree)
-    order = squared.clamp(min=1e-6).sqrt()
+    pairs = (weights.unsqueeze(1) @ legendre[:degree] @ weights.unsqueeze(2)).flatten(1)  # (l, N)
+    order = (pairs.T / weights.sum(1, keepdim=True) ** 2).clamp(min=1e-6).sqrt()
     return torch.cat([torch.ones_like(order[:, :1]), order], dim=1)
 
 

@@ -99,7 +99,9 @@ class Input(nn.Module):
         """→ (M, H) states of atoms and edges."""
         config, act = self.config, ACTIVATIONS[self.config.activation]
         degree = config.bond_order_degree
-        order = encodings.bond_orientational_order(legendre, graph.counts, degree)  # (N, 10)
+        smooth, log_weight = config.smooth_bond_order, graph.log_weight
+        weights = log_weight.exp() if smooth else log_weight.isfinite().to(log_weight.dtype)
+        order = encodings.bond_orientational_order(legendre, weights, degree)  # (N, 10)
         atoms = self.atom_embedding(structures.atomic_numbers)  # (N, H)
         nodes = torch.cat([atoms, act(self.bond_order(order))], dim=1)  # (N, 2H)
         nodes = act(self.node(self.norm(nodes)))  # (N, H)
@@ -409,13 +411,11 @@ class AllScAIP(nn.Module):
             energy, forces, stress = self(structures, create_graph=False)
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
-        results = []
-        for i, system in enumerate(batch):
-            has_volume = system.pbc.any() and system.cell.rank == 3
-            results.append(
-                Result(float(energy[i]), forces[i].numpy(), stress[i] if has_volume else None)
-            )
-        return results
+        full = [bool(system.pbc.any()) and system.cell.rank == 3 for system in batch]
+        return [
+            Result(float(energy[i]), forces[i].numpy(), stress[i] if full[i] else None)
+            for i in range(len(batch))
+        ]
 
 
 def _strained(structures: Structures, strain: Tensor) -> Structures:

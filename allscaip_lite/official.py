@@ -250,7 +250,15 @@ def config_from_official(backbone: Mapping[str, Any]) -> AllScAIPConfig:
 
 
 def config_to_official(config: AllScAIPConfig) -> dict[str, Any]:
-    """The official `model_config["backbone"]` of a configuration; inverse of the above."""
+    """The official `model_config["backbone"]` of a configuration; inverse of the above.
+
+    Raises `ValueError` for what the reference cannot do.
+    """
+    if config.smooth_bond_order:
+        raise ValueError(
+            "smooth_bond_order is this package's own, the reference would give other numbers: to "
+            "export a model, train it with smooth_bond_order=False"
+        )
     backbone = {
         "model": "fairchem.core.models.allscaip.AllScAIP.AllScAIPBackbone",
         "regress_forces": True,
@@ -442,7 +450,8 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
 
     `FAIRChemCalculator.from_model_checkpoint(path, task_name="omol")` loads the file and gives the
     same numbers; so do fairchem's multi-GPU inference and LAMMPS. Raises `ValueError` for the SiLU
-    distance basis, whose weights the official format has no place for.
+    distance basis, whose weights the official format has no place for, and for the smooth
+    bond-orientational order, which the reference does not know.
     """
     config = model.config
     if config.distance_basis == "silu":

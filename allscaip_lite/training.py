@@ -120,7 +120,7 @@ def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
     """The model as a stage trains it: same backbone, direct or conservative heads."""
     conservative = stage.name == "conservative"
     if model.config.conservative == conservative:
-        return model.requires_grad_(True)
+        return model
     changed = AllScAIP(model.config.replace(conservative=conservative)).to(model.device)
     changed.load_state_dict(model.state_dict(), strict=False)  # the force head comes or goes
     return changed
@@ -149,7 +149,12 @@ def train(
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.pt"
-    plan = {"stages": [asdict(s) for s in stages], "max_atoms": max_atoms, "seed": seed}
+    plan = {
+        "model": model.config.to_dict(),
+        "stages": [asdict(s) for s in stages],
+        "max_atoms": max_atoms,
+        "seed": seed,
+    }
     saved = None
     if state_file.exists():
         saved = torch.load(state_file, map_location="cpu", weights_only=True)
@@ -199,7 +204,9 @@ def train(
             fabric.global_rank,
             fabric.world_size,
         )
-        loader = DataLoader(batches, batch_size=None, num_workers=workers)
+        # a generator of its own: starting a loader draws a number, which would move the dropout
+        own = torch.Generator()
+        loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=own)
         started, losses = time.monotonic(), []
         for step, batch in enumerate(loader, start=first):
             batch = batch.to(fabric.device)
@@ -209,16 +216,18 @@ def train(
             value = loss(trained(batch.structures), batch, model, stage)
             optimizer.zero_grad()
             fabric.backward(value)
-            fabric.clip_gradients(trained, optimizer, max_norm=stage.clip)
-            optimizer.step()
-            average.update_parameters(model)
+            norm = fabric.clip_gradients(
+                trained, optimizer, max_norm=stage.clip, error_if_nonfinite=False
+            )
             losses.append(value.item())
             done = step + 1
-            if not math.isfinite(losses[-1]):
+            if not math.isfinite(losses[-1] + float(norm)):
                 raise TrainingError(
                     f"the loss is not finite at step {done}: lower the learning rate, and start "
                     f"again in a new folder (the last good state is {state_file})"
                 )
+            optimizer.step()
+            average.update_parameters(model)
             if done % validate_every == 0 or done == stage.steps:
                 errors = evaluate(average.module, validation_data)
                 report(fabric, folder, stage, done, losses, errors, started, first)
@@ -293,8 +302,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite train`."""
+    # nobody reads the edges of the last block, so its edge FFN never gets the gradient that
+    # several processes would wait for
+    several = args.devices != "1" or args.nodes > 1
     fabric = lightning_fabric.Fabric(
         accelerator=args.accelerator,
+        strategy="ddp_find_unused_parameters_true" if several else "auto",
         devices=int(args.devices) if args.devices.isdigit() else args.devices,
         num_nodes=args.nodes,
     )

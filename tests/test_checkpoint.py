@@ -231,7 +231,10 @@ def test_missing_file(tmp_path: Path) -> None:
 # --- official files ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [*VARIANTS.values(), *PRESETS.values()])
+EXPORTED = [c.replace(smooth_bond_order=False) for c in PRESETS.values()]
+
+
+@pytest.mark.parametrize("config", [*VARIANTS.values(), *EXPORTED])
 def test_configuration_there_and_back(config: AllScAIPConfig) -> None:
     options = config_to_official(config)
     assert config_from_official(options) == config
@@ -396,6 +399,12 @@ def test_ema_weights_are_taken(tmp_path: Path) -> None:
 def test_silu_basis_cannot_be_official(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SiLU"):
         save_official(random_model(TINY.replace(distance_basis="silu")), tmp_path / "m.pt")
+
+
+def test_smooth_bond_order_cannot_be_official(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train it with smooth_bond_order=False"):
+        save_official(random_model(TINY.replace(smooth_bond_order=True)), tmp_path / "m.pt")
+    assert not (tmp_path / "m.pt").exists()
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, torch.ones(2), [1, 2]])

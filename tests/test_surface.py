@@ -108,6 +108,15 @@ def test_edges_come_and_go_smoothly_but_for_the_bond_order(
     assert steps(hard, cluster, changes(cluster, edges_of(hard), 4.0)).max() > 1e-4
 
 
+def test_smooth_bond_order_leaves_no_step(make_model: ModelMaker, cluster: Atoms) -> None:
+    """With the whole model at work; the same weights make steps with the reference's order."""
+    smooth, plain = make_model(smooth_bond_order=True), make_model()
+    places = changes(cluster, edges_of(smooth), 4.0)
+    assert steps(smooth, cluster, places).max() < 1e-9
+    assert slope_errors(smooth, cluster, [low for low, _ in places]).max() < 2e-7
+    assert steps(plain, cluster, places).max() > 1e-4
+
+
 def test_forces_are_right_on_both_sides_of_every_entry(
     make_model: ModelMaker, cluster: Atoms
 ) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.lj import LennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
-from allscaip_lite.batches import Batches, collate
-from allscaip_lite.data import DataError, Dataset
+from allscaip_lite.batches import Batches, collate, in_order
+from allscaip_lite.config import PRESETS
+from allscaip_lite.data import DataError, Dataset, write_aselmdb
 from allscaip_lite.model import Prediction
 from allscaip_lite.training import (
+    Stage,
     TrainingError,
     conservative_stage,
     direct_stage,
@@ -26,7 +37,7 @@ from allscaip_lite.training import (
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "xtb"
 SMALL = AllScAIPConfig(
     hidden_size=16,
-    num_layers=1,
+    num_layers=2,
     num_heads=2,
     angular_channels=(4, 4),
     num_distance_basis=32,
@@ -39,9 +50,17 @@ def data() -> Dataset:
     return Dataset(SAMPLE / "val.aselmdb")
 
 
-def small_model(data: Dataset) -> AllScAIP:
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty structures of the training sample, as a file of their own."""
+    sample, path = Dataset(SAMPLE / "train.aselmdb"), tmp_path_factory.mktemp("data")
+    write_aselmdb(path / "twenty.aselmdb", (sample[i] for i in range(0, 400, 20)))
+    return path / "twenty.aselmdb"
+
+
+def small_model(data: Dataset, **changes: object) -> AllScAIP:
     torch.manual_seed(0)
-    model = AllScAIP(SMALL)
+    model = AllScAIP(SMALL.replace(**changes))
     references, rms = fit_units(data, SMALL.max_num_elements)
     model.element_references.copy_(references)
     model.energy_scale.fill_(rms)
@@ -68,6 +87,16 @@ def test_schedule_warms_up_and_falls_to_one_percent() -> None:
     assert rates.argmax() in (19, 20) and rates.max() == pytest.approx(1e-3)
     assert (np.diff(rates[20:]) < 0).all()
     assert rates[-1] == pytest.approx(1e-5, rel=0.01)
+    np.testing.assert_allclose(rates[:20], 1e-3 * np.arange(1, 21) / 20)
+    middle = stage.learning_rate_at(20 + 980 // 2)
+    assert middle == pytest.approx((1e-3 + 1e-5) / 2)  # half of the cosine
+    assert stage.learning_rate_at(1000) == stage.learning_rate_at(2000) == pytest.approx(1e-5)
+
+
+def test_schedule_of_very_short_stages() -> None:
+    for steps in (1, 2, 3):
+        rates = [direct_stage(steps, 1e-3).learning_rate_at(step) for step in range(steps)]
+        assert rates[0] == pytest.approx(1e-3) and min(rates) > 0
 
 
 def test_only_matrices_decay(data: Dataset) -> None:
@@ -80,42 +109,102 @@ def test_only_matrices_decay(data: Dataset) -> None:
     assert id(model.blocks[0].scale["source"]) in ids
 
 
-def test_units_recover_known_references(data: Dataset) -> None:
-    references, rms = fit_units(data, 100)
-    residuals = []
-    for i in range(len(data)):
-        energy = data[i].get_potential_energy() - float(references[data[i].numbers].sum())
-        residuals.append(energy / len(data[i]))
-    raw = [data[i].get_potential_energy() / len(data[i]) for i in range(len(data))]
-    assert np.std(residuals) < 0.05 * np.std(raw)
-    forces = np.concatenate([data[i].get_forces().ravel() for i in range(len(data))])
-    assert rms == pytest.approx(np.sqrt((forces**2).mean()))
+def test_units_recover_known_references() -> None:
+    """Energies made of one number an element, and forces of a known size."""
+    random, expected = np.random.default_rng(0), {1: -13.6, 6: -1029.1, 8: -2043.2}
+    systems = []
+    for size in range(3, 15):
+        atoms = Atoms(random.choice([1, 6, 8], size))
+        energy = sum(expected[z] for z in atoms.numbers)
+        forces = np.full((size, 3), 2.0 if size % 2 else 1.0)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        systems.append(atoms)
+    references, rms = fit_units(systems, 20)
+    assert references.dtype == torch.float64 and references.shape == (20,)
+    for number, reference in enumerate(references.tolist()):
+        assert reference == pytest.approx(expected.get(number, 0.0), abs=1e-3)
+    odd = sum(size for size in range(3, 15) if size % 2)
+    even = sum(size for size in range(3, 15) if not size % 2)
+    assert rms == pytest.approx(np.sqrt((4 * odd + even) / (odd + even)))
+    _, two = fit_units(systems, 20, limit=2)  # the first and the last: 3 and 14 atoms
+    assert two == pytest.approx(np.sqrt((4 * 3 + 14) / 17))
 
 
-def test_an_epoch_holds_every_structure_once(data: Dataset) -> None:
-    batches = Batches(data, max_atoms=60, seed=3, rotate=False)
-    energies, number = [], 0
-    while len(energies) < len(data):
-        batch = batches[number]
-        assert int(batch.structures.natoms.sum()) <= 60
-        energies.extend(batch.energy.tolist())
-        number += 1
-    expected = [data[i].get_potential_energy() for i in range(len(data))]
-    assert sorted(energies) == pytest.approx(sorted(expected))
-    again = Batches(data, max_atoms=60, seed=3, rotate=False)
-    torch.testing.assert_close(again[2].energy, batches[2].energy, rtol=0, atol=0)
-    other = Batches(data, max_atoms=60, seed=4, rotate=False)
-    assert other[0].energy.tolist() != batches[0].energy.tolist()
+def test_units_of_elements_that_always_occur_together(data: Dataset) -> None:
+    """Water alone cannot tell oxygen from hydrogen; their sum is right, and both are finite."""
+    water = molecule("H2O")
+    water.calc = SinglePointCalculator(water, energy=-2080.0, forces=np.ones((3, 3)))
+    references, _ = fit_units([water, water], 10)
+    assert references.isfinite().all()
+    assert float(references[water.numbers].sum()) == pytest.approx(-2080.0, abs=1e-2)
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def epochs_of(batches: list[Batches], data: Dataset) -> list[list[float]]:
+    """The energies of two epochs, as ranks that take turns meet them."""
+    epochs, number = [[], []], 0
+    for energies in epochs:
+        while len(energies) < len(data):
+            batch = batches[number % len(batches)][number // len(batches)]
+            assert 0 < int(batch.structures.natoms.sum()) <= batches[0].max_atoms
+            energies.extend(batch.energy.tolist())
+            number += 1
+    return epochs
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_holds_every_structure_once(data: Dataset, world_size: int) -> None:
+    """Each of two epochs, in another order; no two ranks share a structure."""
+    ranks = range(world_size)
+    batches = [Batches(data, 60, 3, rank=r, world_size=world_size, rotate=False) for r in ranks]
+    first, second = epochs_of(batches, data)
+    expected = sorted(data[i].get_potential_energy() for i in range(len(data)))
+    assert sorted(first) == sorted(second) == pytest.approx(expected, abs=0)
+    assert first != second
+
+
+def assert_same(a: object, b: object) -> None:
+    torch.testing.assert_close(a.energy, b.energy, rtol=0, atol=0)
+    torch.testing.assert_close(a.forces, b.forces, rtol=0, atol=0)
+    torch.testing.assert_close(a.structures.positions, b.structures.positions, rtol=0, atol=0)
+
+
+def test_batches_depend_on_their_number_and_the_seed_alone(data: Dataset) -> None:
+    """Read backwards, across epochs, in another object; another seed gives other batches."""
+    batches, again = Batches(data, 60, 3), Batches(data, 60, 3)
+    for number in (60, 30, 2, 0, 45):
+        assert_same(batches[number], again[number])
+    for number in (0, 2, 30, 45, 60):
+        assert_same(batches[number], again[number])
+    assert Batches(data, 60, 4)[0].energy.tolist() != batches[0].energy.tolist()
 
 
 def test_resumed_and_distributed_batches_are_the_same_ones(data: Dataset) -> None:
     whole = Batches(data, max_atoms=60, seed=3)
-    resumed = Batches(data, max_atoms=60, seed=3, first=5)
-    torch.testing.assert_close(resumed[1].forces, whole[6].forces, rtol=0, atol=0)
-    ranks = [Batches(data, max_atoms=60, seed=3, rank=r, world_size=2) for r in (0, 1)]
+    resumed = Batches(data, max_atoms=60, seed=3, first=5, count=3)
+    assert len(resumed) == 3
+    for index in range(3):
+        assert_same(resumed[index], whole[5 + index])
+    for index in (3, -1):
+        with pytest.raises(IndexError):
+            resumed[index]
+    ranks = [Batches(data, 60, 3, first=2, rank=r, world_size=2) for r in (0, 1)]
     for step in range(3):
         for r in (0, 1):
-            torch.testing.assert_close(ranks[r][step].forces, whole[2 * step + r].forces)
+            assert_same(ranks[r][step], whole[2 * (2 + step) + r])
+
+
+def test_in_order_is_the_data_once(data: Dataset) -> None:
+    limit = int(data.natoms.max()) - 1  # the largest comes alone
+    batches = list(in_order(data, limit))
+    sizes = [batch.structures.natoms.tolist() for batch in batches]
+    assert sum(sizes, []) == data.natoms.tolist()
+    assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
+    assert any(len(size) > 1 for size in sizes)
+    energies = torch.cat([batch.energy for batch in batches]).tolist()
+    assert energies == [data[i].get_potential_energy() for i in range(len(data))]
 
 
 def test_a_structure_too_large_says_what_to_do(data: Dataset) -> None:
@@ -123,15 +212,40 @@ def test_a_structure_too_large_says_what_to_do(data: Dataset) -> None:
         Batches(data, max_atoms=2, seed=0)
 
 
-def test_random_rotations_turn_forces_with_positions(data: Dataset) -> None:
-    plain, turned = collate([data[0]]), collate([data[0]], rotation_seed=7)
-    a, b = plain.structures.positions, turned.structures.positions
-    assert not torch.allclose(a, b)
-    torch.testing.assert_close(torch.cdist(a, a), torch.cdist(b, b), atol=1e-4, rtol=1e-4)
-    centred = [x - x.mean(0) for x in (a, b)]
-    torch.testing.assert_close(
-        centred[0] @ plain.forces.T, centred[1] @ turned.forces.T, atol=1e-3, rtol=1e-3
-    )
+def test_random_rotations_turn_forces_with_positions() -> None:
+    """A pair potential gives the turned structures the turned forces, in a crystal too."""
+    structures = [molecule("C2H6"), bulk("Ar", "fcc", a=2.2, cubic=True) * (2, 2, 2)]
+    for atoms in structures:
+        atoms.rattle(0.1, seed=1)
+        atoms.info.update(charge=0, spin=1)
+        labels = atoms.copy()
+        labels.calc = LennardJones(sigma=1.0, rc=2.5, smooth=True)
+        energy, forces = labels.get_potential_energy(), labels.get_forces()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+    before = [atoms.positions.copy() for atoms in structures]
+    plain, turned = collate(structures), collate(structures, rotation_seed=7)
+    assert_same(turned, collate(structures, rotation_seed=7))
+    assert torch.equal(turned.energy, plain.energy)
+    rotations = []
+    for index, part in enumerate(turned.structures.positions.split([8, 32])):
+        atoms = structures[index]
+        again = Atoms(atoms.numbers, part.numpy(), pbc=atoms.pbc)
+        again.set_cell(turned.structures.cell[index].numpy())
+        again.calc = LennardJones(sigma=1.0, rc=2.5, smooth=True)
+        size = np.abs(atoms.get_forces()).max()
+        forces = turned.forces.split([8, 32])[index].numpy()
+        np.testing.assert_allclose(again.get_forces() / size, forces / size, atol=1e-4)
+        old = plain.structures.positions.split([8, 32])[index].numpy()
+        rotation = np.linalg.lstsq(old - old.mean(0), part.numpy() - part.numpy().mean(0))[0]
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-4)
+        assert np.linalg.det(rotation) == pytest.approx(1, abs=1e-4)  # no reflection
+        rotations.append(rotation)
+        np.testing.assert_array_equal(atoms.positions, before[index])  # the data stay
+    assert np.abs(rotations[0] - rotations[1]).max() > 0.1
+    assert np.abs(rotations[0] - np.eye(3)).max() > 0.1
+
+
+# --- stages -------------------------------------------------------------------------------------
 
 
 def test_stages_hand_over_the_backbone(data: Dataset) -> None:
@@ -142,9 +256,21 @@ def test_stages_hand_over_the_backbone(data: Dataset) -> None:
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=0, atol=0)
 
 
-def run(data: Dataset, folder: Path, steps: tuple[int, int] = (9, 5)) -> AllScAIP:
+def test_a_stage_trains_what_the_model_lets_it_train(data: Dataset) -> None:
+    """Fixed residual scales stay fixed, in the stage that changes the heads and in the other."""
+    model = small_model(data, residual_scaling=False)
+    for stage in (direct_stage(2), conservative_stage(2)):
+        started = start_stage(model, stage)
+        scales = [block.scale[name] for block in started.blocks for name in block.scale]
+        assert len(scales) == 10 and not any(scale.requires_grad for scale in scales)
+        assert started.blocks[0].source_attention.query.weight.requires_grad
+
+
+def run(
+    data: Dataset, folder: Path, steps: tuple[int, int] = (9, 5), **changes: object
+) -> AllScAIP:
     return train(
-        small_model(data),
+        small_model(data, **changes),
         [direct_stage(steps[0]), conservative_stage(steps[1])],
         data,
         data,
@@ -155,14 +281,53 @@ def run(data: Dataset, folder: Path, steps: tuple[int, int] = (9, 5)) -> AllScAI
     )
 
 
+def assert_same_weights(a: AllScAIP, b: AllScAIP) -> None:
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, weight in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_training_is_the_recipe_by_hand(data: Dataset, tmp_path: Path) -> None:
+    """Batches, learning rates, clipping and the average of the weights, in a loop of their own."""
+    stage = Stage("direct", 6, 1e-2, energy_weight=3, force_weight=5, clip=2.0, ema_decay=0.7)
+    trained = train(small_model(data), [stage], data, data, tmp_path, max_atoms=40, seed=5)
+
+    model = small_model(data).train()
+    optimizer, batches = make_optimizer(model, stage), Batches(data, 40, 5)
+    average, clipped = None, 0
+    for step in range(6):
+        value = loss(model(batches[step].structures), batches[step], model, stage)
+        optimizer.zero_grad()
+        value.backward()
+        clipped += float(torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)) > 2.0
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate_at(step)
+        optimizer.step()
+        now = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        average = now if average is None else {k: 0.7 * average[k] + 0.3 * now[k] for k in now}
+    assert clipped, "nothing was clipped: choose a smaller limit"
+    assert not trained.training
+    for name, weight in trained.named_parameters():
+        # a key's bias shifts a row's logits alike: its gradient is rounding that Adam blows up
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(weight.detach(), average[name], rtol=1e-3, atol=1e-5)
+    saved = load_model(tmp_path / "direct.safetensors", device="cpu")
+    assert_same_weights(saved, trained)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
-    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
-    whole = run(data, tmp_path / "whole")
+    changes = {"ffn_dropout": dropout, "attention_dropout": dropout}
+    whole = run(data, tmp_path / "whole", **changes)
     get = Batches.__getitem__
     stops = {(5, False), (3, True)}  # once in the direct stage, once in the conservative one
+    began = []
 
     def interrupted(self: Batches, index: int):  # type: ignore[no-untyped-def]
+        if index == 0:
+            began.append((self.first, self.seed == 1))
         place = (self.first + index, self.seed == 1)
         if place in stops:
             stops.remove(place)
@@ -172,40 +337,129 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     monkeypatch.setattr(Batches, "__getitem__", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(data, tmp_path / "stopped")
-    resumed = run(data, tmp_path / "stopped")
+            run(data, tmp_path / "stopped", **changes)
+    resumed = run(data, tmp_path / "stopped", **changes)
     assert not stops
-    for name, weight in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
+    assert began == [(0, False), (4, False), (0, True), (2, True)]  # from the last saved state
+    assert_same_weights(whole, resumed)
     assert load_model(tmp_path / "stopped" / "conservative.safetensors").config.conservative
 
 
+def test_a_finished_run_is_not_repeated(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = run(data, tmp_path, (2, 1))
+    log = (tmp_path / "log.jsonl").read_text()
+    monkeypatch.setattr(Batches, "__getitem__", lambda *_: pytest.fail("a batch was asked for"))
+    assert_same_weights(finished, run(data, tmp_path, (2, 1)))
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
 def test_other_settings_do_not_mix_in_one_folder(data: Dataset, tmp_path: Path) -> None:
+    """Other stages, and another model, be it of the same shapes."""
     run(data, tmp_path, (2, 1))
-    with pytest.raises(TrainingError, match="other settings"):
+    kept = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(TrainingError, match="other settings: give another --out"):
         run(data, tmp_path, (3, 1))
+    for changes in ({"k": 5}, {"num_layers": 1}):
+        with pytest.raises(TrainingError, match="other settings"):
+            run(data, tmp_path, (2, 1), **changes)
+    assert (tmp_path / "state.pt").read_bytes() == kept
 
 
-def test_the_command_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["train", "--data", str(SAMPLE / "val.aselmdb"), "--val", str(SAMPLE / "val.aselmdb")]
-    command += ["--out", str(tmp_path), "--max-atoms", "40", "--accelerator", "cpu"]
-    command += ["--direct-steps", "0", "--conservative-steps", "2"]
-    assert cli.main(command) == 0
-    assert "conservative 2/2" in capsys.readouterr().out
-    assert (tmp_path / "conservative.safetensors").exists()
-    assert (tmp_path / "log.jsonl").read_text().count("\n") == 1
+def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"not finite at step \d+: lower the learning rate"):
+        train(
+            small_model(data),
+            [direct_stage(50, 1e30)],
+            data,
+            data,
+            tmp_path,
+            max_atoms=40,
+            save_every=1,
+        )
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] >= 1 and not (tmp_path / "direct.safetensors").exists()
 
 
-def test_training_lowers_the_loss(data: Dataset) -> None:
-    model = start_stage(small_model(data), conservative_stage(1)).train()
-    batch = collate([data[i] for i in range(6)])
-    stage = conservative_stage(40, 3e-3, (10, 10))
-    optimizer = make_optimizer(model, stage)
-    losses = []
-    for _ in range(40):
-        value = loss(model(batch.structures), batch, model, stage)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    assert losses[-1] < 0.8 * losses[0]
+def test_training_lowers_the_errors(twenty: Path, tmp_path: Path) -> None:
+    """Both stages, on 20 structures: the log's losses and errors fall."""
+    data = Dataset(twenty)
+    stages = [direct_stage(60, 3e-3), conservative_stage(60, 3e-3, (10, 10))]
+    stages = [replace(stage, ema_decay=0.9) for stage in stages]
+    model = small_model(data)
+    train(model, stages, data, data, tmp_path, max_atoms=120, validate_every=15)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        (stage, step) for stage in ("direct", "conservative") for step in (15, 30, 45, 60)
+    ]
+    for stage in (lines[:4], lines[4:]):
+        assert stage[-1]["loss"] < 0.9 * stage[0]["loss"]
+        assert stage[-1]["force_mae"] < stage[0]["force_mae"]
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def command(data: Path, out: Path, *steps: int) -> list[str]:
+    arguments = ["train", "--data", str(data), "--val", str(data), "--out", str(out)]
+    arguments += ["--max-atoms", "60", "--accelerator", "cpu"]
+    direct, conservative = map(str, steps)
+    return [*arguments, "--direct-steps", direct, "--conservative-steps", conservative]
+
+
+def test_the_command_trains(
+    twenty: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both stages, then the second stage once more from the model of the first."""
+    monkeypatch.setitem(PRESETS, "lite", SMALL)
+    assert cli.main(command(twenty, tmp_path / "both", 3, 2)) == 0
+    said = capsys.readouterr().out
+    assert "20 structures to train on, 20 to validate" in said
+    assert "direct 3/3" in said and "conservative 2/2" in said
+    assert (tmp_path / "both" / "log.jsonl").read_text().count("\n") == 2
+    direct = load_model(tmp_path / "both" / "direct.safetensors")
+    assert not direct.config.conservative
+    references, rms = fit_units(Dataset(twenty), SMALL.max_num_elements)
+    assert torch.equal(direct.element_references, references)
+    assert float(direct.energy_scale) == float(direct.force_scale) == pytest.approx(rms)
+
+    again = command(twenty, tmp_path / "second", 0, 2)
+    start = str(tmp_path / "both" / "direct.safetensors")
+    assert cli.main([*again, "--from", start, "--conservative-rate", "1e-9"]) == 0
+    tuned = load_model(tmp_path / "second" / "conservative.safetensors")
+    assert tuned.config.conservative
+    for name, weight in tuned.state_dict().items():  # nearly no learning: the same backbone
+        torch.testing.assert_close(weight, direct.state_dict()[name], rtol=0, atol=1e-7)
+
+
+def test_the_command_explains(
+    twenty: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "lite", SMALL)
+    for arguments, message in (
+        (command(twenty, tmp_path, 0, 0), "nothing to train: give --direct-steps"),
+        ([*command(twenty, tmp_path, 1, 0), "--max-atoms", "2"], "does not fit into batches of 2"),
+        (command(tmp_path / "missing.aselmdb", tmp_path, 1, 0), "missing.aselmdb"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_two_processes_train_together(twenty: Path, tmp_path: Path) -> None:
+    """More than one step of each stage: the second is where unequal gradients show."""
+    arguments = command(twenty, tmp_path / "run", 2, 2) + ["--devices", "2", "--preset", "lite"]
+    done = subprocess.run(
+        [sys.executable, "-m", "allscaip_lite.cli", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("conservative 2/2") == 1  # one of them speaks
+    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
+    assert load_model(tmp_path / "run" / "conservative.safetensors").config.conservative
