@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allscaip_lite.encodings import rotary_frequencies, sinc_features
+from allscaip_lite.encodings import sinc_features
 from allscaip_lite.fused import Linear, linear
 from allscaip_lite.slots import Collect, Layout, Spread, SystemTable
 
@@ -141,8 +141,7 @@ def node_attention(
 # --- ERoPE ------------------------------------------------------------------------------------
 
 
-def rotary_bias(distances: Tensor, weight: Tensor) -> Tensor:
-    """The formula. (Q,) Å and (h, F) → (h, Q): log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6)."""
-    frequencies = rotary_frequencies(weight.shape[1], distances)
-    mixed = weight @ sinc_features(distances, frequencies).T  # (h, Q)
+def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
+    """The formula. (...,) Å, (h, F) → (h, ...): log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6)."""
+    mixed = torch.tensordot(weight, sinc_features(distances, frequencies), dims=([1], [-1]))
     return torch.log(F.softplus(mixed) + 1e-6)

@@ -21,6 +21,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
 from allscaip_lite.checkpoint import load_model
+from allscaip_lite.compiled import load_kernels
 from allscaip_lite.model import AllScAIP
 
 
@@ -33,9 +34,12 @@ class AllScAIPCalculator(Calculator):
     for another place). Results are kept until positions, cell, elements, charge or multiplicity
     change; after a change of the weights, call `reset()`.
 
-    Raises `StructureError` for structures the model cannot answer for, and ASE's
-    `PropertyNotImplementedError` for a stress that does not exist: of a structure without
-    periodic directions, or of a model with a head for direct forces.
+    `compile=True` makes it faster on a CPU, by kernels in C that take a second or two to compile,
+    once on a machine (see `compiled`); it needs gcc or clang.
+
+    Raises `CompileError` where the kernels cannot be compiled, `StructureError` for structures the
+    model cannot answer for, and ASE's `PropertyNotImplementedError` for a stress that does not
+    exist: of a structure without periodic directions, or of a model with a head for direct forces.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
@@ -45,6 +49,7 @@ class AllScAIPCalculator(Calculator):
         model: AllScAIP | str | Path = "lite",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,6 +57,14 @@ class AllScAIPCalculator(Calculator):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model)
         self.model = _frozen(model).to(device=device, dtype=dtype).eval()
+        if compile:
+            if self.model.device.type != "cpu":
+                raise ValueError(
+                    f"compile=True is for CPUs, and the model is on {self.model.device}: leave it "
+                    'out, or give device="cpu"'
+                )
+            load_kernels(self.model.dtype)  # now, not at the first step
+        self.model.compiled = compile
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last call; charge and multiplicity in `atoms.info` count too."""

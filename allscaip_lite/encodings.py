@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from allscaip_lite import fused
 from allscaip_lite.graph import Graph
 
 # ERoPE's wavelengths run from 120 Å down to 1/4 Å: frequencies in 1/Å
@@ -26,10 +27,10 @@ def radial_basis(distances: Tensor, kind: str, cutoff: float, size: int) -> Tens
     `sigmoid`: σ(2(d-c)/Δ). `linear_sigmoid`: that plus 0.002 (d-c)/Δ.
     """
     centers = torch.linspace(0, cutoff, size, dtype=distances.dtype, device=distances.device)
-    offset = (distances.unsqueeze(1) - centers) * ((size - 1) / cutoff)  # (E, size) in spacings
+    per_spacing = (size - 1) / cutoff
     if kind == "gaussian":
-        # beyond exp(-80) stands no information, but subnormal numbers, which are slow
-        return torch.exp(-(offset * offset / 8).clamp(max=80))
+        return fused.gaussians(distances, centers, per_spacing)
+    offset = (distances.unsqueeze(1) - centers) * per_spacing  # (E, size) in spacings
     step = torch.sigmoid(2 * offset)
     return step if kind == "sigmoid" else step + 0.002 * offset
 
@@ -41,31 +42,29 @@ def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:
     (Σ_m Y_lm² = 2l+1). Zero vectors are not accepted here: for them only Y_00 = 1 survives.
     """
     x, y, z = directions.unbind(1)
-    # cosines and sines of mφ times sinθ^m, as real and imaginary parts of (z + ix)^m
-    cosine, sine = [torch.ones_like(x)], [torch.zeros_like(x)]
+    y = y.unsqueeze(1)
+    # (z + ix)^m = sinθ^m (cos mφ + i sin mφ), m = 0 .. degree
+    powers = [torch.ones_like(torch.complex(z, x))]
     for _ in range(degree):
-        c, s = cosine[-1], sine[-1]
-        cosine.append(c * z - s * x)
-        sine.append(c * x + s * z)
-    # associated Legendre functions of y, each divided by sinθ^m
-    legendre: dict[tuple[int, int], Tensor] = {}
-    for m in range(degree + 1):
-        legendre[m, m] = torch.full_like(y, math.prod(range(1, 2 * m, 2)))
-        if m < degree:
-            legendre[m + 1, m] = (2 * m + 1) * y * legendre[m, m]
-        for l in range(m + 2, degree + 1):
-            legendre[l, m] = (
-                (2 * l - 1) * y * legendre[l - 1, m] - (l + m - 1) * legendre[l - 2, m]
-            ) / (l - m)
+        powers.append(powers[-1] * torch.complex(z, x))
+    circle = torch.stack(powers, dim=1)
+    # associated Legendre functions of y over sinθ^m, the row of an l at a time, m = 0 .. l
+    rows = [torch.ones_like(y)]
+    for l in range(1, degree + 1):
+        m = torch.arange(l - 1, dtype=y.dtype, device=y.device)
+        last = (2 * l - 1) * y * rows[-1]  # (E, l)
+        parts = [last[:, -1:], torch.full_like(y, math.prod(range(1, 2 * l, 2)))]
+        if l > 1:
+            parts.insert(0, (last[:, :-1] - (l + m - 1) * rows[-2]) / (l - m))
+        rows.append(torch.cat(parts, dim=1))
     columns = []
-    for l in range(degree + 1):
-        for m in range(-l, l + 1):
-            a = abs(m)
-            norm = math.sqrt((2 * l + 1) * math.factorial(l - a) / math.factorial(l + a))
-            angular = sine[a] if m < 0 else cosine[a]
-            norm *= math.sqrt(2) if m else 1
-            columns.append(norm * legendre[l, a] * angular)
-    return torch.stack(columns, dim=1)
+    for l, row in enumerate(rows):
+        m = range(1, l + 1)
+        norm = [math.sqrt(2 * math.factorial(l - a) / math.factorial(l + a)) for a in m]
+        row = row * row.new_tensor([1, *norm]) * math.sqrt(2 * l + 1)
+        around = row * circle[:, : l + 1]
+        columns += [around.imag[:, 1:].flip(1), around.real]
+    return torch.cat(columns, dim=1)
 
 
 def legendre_polynomials(cosine: Tensor, degree: int) -> list[Tensor]:
@@ -94,15 +93,19 @@ def slot_legendre(graph: Graph, degree: int) -> Tensor:
     return torch.stack([p * both for p in legendre_polynomials(cosine, degree)[1:]])
 
 
-def bond_orientational_order(legendre: Tensor, weights: Tensor, degree: int) -> Tensor:
-    """(N, degree+1): Steinhardt's q_l of each atom, from its row's Legendre matrices.
+def pair_sums(legendre: Tensor, weights: Tensor) -> Tensor:
+    """(l, N, K, K), (N, K) → (N, l): Σ_ef w_e w_f P_l(cos θ) over each row's pairs of edges."""
+    return (weights.unsqueeze(1) @ legendre @ weights.unsqueeze(2)).flatten(1).T
+
+
+def bond_orientational_order(sums: Tensor, weights: Tensor) -> Tensor:
+    """(N, l), (N, K) → (N, l+1): Steinhardt's q_l of each atom, q_0 too, from its `pair_sums`.
 
     By the addition theorem Σ_m (mean_e Y_lm/√(2l+1))² is the mean of P_l(cos θ) over all pairs of
-    edges of the row, so no harmonics are needed. weights (N, K) weigh the mean: the reference's
-    are 1 for every edge, the self-edge too. The square is held above 1e-6, as in the reference.
+    edges of the row, so no harmonics are needed. In the reference each edge weighs 1, the self-edge
+    too. The square is held above 1e-6, as in the reference.
     """
-    pairs = (weights.unsqueeze(1) @ legendre[:degree] @ weights.unsqueeze(2)).flatten(1)  # (l, N)
-    order = (pairs.T / weights.sum(1, keepdim=True) ** 2).clamp(min=1e-6).sqrt()
+    order = (sums / weights.sum(1, keepdim=True) ** 2).clamp(min=1e-6).sqrt()
     return torch.cat([torch.ones_like(order[:, :1]), order], dim=1)
 
 

@@ -7,6 +7,7 @@ nothing is copied and little is kept. `linear` is the exception: it serves every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from allscaip_lite.encodings import rotary_frequencies, sinc_features
-from allscaip_lite.slots import Layout
+from allscaip_lite.slots import Layout, Run
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -63,12 +63,73 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) · w over the last of two dimensions, any order of derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        inverse = inverse.square_().div_(x.shape[1]).add_(eps).rsqrt_()  # (R, 1)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second differentiation may come: by the formula
+            inverse = (x.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
+        d_x, d_weight = gradient * weight, None
+        along = (d_x * x).sum(1, keepdim=True) * inverse**3 / -x.shape[1]  # (R, 1)
+        if torch.is_grad_enabled():
+            d_x = d_x * inverse + x * along
+        else:
+            d_x.mul_(inverse).addcmul_(x, along)
+        if ctx.needs_input_grad[1]:
+            d_weight = (gradient * x * inverse).sum(0)
+        return d_x, d_weight, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm`, on a CPU with a backward pass of few steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return _RMSNorm.apply(x, self.weight, eps)
+
+
+class _Gaussians(torch.autograd.Function):
+    """exp(-o²/8), o the distance from a centre in spacings; any order of derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, centers: Tensor, per_spacing: float) -> Tensor:
+        ctx.save_for_backward(distances, centers)
+        ctx.per_spacing = per_spacing
+        offset = (distances.unsqueeze(1) - centers).mul_(per_spacing)
+        # beyond exp(-80) stands no information, but subnormal numbers, which are slow
+        return offset.square_().div_(-8).clamp_(min=-80).exp_()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        distances, centers = ctx.saved_tensors
+        slope = centers - distances.unsqueeze(1)  # times s²/4 of exp(-s²(d-c)²/8) itself
+        slope = slope * _Gaussians.apply(distances, centers, ctx.per_spacing)
+        return (slope * gradient).sum(1) * (ctx.per_spacing**2 / 4), None, None
+
+
+def gaussians(distances: Tensor, centers: Tensor, per_spacing: float) -> Tensor:
+    """(E,), (C,) → (E, C): exp(-½ (d-c)²/(2Δ)²), `per_spacing` being 1/Δ."""
+    return _Gaussians.apply(distances, centers, per_spacing)
+
+
 class FusedNeighborhoodAttention(torch.autograd.Function):
     """The same by hand, forwards and once backwards: no copies, few saved intermediates.
 
-    It takes one head and a few atoms at a time, so that their K × K matrices stay in the
-    processor's cache. Queries of empty slots get zero weights, so what stands there never reaches
-    a gradient.
+    It takes one run of rows at a time (see `Layout`), all heads together, so that their K × K
+    matrices stay in the processor's cache. Queries of empty slots get zero weights, so what stands
+    there never reaches a gradient.
     """
 
     @staticmethod
@@ -81,57 +142,79 @@ class FusedNeighborhoodAttention(torch.autograd.Function):
         groups: list[slice],
         num_heads: int,
     ) -> Tensor:
-        n, num_slots = log_weight.shape
-        table = qkv.index_select(0, layout.occupant).view(n, num_slots, 3, num_heads, -1)
-        weights = table.new_empty(num_heads, n, num_slots, num_slots)
-        mixed = table.new_empty(n, num_slots, num_heads, table.shape[-1])
-        for head, rows in _chunks(weights):
-            q, k, v = table[rows, :, :, head].unbind(2)  # (c, K, D) each
-            q = q * table.shape[-1] ** -0.5
-            logits = _products(q, k, groups[0])  # (c, K, K)
+        table = qkv.index_select(0, layout.occupant).view(len(layout.occupant), 3, num_heads, -1)
+        mixed = table.new_empty(len(table), num_heads, table.shape[-1])  # (S, h, D)
+        kept = []
+        for run in layout.runs:
+            q, k, v = _by_head(table, run)  # (h·c, w, D) each
+            q *= q.shape[-1] ** -0.5
+            logits = _products(q, k, groups[0]).unflatten(0, (num_heads, -1))  # (h, c, w, w)
             for l, group in enumerate(groups[1:]):
                 if group.stop > group.start:
-                    logits.addcmul_(legendre[l, rows], _products(q, k, group))
-            logits += log_weight[rows, None]
-            chunk = torch.softmax(logits, -1, out=weights[head, rows])
-            chunk *= layout.occupied[rows, :, None]
-            mixed[rows, :, head] = torch.bmm(chunk, v)
-        ctx.save_for_backward(table, weights, legendre)
+                    products = _products(q, k, group).view_as(logits)
+                    logits.addcmul_(_angles(legendre, l, run), products)
+            logits += log_weight[run.rows, None, : run.width]
+            weights = torch.softmax(logits, -1)
+            weights *= layout.full[run.slots].view(-1, run.width, 1)
+            heads = torch.bmm(weights.flatten(0, 1), v).view(num_heads, -1, v.shape[-1])
+            mixed[run.slots] = heads.transpose(0, 1)
+            kept += [q, k, v, weights]
+        ctx.save_for_backward(legendre, *kept)
         ctx.layout, ctx.groups = layout, groups
-        return mixed.view(n * num_slots, -1).index_select(0, layout.slot)
+        return mixed.flatten(1).index_select(0, layout.packed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        table, weights, legendre = ctx.saved_tensors
+        legendre, *kept = ctx.saved_tensors
         layout, groups = ctx.layout, ctx.groups
-        n, num_slots, _, num_heads, head_size = table.shape
-        gradient = gradient.index_select(0, layout.occupant).view(n, num_slots, num_heads, -1)
-        d_table = torch.empty_like(table)
-        d_log_weight = table.new_zeros(n, num_slots)
+        num_heads, head_size = kept[3].shape[0], kept[0].shape[-1]
+        gradient = gradient.index_select(0, layout.occupant).view(-1, 1, num_heads, head_size)
+        d_table = gradient.new_empty(len(gradient), 3, num_heads, head_size)
+        d_log_weight = gradient.new_zeros(layout.occupied.shape)
         d_legendre = None
         if legendre is not None and ctx.needs_input_grad[2]:
             d_legendre = torch.zeros_like(legendre)
-        for head, rows in _chunks(weights):
-            q, k, v = table[rows, :, :, head].unbind(2)  # (c, K, D) each
-            q = q * head_size**-0.5
-            dq, dk, dv = d_table[rows, :, :, head].unbind(2)
-            chunk, g = weights[head, rows], gradient[rows, :, head]  # (c, K, K), (c, K, D)
-            dv.copy_(torch.bmm(chunk.transpose(1, 2), g))
-            d_weights = torch.bmm(g, v.transpose(1, 2))
-            d_logits = torch._softmax_backward_data(d_weights, chunk, -1, chunk.dtype)
-            d_log_weight[rows] += d_logits.sum(1)
+        for run in layout.runs:
+            q, k, v, weights = (kept.pop(0) for _ in range(4))
+            (pull,) = _by_head(gradient, run)  # (h·c, w, D)
+            d_qkv = pull.new_empty(3, *pull.shape)
+            dq, dk, dv = d_qkv
+            torch.bmm(weights.flatten(0, 1).transpose(1, 2), pull, out=dv)
+            d_weights = torch.bmm(pull, v.transpose(1, 2)).view_as(weights)
+            d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_log_weight[run.rows, : run.width] = d_logits.sum((0, 2))
             for l, group in enumerate(groups):
                 if group.stop == group.start:
                     continue
-                d_product = d_logits if l == 0 else d_logits * legendre[l - 1, rows]
+                d_product = d_logits * _angles(legendre, l - 1, run) if l else d_logits
+                d_product = d_product.flatten(0, 1)
                 dq[..., group] = torch.bmm(d_product, k[..., group])
                 dk[..., group] = torch.bmm(d_product.transpose(1, 2), q[..., group])
                 if l and d_legendre is not None:
-                    d_legendre[l - 1, rows].addcmul_(_products(q, k, group), d_logits)
-            dq.mul_(head_size**-0.5)
-        d_qkv = d_table.view(n * num_slots, -1).index_select(0, layout.slot)
+                    products = _products(q, k, group).view_as(d_logits)
+                    _angles(d_legendre, l - 1, run).copy_(products.mul_(d_logits).sum(0))
+            dq *= head_size**-0.5
+            d_table[run.slots] = d_qkv.view(3, num_heads, -1, head_size).permute(2, 0, 1, 3)
+        d_qkv = d_table.flatten(1).index_select(0, layout.packed)
         return d_qkv, d_log_weight, d_legendre, None, None, None
+
+
+def _by_head(table: Tensor, run: Run) -> Tensor:
+    """The rows of one run from (S, p, h, D), a batch of matrices for each part: (p, h·c, w, D)."""
+    _, parts, num_heads, size = table.shape
+    heads = table[run.slots].permute(1, 2, 0, 3)  # (p, h, c·w, D)
+    return heads.reshape(parts, -1, run.width, size)
+
+
+def _products(q: Tensor, k: Tensor, group: slice) -> Tensor:
+    """q·k over one group of channels: (b, w, D) twice → (b, w, w)."""
+    return torch.bmm(q[..., group], k[..., group].transpose(1, 2))
+
+
+def _angles(legendre: Tensor, l: int, run: Run) -> Tensor:
+    """(c, w, w) of (l, N, K, K), a view."""
+    return legendre[l, run.rows, : run.width, : run.width]
 
 
 @contextmanager
@@ -147,17 +230,71 @@ def frozen(module: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _products(q: Tensor, k: Tensor, group: slice) -> Tensor:
-    """q·k over one group of channels: (c, K, D) twice → (c, K, K)."""
-    return torch.bmm(q[..., group], k[..., group].transpose(1, 2))
+def pair_sums(directions: Tensor, weights: Tensor, degree: int, runs: list[Run]) -> Tensor:
+    """`encodings.pair_sums` from the slots' directions: (N, K, 3), (N, K) → (N, degree)."""
+    return FusedPairSums.apply(directions, weights, degree, runs)
 
 
-def _chunks(weights: Tensor) -> list[tuple[int, slice]]:
-    """Heads and runs of atoms whose weights (c, K, K) fill 256 kB on a CPU."""
-    num_heads, n, num_slots, _ = weights.shape
-    size = max(1, 2**16 // num_slots**2) if weights.device.type == "cpu" else n
-    runs = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    return [(head, rows) for head in range(num_heads) for rows in runs]
+class FusedPairSums(torch.autograd.Function):
+    """The same by hand, forwards and once backwards.
+
+    A run of rows at a time and a degree after the other, so that of the Legendre matrices no more
+    than three are there at once. Slots without direction hold zero vectors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, directions: Tensor, weights: Tensor, degree: int, runs: list[Run]
+    ) -> Tensor:
+        ctx.save_for_backward(directions, weights)
+        ctx.degree, ctx.runs = degree, runs
+        sums = weights.new_empty(len(weights), degree)
+        for run in runs:
+            _, both, cosine = _pairs(directions, weights, run)
+            before, now = torch.ones_like(cosine), cosine
+            for l in range(1, degree + 1):
+                sums[run.rows, l - 1] = (now * both).sum((1, 2))
+                before, now = now, _next_legendre(l, cosine, now, before)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        directions, weights = ctx.saved_tensors
+        d_directions, d_weights = torch.zeros_like(directions), torch.zeros_like(weights)
+        for run in ctx.runs:
+            (u, w), both, cosine = _pairs(directions, weights, run)
+            before, now = torch.ones_like(cosine), cosine
+            slope_before, slope = torch.zeros_like(cosine), torch.ones_like(cosine)
+            value, pull = torch.zeros_like(cosine), torch.zeros_like(cosine)
+            for l in range(1, ctx.degree + 1):
+                part = gradient[run.rows, l - 1, None, None]
+                value.addcmul_(now, part)  # Σ_l g_l P_l
+                pull.addcmul_(slope, part)  # Σ_l g_l P_l'
+                slope_before, slope = slope, slope_before.add_(now, alpha=2 * l + 1)
+                before, now = now, _next_legendre(l, cosine, now, before)
+            d_directions[run.rows, : run.width] = 2 * torch.bmm(pull.mul_(both), u)
+            d_weights[run.rows, : run.width] = 2 * torch.bmm(value, w.unsqueeze(2)).squeeze(2)
+        return d_directions, d_weights * directions.any(2), None, None
+
+
+def _pairs(
+    directions: Tensor, weights: Tensor, run: Run
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Of one run: directions (c, w, 3), weights (c, w), their products and cosines (c, w, w)."""
+    u = directions[run.rows, : run.width]
+    w = weights[run.rows, : run.width] * u.any(2)
+    return (u, w), w.unsqueeze(2) * w.unsqueeze(1), torch.bmm(u, u.transpose(1, 2))
+
+
+def _next_legendre(l: int, x: Tensor, now: Tensor, before: Tensor) -> Tensor:
+    """P_(l+1) from P_l and P_(l-1), by Bonnet's recursion."""
+    return (x * now).mul_((2 * l + 1) / (l + 1)).sub_(before, alpha=l / (l + 1))
+
+
+def _sinc(distances: Tensor, frequencies: Tensor) -> Tensor:
+    """`encodings.sinc_features` in one operation: (q,), (F,) → (q, F)."""
+    return torch.sinc(distances.unsqueeze(1) * (frequencies / math.pi))
 
 
 class FusedRotaryBias(torch.autograd.Function):
@@ -170,39 +307,46 @@ class FusedRotaryBias(torch.autograd.Function):
     CHUNK = 8192
 
     @staticmethod
-    def forward(ctx: Any, distances: Tensor, weight: Tensor) -> Tensor:
-        frequencies = rotary_frequencies(weight.shape[1], distances)
+    def forward(ctx: Any, distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
         mixed = distances.new_empty(weight.shape[0], len(distances))
         step = FusedRotaryBias._step(distances)
         for start in range(0, len(distances), step):
             chunk = distances[start : start + step]
-            mixed[:, start : start + step] = weight @ sinc_features(chunk, frequencies).T
-        ctx.save_for_backward(distances, weight, mixed)
+            mixed[:, start : start + step] = weight @ _sinc(chunk, frequencies).T
+        ctx.save_for_backward(distances, weight, frequencies, mixed)
         return F.softplus(mixed).add_(1e-6).log_()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        distances, weight, mixed = ctx.saved_tensors
-        frequencies = rotary_frequencies(weight.shape[1], distances)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        distances, weight, frequencies, mixed = ctx.saved_tensors
         d_mixed = gradient * torch.sigmoid(mixed) / (F.softplus(mixed) + 1e-6)  # (h, Q)
         d_distances = torch.empty_like(distances)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         step = FusedRotaryBias._step(distances)
         for start in range(0, len(distances), step):
             rows = slice(start, start + step)
-            features = sinc_features(distances[rows], frequencies)  # (q, F)
+            features = _sinc(distances[rows], frequencies)  # (q, F)
             if d_weight is not None:
                 d_weight += d_mixed[:, rows] @ features
             # d sinc(ωd)/dd = (cos(ωd) - sinc(ωd))/d, and 0 at d = 0
             slope = torch.cos(distances[rows].unsqueeze(1) * frequencies).sub_(features)
             slope *= d_mixed[:, rows].T @ weight
             d_distances[rows] = slope.sum(1) / distances[rows].clamp(min=1e-6)
-        return d_distances, d_weight
+        return d_distances, d_weight, None
 
     @staticmethod
     def _step(distances: Tensor) -> int:
         return FusedRotaryBias.CHUNK if distances.device.type == "cpu" else max(1, len(distances))
+
+
+def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
+    """(B, n, n) Å, (h, F) → (h, B, n, n): `attention.rotary_bias`, each pair of atoms once."""
+    batch, n, _ = distances.shape
+    i, j = torch.triu_indices(n, n, device=distances.device)
+    pairs = distances.flatten(1)[:, i * n + j]  # (B, n(n+1)/2)
+    bias = FusedRotaryBias.apply(pairs.flatten(), weight, frequencies)
+    return Symmetrize.apply(bias.view(-1, len(i)), n).view(-1, batch, n, n)
 
 
 class Symmetrize(torch.autograd.Function):

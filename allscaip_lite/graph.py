@@ -27,6 +27,7 @@ from allscaip_lite.neighbors import candidate_pairs, pair_vectors, safe_norm
 from allscaip_lite.structures import Structures
 
 EXTRA_CANDIDATES = 20  # ranks count the k + 20 nearest
+SLOT_STEP = 4  # rows are as long as a multiple of this: small matrix products run best so
 SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
 
 
@@ -144,7 +145,7 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     chosen, envelope = listed.nonzero().squeeze(1)[alive], envelope[alive]
     position = _slots_by_envelope(torch.cat([first[chosen], second[chosen]]), envelope, n)
     longest = int(position.max()) + 1 if len(position) else 1
-    num_slots = config.max_neighbors or longest
+    num_slots = config.max_neighbors or -(-longest // SLOT_STEP) * SLOT_STEP
     if longest > num_slots:
         warnings.warn(
             f"max_neighbors = {num_slots} is fewer than the {longest} edges of the fullest row: "

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from ase import Atoms
 from torch import Tensor, nn
 
-from allscaip_lite import attention, encodings, fused
+from allscaip_lite import attention, compiled, encodings, fused
 from allscaip_lite.attention import SelfAttention
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.fused import Linear
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.neighbors import system_distances
-from allscaip_lite.slots import AttentionRecord, Layout, SystemTable
+from allscaip_lite.slots import AttentionRecord, Layout, SystemTable, by_count
 from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, structures_from_atoms
 
 
@@ -55,8 +55,9 @@ class Geometry:
     source: Layout
     destination: Layout
     systems: SystemTable
-    biases: Tensor | None  # (L, B, h, n, n): logits of the node attention
-    fused: bool  # whether the hand-written kernels may serve
+    biases: Sequence[Tensor | None]  # of each block's node attention, (B, h, n, n)
+    fused: bool  # whether the forms that can be differentiated once may serve
+    rows: compiled.Rows | None  # for the compiled form
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,7 +72,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def make_norm(config: AllScAIPConfig, size: int) -> nn.Module:
     if config.normalization == "rms":
-        return nn.RMSNorm(size)
+        return fused.RMSNorm(size)
     return nn.LayerNorm(size) if config.normalization == "layer" else nn.Identity()
 
 
@@ -95,13 +96,9 @@ class Input(nn.Module):
         if config.distance_basis == "silu":
             self.distance_basis = Linear(2, config.num_distance_basis)
 
-    def forward(self, structures: Structures, graph: Graph, legendre: Tensor) -> Tensor:
-        """→ (M, H) states of atoms and edges."""
+    def forward(self, structures: Structures, graph: Graph, order: Tensor) -> Tensor:
+        """→ (M, H) states of atoms and edges; order (N, 10): the bond-orientational order."""
         config, act = self.config, ACTIVATIONS[self.config.activation]
-        degree = config.bond_order_degree
-        smooth, log_weight = config.smooth_bond_order, graph.log_weight
-        weights = log_weight.exp() if smooth else log_weight.isfinite().to(log_weight.dtype)
-        order = encodings.bond_orientational_order(legendre, weights, degree)  # (N, 10)
         atoms = self.atom_embedding(structures.atomic_numbers)  # (N, H)
         nodes = torch.cat([atoms, act(self.bond_order(order))], dim=1)  # (N, 2H)
         nodes = act(self.node(self.norm(nodes)))  # (N, H)
@@ -215,18 +212,16 @@ class Block(nn.Module):
     ) -> Tensor:
         """Neighbourhood attention in one layout, with its residual: (M, H) → (M, H)."""
         norm, layer = getattr(self, f"{layout}_norm"), getattr(self, f"{layout}_attention")
-        inputs = (
-            layer.project(norm(states)),  # (M, 3H)
-            geometry.graph.log_weight,
-            geometry.legendre,
-            getattr(geometry, layout),
-            self.groups,
-            self.config.num_heads,
-        )
-        if geometry.fused and record is None and not self.dropout:
-            mixed = fused.FusedNeighborhoodAttention.apply(*inputs)
+        groups, heads = self.groups, self.config.num_heads
+        qkv = layer.project(norm(states))  # (M, 3H)
+        table = (geometry.graph.log_weight, geometry.legendre, getattr(geometry, layout))
+        if geometry.rows is not None and not self.dropout:
+            mixed = compiled.neighborhood_attention(qkv, geometry.rows, layout, groups, heads)
+        elif geometry.fused and not self.dropout:
+            mixed = fused.FusedNeighborhoodAttention.apply(qkv, *table, groups, heads)
         else:
-            mixed, weights = attention.neighborhood_attention(*inputs, self.dropout)
+            options = (groups, heads, self.dropout)
+            mixed, weights = attention.neighborhood_attention(qkv, *table, *options)
             if record is not None:
                 getattr(record, layout).append(weights)
         return torch.addcmul(states, layer.output(mixed), self.scale[layout])
@@ -249,7 +244,7 @@ class Block(nn.Module):
         """All-to-all attention over the atoms of a system, with its residual: (N, H) → (N, H)."""
         mixed, weights = attention.node_attention(
             self.node_attention.project(self.node_norm(nodes)),  # (N, 3H)
-            None if geometry.biases is None else geometry.biases[index],
+            geometry.biases[index],
             geometry.systems,
             self.config.num_heads,
             self.dropout,
@@ -266,6 +261,8 @@ class AllScAIP(nn.Module):
     Residual scales start at 1/L and biases at zero, as in the reference; matrices start at variance
     2/fan-in and atom embeddings at 1, larger than there: short trainings then learned faster.
     """
+
+    compiled = False  # whether the kernels of `compiled` may serve
 
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
@@ -328,7 +325,7 @@ class AllScAIP(nn.Module):
             with_stress = self.config.stress and bool(structures.pbc.any())
             if with_stress:
                 inputs.append(positions.new_zeros(len(structures), 3, 3).requires_grad_())
-                moved = _strained(moved, inputs[1])
+                moved = moved.strained(inputs[1])
             atomic = self.energy_head(self.features(moved, fused=not create_graph)).squeeze(1)
             gradients = torch.autograd.grad(
                 atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
@@ -346,51 +343,61 @@ class AllScAIP(nn.Module):
         self, structures: Structures, fused: bool, record: AttentionRecord | None = None
     ) -> Tensor:
         """(N, H): the states of the atoms after the last block, before the heads' norms."""
-        config = self.config
-        graph = build_graph(structures, config)
-        lae = len(config.angular_channels or ()) - 1
-        legendre = encodings.slot_legendre(graph, max(config.bond_order_degree, lae))
+        graph, atoms, rows = build_graph(structures, self.config), None, None
+        if fused and self.compiled:
+            rows = compiled.Rows.make(graph)
+        elif fused:
+            structures, graph, atoms = by_count(structures, graph)
         systems = SystemTable.make(structures.natoms)
         occupied = torch.arange(graph.num_slots, device=self.device) < graph.counts.unsqueeze(1)
+        lae = len(self.config.angular_channels or ()) - 1
         geometry = Geometry(
             graph=graph,
-            legendre=legendre[:lae] if lae > 0 else None,
+            legendre=encodings.slot_legendre(graph, lae) if lae > 0 and rows is None else None,
             source=Layout.make(graph.source_slot, occupied),
             destination=Layout.make(graph.destination_slot, occupied),
             systems=systems,
-            biases=self.biases(structures, systems, fused) if config.node_attention else None,
+            biases=self.biases(structures, systems, fused),
             fused=fused,
+            rows=rows,
         )
-        states = self.input(structures, graph, legendre)  # (M, H)
+        states = self.input(structures, graph, self.bond_order(geometry))  # (M, H)
         for index, block in enumerate(self.blocks):
             states = block(states, geometry, index, record)
         if record is not None:
             record.geometry = geometry
-        return states[: graph.num_atoms]
+        nodes = states[: graph.num_atoms]
+        return nodes if atoms is None else torch.empty_like(nodes).index_copy(0, atoms, nodes)
 
-    def biases(self, structures: Structures, systems: SystemTable, fast: bool) -> Tensor | None:
-        """(L, B, h, n, n): ERoPE's logits for all blocks at once, -inf at empty keys, or None."""
-        config = self.config
-        batch, longest = systems.real.shape
-        empty = None
-        if systems.slot is not None:
-            empty = torch.zeros(batch, 1, 1, longest, dtype=self.dtype, device=self.device)
-            empty = empty.masked_fill(~systems.real[:, None, None], -torch.inf)
+    def bond_order(self, geometry: Geometry) -> Tensor:
+        """(N, 10): the bond-orientational order of all atoms."""
+        graph, degree = geometry.graph, self.config.bond_order_degree
+        weights = graph.log_weight.isfinite().to(self.dtype)  # (N, K)
+        if self.config.smooth_bond_order:
+            weights = graph.log_weight.exp()
+        if geometry.rows is not None:
+            sums = compiled.pair_sums(weights, geometry.rows, degree)
+        elif geometry.fused:
+            sums = fused.pair_sums(graph.slot_directions, weights, degree, geometry.source.runs)
+        else:
+            sums = encodings.pair_sums(encodings.slot_legendre(graph, degree), weights)
+        return encodings.bond_orientational_order(sums, weights)
+
+    def biases(
+        self, structures: Structures, systems: SystemTable, fast: bool
+    ) -> Sequence[Tensor | None]:
+        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
+        config, empty = self.config, systems.mask(self.dtype)
         if not config.rotary:
-            return None if empty is None else empty.expand(config.num_layers, -1, -1, -1, -1)
-        positions = systems.spread(structures.positions).view(batch, longest, 3)
+            return [empty] * config.num_layers
+        positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
         distances = system_distances(structures, positions)  # (B, n, n)
         weight = torch.cat([block.rotary_weight for block in self.blocks])  # (L·h, F)
-        if fast:
-            i, j = torch.triu_indices(longest, longest, device=self.device)
-            pairs = distances.flatten(1)[:, i * longest + j]  # (B, n(n+1)/2)
-            bias = fused.FusedRotaryBias.apply(pairs.flatten(), weight)
-            bias = fused.Symmetrize.apply(bias.view(-1, len(i)), longest)
-        else:
-            bias = attention.rotary_bias(distances.flatten(), weight)
-        shape = (config.num_layers, config.num_heads, batch, longest, longest)
-        bias = bias.view(shape).transpose(1, 2)  # (L, B, h, n, n)
-        return bias if empty is None else bias + empty
+        frequencies = encodings.rotary_frequencies(weight.shape[1], distances)
+        form = fused.rotary_bias if fast else attention.rotary_bias
+        bias = form(distances, weight, frequencies)  # (L·h, B, n, n), all blocks at once
+        bias = bias.unflatten(0, (config.num_layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
+        return (bias if empty is None else bias + empty).unbind(0)
 
     def _in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
         per_atom = atomic.double() * self.energy_scale
@@ -416,13 +423,3 @@ class AllScAIP(nn.Module):
             Result(float(energy[i]), forces[i].numpy(), stress[i] if full[i] else None)
             for i in range(len(batch))
         ]
-
-
-def _strained(structures: Structures, strain: Tensor) -> Structures:
-    """Positions and cell under a symmetric strain (B, 3, 3)."""
-    symmetric = (strain + strain.transpose(1, 2)) / 2
-    positions = structures.positions.unsqueeze(1) @ symmetric[structures.system]  # (N, 1, 3)
-    return structures.replace(
-        positions=structures.positions + positions.squeeze(1),
-        cell=structures.cell + structures.cell @ symmetric,
-    )

@@ -55,6 +55,14 @@ class Structures:
     def replace(self, **changes: Tensor) -> Structures:
         return replace(self, **changes)
 
+    def strained(self, strain: Tensor) -> Structures:
+        """Positions and cells under the symmetric part of a strain (B, 3, 3); differentiable."""
+        symmetric = (strain + strain.transpose(1, 2)) / 2
+        moved = self.positions.unsqueeze(1) @ symmetric[self.system]  # (N, 1, 3)
+        return self.replace(
+            positions=self.positions + moved.squeeze(1), cell=self.cell + self.cell @ symmetric
+        )
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Structures:

@@ -7,8 +7,9 @@ batch whose systems differ in size, so empty slots are always there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,8 +18,14 @@ from ase import Atoms
 from ase.build import molecule
 from torch import Tensor
 
-from allscaip_lite import attention, fused
-from allscaip_lite.encodings import slot_legendre, spherical_harmonics
+from allscaip_lite import attention, compiled, fused, slots
+from allscaip_lite.encodings import (
+    pair_sums,
+    radial_basis,
+    rotary_frequencies,
+    slot_legendre,
+    spherical_harmonics,
+)
 from allscaip_lite.graph import Graph
 from allscaip_lite.slots import Collect, Layout, Spread, SystemTable
 
@@ -89,6 +96,13 @@ def graph(make_graph: Callable[..., Graph], cluster: Atoms) -> Graph:
     return found
 
 
+@pytest.fixture
+def kernels() -> None:
+    """The compiled kernels, or the test is skipped."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+
+
 @pytest.fixture(scope="module")
 def tiny_graph(make_graph: Callable[..., Graph]) -> Graph:
     return make_graph([neutral("H2O"), neutral("OH", spin=2)])
@@ -108,11 +122,11 @@ def test_fused_neighborhood_attention_is_the_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if chunk:
-        starts = range(0, graph.num_atoms, chunk)
-        runs = [slice(start, min(start + chunk, graph.num_atoms)) for start in starts]
-        chunks = [(head, rows) for head in range(HEADS) for rows in runs]
-        monkeypatch.setattr(fused, "_chunks", lambda weights: chunks)
+        monkeypatch.setattr(slots, "FEWEST_ROWS", 1)
+        monkeypatch.setattr(slots, "RUN_ENTRIES", chunk * graph.num_slots**2)
     case = make_case(graph, channels, which)
+    if chunk:
+        assert len(case.layout.runs) > 3 and len(case.layout.full) < graph.log_weight.numel()
     plain, weights = attention.neighborhood_attention(*case.inputs)
     fast = fused.FusedNeighborhoodAttention.apply(*case.inputs)
     assert plain.shape == (len(case.qkv), 32)
@@ -127,13 +141,99 @@ def test_fused_neighborhood_attention_is_the_formula(
     assert all(g.abs().max() > 1e-3 for g in expected)
 
 
-def test_fused_neighborhood_attention_visits_every_row_of_every_head_once() -> None:
-    for n in (1, 13, 700):
-        visits = torch.zeros(4, n)
-        for head, rows in fused._chunks(torch.empty(4, n, 31, 31)):
-            visits[head, rows] += 1
-        assert (visits == 1).all()
-    assert len(fused._chunks(torch.empty(4, 700, 31, 31))) > 4  # more than one run a head
+@pytest.mark.parametrize("which", ["source", "destination"])
+@pytest.mark.parametrize("channels", CHANNELS.values(), ids=CHANNELS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_neighborhood_attention_is_the_formula(
+    graph: Graph, channels: tuple[int, ...] | None, which: str, threads: int, kernels: None
+) -> None:
+    """And its derivatives: of queries, keys, values, envelopes and directions."""
+    directions = graph.slot_directions.detach().requires_grad_()
+    graph = replace(graph, slot_directions=directions)
+    case = make_case(graph, channels, which)
+    degrees = len(channels or ()) - 1
+    legendre = slot_legendre(graph, degrees) if degrees > 0 else None
+    inputs = (case.qkv, case.log_weight, legendre, case.layout, case.groups, HEADS)
+    plain, _ = attention.neighborhood_attention(*inputs)
+    rows = compiled.Rows.make(replace(graph, log_weight=case.log_weight))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        fast = compiled.neighborhood_attention(case.qkv, rows, which, case.groups, HEADS)
+        leaves = [case.qkv, case.log_weight, directions]
+        pull = random(*plain.shape, seed=1)
+        found = torch.autograd.grad(fast, leaves, pull, materialize_grads=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(fast, plain, rtol=0, atol=1e-12)
+    expected = torch.autograd.grad(plain, leaves, pull, materialize_grads=True)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-11)
+    assert degrees <= 0 or expected[2].abs().max() > 1e-3
+
+
+def test_compiled_attention_in_float32(make_graph: Callable[..., Graph], kernels: None) -> None:
+    """Its own exponential and sums in any order: as near to float64 as float32 can be."""
+    atoms = Atoms("OH2" * 20, 3 * random(60, 3).numpy())
+    atoms.info.update(charge=0, spin=1)
+    graph = make_graph([atoms, neutral("H2O")])
+    groups = attention.channel_groups((10, 5, 2, 5, 10), 32)
+    qkv = 3 * random(len(graph.source_slot), 3 * HEADS * 32)
+    answers = []
+    for dtype in (torch.float64, torch.float32):
+        x = qkv.to(dtype).requires_grad_()
+        as_dtype = {"log_weight": graph.log_weight.to(dtype)}
+        as_dtype["slot_directions"] = graph.slot_directions.to(dtype)
+        rows = compiled.Rows.make(replace(graph, **as_dtype))
+        y = compiled.neighborhood_attention(x, rows, "source", groups, HEADS)
+        answers.append([y.double(), torch.autograd.grad(y.square().sum(), x)[0].double()])
+    for exact, found in zip(*answers, strict=True):
+        assert (found - exact).abs().max() < 3e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("form", ["fused", "compiled"])
+def test_pair_sums_are_the_formula(graph: Graph, form: str, kernels: None) -> None:
+    directions = graph.slot_directions.detach().requires_grad_()
+    graph = replace(graph, slot_directions=directions)
+    weights = (graph.log_weight.exp() * (0.5 + random(*graph.log_weight.shape).square())).detach()
+    weights.requires_grad_()
+    expected = pair_sums(slot_legendre(graph, 9), weights)
+    if form == "fused":
+        runs = make_case(graph, None).layout.runs
+        found = fused.FusedPairSums.apply(directions, weights, 9, runs)
+    else:
+        found = compiled.pair_sums(weights, compiled.Rows.make(graph), 9)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    pull = random(*expected.shape, seed=1)
+    for a, b in zip(
+        torch.autograd.grad(found, (weights, directions), pull),
+        torch.autograd.grad(expected, (weights, directions), pull),
+        strict=True,
+    ):
+        full = graph.log_weight.isfinite()
+        assert b.abs().max() > 1e-3
+        assert torch.allclose(a[full], b[full], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("counts", [[1], [5, 3], [32] * 300, [9, 30, 2] * 50, range(70, 0, -1)])
+def test_runs_cover_every_row_once(counts: Sequence[int]) -> None:
+    counts = torch.tensor(counts)
+    longest = int(counts.max())
+    for num_slots in (longest, longest + 3):
+        found = slots.make_runs(counts, num_slots)
+        row, slot = 0, 0
+        for run in found:
+            assert (run.rows.start, run.slots.start) == (row, slot)
+            row, slot = run.rows.stop, run.slots.stop
+            assert slot - run.slots.start == (row - run.rows.start) * run.width
+            fullest = int(counts[run.rows].max())
+            assert fullest <= run.width <= min(fullest + slots.SLOT_STEP, num_slots)
+        assert row == len(counts)
+        assert all((r.rows.stop - r.rows.start) * r.width**2 <= slots.RUN_ENTRIES for r in found)
+        if len(counts) > 1 and (counts == longest).all():
+            assert len(found) == 1 + (len(counts) * 32**2 - 1) // slots.RUN_ENTRIES
+    if counts.tolist() == list(range(70, 0, -1)):
+        assert slot < 0.8 * len(counts) * longest  # sorted rows leave most empty slots out
 
 
 def test_fused_neighborhood_attention_without_gradient_of_legendre(graph: Graph) -> None:
@@ -203,6 +303,28 @@ def test_neighborhood_attention_can_be_differentiated_twice(tiny_graph: Graph) -
     assert not real.all()
     assert torch.autograd.gradcheck(attend, inputs)
     assert torch.autograd.gradgradcheck(attend, inputs)
+
+
+def test_rms_norm_any_number_of_times() -> None:
+    """Value, gradient and gradient of the gradient of PyTorch's own."""
+    x, weight = random(5, 7).requires_grad_(), random(7, seed=1).requires_grad_()
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return fused._RMSNorm.apply(x, weight, 1e-3)
+
+    assert torch.autograd.gradcheck(norm, (x, weight))
+    assert torch.autograd.gradgradcheck(norm, (x, weight))
+    expected = F.rms_norm(x, (7,), weight, 1e-3)
+    assert torch.allclose(norm(x, weight), expected, rtol=0, atol=1e-14)
+    pull = random(5, 7, seed=2)
+    pairs = [torch.autograd.grad(y, (x, weight), pull) for y in (norm(x, weight), expected)]
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(*pairs, strict=True))
+
+
+def test_gaussians_any_number_of_times() -> None:
+    d = torch.tensor([0.0, 0.7, 3.1, 6.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d: radial_basis(d, "gaussian", 6.0, 9), d)
+    assert torch.autograd.gradgradcheck(lambda d: radial_basis(d, "gaussian", 6.0, 9), d)
 
 
 def test_fused_attention_refuses_a_second_differentiation(tiny_graph: Graph) -> None:
@@ -300,23 +422,24 @@ def test_fused_rotary_bias_is_the_formula(chunk: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused.FusedRotaryBias, "CHUNK", chunk)
     n = 9
     _, pairs = pair_distances(n)
-    pairs.requires_grad_()
     weight = random(6, 8).requires_grad_()
     i, j = torch.triu_indices(n, n)
     full = torch.zeros(n, n, dtype=pairs.dtype)
-    full = full.index_put((i, j), pairs).index_put((j, i), pairs)
-    expected = attention.rotary_bias(full.flatten(), weight).view(6, n, n)
-    found = fused.Symmetrize.apply(fused.FusedRotaryBias.apply(pairs, weight), n)
+    full = full.index_put((i, j), pairs).index_put((j, i), pairs).detach().requires_grad_()
+    frequencies = rotary_frequencies(8, pairs)
+    expected = attention.rotary_bias(full.unsqueeze(0), weight, frequencies).squeeze(1)
+    found = fused.rotary_bias(full.unsqueeze(0), weight, frequencies).squeeze(1)
+    assert found.shape == (6, n, n)
     assert torch.allclose(found, expected, rtol=0, atol=1e-13)
     assert torch.equal(found, found.transpose(1, 2))
     pull = random(6, n, n, seed=1)
-    for a, b in zip(
-        torch.autograd.grad(found, [pairs, weight], pull),
-        torch.autograd.grad(expected, [pairs, weight], pull),
-        strict=True,
-    ):
-        assert b.abs().max() > 0.1
-        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    (d_full, d_weight), (expected_full, expected_weight) = (
+        torch.autograd.grad(bias, [full, weight], pull) for bias in (found, expected)
+    )
+    # each pair is read once: both of its places together are what the formula gives to either
+    assert torch.allclose(d_full + d_full.T, expected_full + expected_full.T, rtol=0, atol=1e-12)
+    assert torch.allclose(d_weight, expected_weight, rtol=0, atol=1e-12)
+    assert expected_full.abs().max() > 0.1 and expected_weight.abs().max() > 0.1
 
 
 def test_rotary_bias_is_the_logarithm_of_a_softplus_of_mixed_sincs() -> None:
@@ -329,20 +452,21 @@ def test_rotary_bias_is_the_logarithm_of_a_softplus_of_mixed_sincs() -> None:
                 for w, f in zip(weight[head], frequencies.double().tolist(), strict=True)
             )
             expected = math.log(math.log1p(math.exp(mixed)) + 1e-6)
-            found = attention.rotary_bias(d, weight)[head, index].item()
-            assert found == pytest.approx(expected, abs=1e-5)  # frequencies were float32
+            found = attention.rotary_bias(d, weight, frequencies.double())[head, index].item()
+            assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_rotary_bias_can_be_differentiated_twice() -> None:
     d = torch.tensor([0.4, 2.0, 9.0], dtype=torch.float64, requires_grad=True)
     weight = random(2, 4).requires_grad_()
-    assert torch.autograd.gradcheck(attention.rotary_bias, (d, weight))
-    assert torch.autograd.gradgradcheck(attention.rotary_bias, (d, weight))
+    frequencies = rotary_frequencies(4, d)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda d, w: attention.rotary_bias(d, w, frequencies), (d, weight))
 
 
 def test_fused_rotary_bias_of_an_atom_with_itself_has_no_slope() -> None:
     d = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    bias = fused.FusedRotaryBias.apply(d, random(2, 8))
+    bias = fused.FusedRotaryBias.apply(d, random(2, 8), rotary_frequencies(8, d))
     (slope,) = torch.autograd.grad(bias.sum(), d)
     assert (slope == 0).all()
 

@@ -1,0 +1,373 @@
+/* The sums over pairs of edges around one atom, for `compile=True`; see compiled.py.
+
+   What `attention.neighborhood_attention` and `encodings.bond_orientational_order` do with padded
+   tables is done here row by row: a row's numbers fit into the nearest cache, empty slots do not
+   exist, and nothing of size K x K is ever kept. The backward passes do the forward's work again.
+
+   A row i owns the edges first[i] .. first[i+1], its self-edge first; state[] says which row of
+   qkv each one is. Compiled twice, with REAL float and double. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef REAL
+#define REAL float
+#endif
+
+/* numbers for the wide registers; they may stand anywhere in memory */
+typedef REAL vec __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+enum { W = 64 / sizeof(REAL) };   /* numbers in a vec */
+enum { TILE = 8 };                /* vecs of a product that are summed at once */
+
+typedef struct {
+    int heads, size, groups;      /* size: channels of a head */
+    const int *width;             /* channels of each Legendre degree, `groups` of them */
+    const long *first, *state;
+    const REAL *log_weight, *direction;
+} Rows;
+
+static size_t padded(size_t n) { return (n + W - 1) / W * W; }
+
+/* n numbers, zero, with room behind them for what `product` reads too much */
+static REAL *numbers(size_t n) { return calloc(n + (TILE + 1) * 1024, sizeof(REAL)); }
+
+/* `rows` x `across` vecs of a product; both are constants where it is called */
+static inline __attribute__((always_inline)) void
+tile(const int rows, const int across, int stored, size_t inner, const REAL *a, size_t row_step,
+     size_t inner_step, const REAL *b, size_t b_step, REAL *c, size_t c_step)
+{
+    vec sum[rows][across];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < across; j++)
+            sum[r][j] = (vec){0};
+    for (size_t i = 0; i < inner; i++)
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < across; j++)
+                sum[r][j] += a[r * row_step + i * inner_step] * *(const vec *)(b + i * b_step + j * W);
+    for (int r = 0; r < rows && r < stored; r++)
+        for (int j = 0; j < across; j++)
+            *(vec *)(c + r * c_step + j * W) = sum[r][j];
+}
+
+/* c[r][:] = sum_i a(r, i) b[i][:] with a read by its two strides. Whole vecs are read and written:
+   c and b reach to the next multiple of W columns, and a to the next multiple of TILE rows. */
+static void product(size_t rows, size_t columns, size_t inner, const REAL *a, size_t row_step,
+                    size_t inner_step, const REAL *b, size_t b_step, REAL *c, size_t c_step)
+{
+    size_t j = 0;
+    for (; j + W < columns; j += 2 * W)
+        for (size_t r = 0; r < rows; r += TILE / 2)
+            tile(TILE / 2, 2, rows - r, inner, a + r * row_step, row_step, inner_step, b + j, b_step,
+                 c + r * c_step + j, c_step);
+    for (; j < columns; j += W)
+        for (size_t r = 0; r < rows; r += TILE)
+            tile(TILE, 1, rows - r, inner, a + r * row_step, row_step, inner_step, b + j, b_step,
+                 c + r * c_step + j, c_step);
+}
+
+/* exp for x <= 0, to the last bit or two; in float by a polynomial, which compilers vectorise */
+static inline REAL exponential(REAL x)
+{
+    if (sizeof(REAL) == 8)
+        return exp(x);
+    float y = x < -87.0f ? -87.0f : (float)x;
+    float n = (float)(int)(y * 1.44269504f - 0.5f);
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    union { int bits; float value; } scale = {.bits = ((int)n + 127) << 23};
+    return p * scale.value;
+}
+
+/* legendre[l-1][e][f] = P_l(cos of e and f) for l = 1 .. degree, rows of `wide`; 0 for the
+   self-edge, which has no direction, and in the padding. slope, if it is there: P_l', which means
+   nothing in those places. */
+static void angles(size_t n, size_t wide, int degree, const REAL *direction, REAL *legendre, REAL *slope)
+{
+    size_t layer = (size_t)n * wide;
+    if (degree < 1)
+        return;
+    memset(legendre, 0, wide * sizeof(REAL));
+    for (size_t e = 1; e < n; e++) {
+        const REAL *u = direction + 3 * e;
+        REAL *p = legendre + e * wide;
+        for (size_t f = 0; f < wide; f++)
+            p[f] = 0;
+        for (size_t f = 1; f < n; f++)
+            p[f] = u[0] * direction[3 * f] + u[1] * direction[3 * f + 1] + u[2] * direction[3 * f + 2];
+    }
+    for (int l = 1; l < degree; l++) { /* (l+1) P_(l+1) = (2l+1) x P_l - l P_(l-1) */
+        const REAL *x = legendre, *now = legendre + (l - 1) * layer, *before = now - layer;
+        REAL *next = legendre + l * layer, a = (2 * l + 1) / (REAL)(l + 1), b = l / (REAL)(l + 1);
+        for (size_t e = 0; e < n; e++)
+            for (size_t f = 0; f < wide; f++) {
+                size_t ef = e * wide + f;
+                REAL real = e && f && f < n;
+                next[ef] = a * x[ef] * now[ef] - b * (l > 1 ? before[ef] : real);
+            }
+    }
+    for (int l = 0; slope && l < degree; l++) { /* P_(l+1)' = P_(l-1)' + (2l+1) P_l */
+        const REAL *p = legendre + (l - 1) * layer, *before = slope + (l - 2) * layer;
+        REAL *now = slope + l * layer;
+        for (size_t ef = 0; ef < layer; ef++)
+            now[ef] = (l ? (2 * l + 1) * p[ef] : 1) + (l > 1 ? before[ef] : 0);
+    }
+}
+
+/* d_direction[e] += sum_f (pull[e][f] + pull[f][e]) direction[f], pull being dE/dcos */
+static void turn(size_t n, size_t wide, const REAL *pull, const REAL *direction, REAL *d_direction)
+{
+    for (size_t e = 1; e < n; e++)
+        for (size_t f = 1; f < n; f++) {
+            REAL both = pull[e * wide + f] + pull[f * wide + e];
+            for (int x = 0; x < 3; x++)
+                d_direction[3 * e + x] += both * direction[3 * f + x];
+        }
+}
+
+/* --- neighbourhood attention ------------------------------------------------------------------ */
+
+/* Edges of the fullest of the rows begin .. end. */
+static size_t fullest(const Rows *rows, int begin, int end)
+{
+    long found = 1;
+    for (int i = begin; i < end; i++)
+        if (rows->first[i + 1] - rows->first[i] > found)
+            found = rows->first[i + 1] - rows->first[i];
+    return found;
+}
+
+/* log weights of n edges, and of the padding so little that it never weighs */
+static void pad_bias(size_t n, size_t wide, const REAL *log_weight, REAL *bias)
+{
+    for (size_t f = 0; f < wide; f++)
+        bias[f] = f < n ? log_weight[f] : (REAL)-1e30;
+}
+
+/* out[d][e] = x[e][d] for n rows of `size` numbers */
+static void transpose(size_t n, size_t size, const REAL *x, size_t step, REAL *out, size_t out_step)
+{
+    for (size_t d = 0; d < size; d++)
+        for (size_t e = 0; e < n; e++)
+            out[d * out_step + e] = x[e * step + d];
+}
+
+/* Of one head, from q and the transposed k: the products q.k of each degree (in `score`) and the
+   softmax of their weighted sum (in `weight`); both n rows of `wide`. */
+static void attend(size_t n, size_t wide, const Rows *rows, const REAL *bias, const REAL *q,
+                   size_t q_step, const REAL *keys, const REAL *legendre, REAL *score, REAL *weight)
+{
+    size_t layer = n * wide;
+    REAL scale = 1 / sqrt((double)rows->size);
+    for (int l = 0, d = 0; l < rows->groups; d += rows->width[l++])
+        product(n, wide, rows->width[l], q + d, q_step, 1, keys + d * wide, wide, score + l * layer,
+                wide);
+    for (size_t e = 0; e < n; e++) {
+        REAL *w = weight + e * wide, largest = -1e30, total = 0;
+        const REAL *s = score + e * wide, *p = legendre + e * wide - layer;
+        for (size_t f = 0; f < wide; f++)
+            w[f] = s[f];
+        for (int l = 1; l < rows->groups; l++)
+            for (size_t f = 0; f < wide; f++)
+                w[f] += p[l * layer + f] * s[l * layer + f];
+        for (size_t f = 0; f < wide; f++) {
+            w[f] = scale * w[f] + bias[f];
+            largest = w[f] > largest ? w[f] : largest;
+        }
+        for (size_t f = 0; f < wide; f++) {
+            w[f] = exponential(w[f] - largest);
+            total += w[f];
+        }
+        for (size_t f = 0; f < wide; f++)
+            w[f] /= total;
+    }
+}
+
+/* Rows begin .. end: out (M, heads*size) from qkv (M, 3*heads*size). Returns 0, or 1: no memory. */
+int attention_forward(const Rows *rows, int begin, int end, const REAL *qkv, REAL *out)
+{
+    size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
+    size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
+    REAL *memory = numbers((2 * degrees + 2) * square + (size + 1) * wide + longest * 3 * hidden +
+                           longest * padded(size));
+    if (!memory)
+        return 1;
+    REAL *legendre = memory, *score = legendre + degrees * square;
+    REAL *weight = score + (degrees + 1) * square, *keys = weight + square;
+    REAL *bias = keys + size * wide, *local = bias + wide, *mixed = local + longest * 3 * hidden;
+    for (int i = begin; i < end; i++) {
+        const long *state = rows->state + rows->first[i];
+        size_t n = rows->first[i + 1] - rows->first[i];
+        wide = padded(n);
+        for (size_t e = 0; e < n; e++)
+            memcpy(local + e * 3 * hidden, qkv + state[e] * 3 * hidden, 3 * hidden * sizeof(REAL));
+        pad_bias(n, wide, rows->log_weight + rows->first[i], bias);
+        angles(n, wide, degrees, rows->direction + 3 * rows->first[i], legendre, NULL);
+        for (int head = 0; head < rows->heads; head++) {
+            const REAL *q = local + head * size, *k = q + hidden, *v = k + hidden;
+            transpose(n, size, k, 3 * hidden, keys, wide);
+            attend(n, wide, rows, bias, q, 3 * hidden, keys, legendre, score, weight);
+            product(n, size, n, weight, wide, 1, v, 3 * hidden, mixed, padded(size));
+            for (size_t e = 0; e < n; e++)
+                memcpy(out + state[e] * hidden + head * size, mixed + e * padded(size),
+                       size * sizeof(REAL));
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* Its derivative: d_qkv (M, 3*heads*size), d_log_weight (E,) and d_direction (E, 3), all written. */
+int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, const REAL *gradient,
+                       REAL *d_qkv, REAL *d_log_weight, REAL *d_direction)
+{
+    size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
+    size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
+    size_t step = padded(size + W), tall = longest * step; /* the last degree writes past `size` */
+    REAL *memory = numbers((4 * degrees + 4) * square + (2 * size + 1) * wide + 3 * tall +
+                           4 * longest * hidden);
+    if (!memory)
+        return 1;
+    REAL *legendre = memory, *slope = legendre + degrees * square, *score = slope + degrees * square;
+    REAL *pull = score + (degrees + 1) * square; /* dE/dP_l; in the end dE/dcos in the first layer */
+    REAL *weight = pull + degrees * square, *d_weight = weight + square;
+    REAL *d_product = d_weight + square, *keys = d_product + square, *values = keys + size * wide;
+    REAL *dq = values + size * wide, *dk = dq + tall, *dv = dk + tall;
+    REAL *bias = dv + tall, *local = bias + wide, *g = local + longest * 3 * hidden;
+    REAL scale = 1 / sqrt((double)rows->size);
+    for (int i = begin; i < end; i++) {
+        const long *state = rows->state + rows->first[i];
+        const REAL *direction = rows->direction + 3 * rows->first[i];
+        REAL *d_bias = d_log_weight + rows->first[i];
+        size_t n = rows->first[i + 1] - rows->first[i], layer = n * padded(n);
+        wide = padded(n);
+        for (size_t e = 0; e < n; e++) {
+            memcpy(local + e * 3 * hidden, qkv + state[e] * 3 * hidden, 3 * hidden * sizeof(REAL));
+            memcpy(g + e * hidden, gradient + state[e] * hidden, hidden * sizeof(REAL));
+        }
+        memset(pull, 0, degrees * layer * sizeof(REAL));
+        memset(d_bias, 0, n * sizeof(REAL));
+        memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
+        pad_bias(n, wide, rows->log_weight + rows->first[i], bias);
+        angles(n, wide, degrees, direction, legendre, slope);
+        for (int head = 0; head < rows->heads; head++) {
+            const REAL *q = local + head * size, *k = q + hidden, *v = k + hidden;
+            transpose(n, size, k, 3 * hidden, keys, wide);
+            transpose(n, size, v, 3 * hidden, values, wide);
+            attend(n, wide, rows, bias, q, 3 * hidden, keys, legendre, score, weight);
+            product(n, wide, size, g + head * size, hidden, 1, values, wide, d_weight, wide);
+            product(n, size, n, weight, 1, wide, g + head * size, hidden, dv, step);
+            for (size_t e = 0; e < n; e++) { /* from weights to logits */
+                REAL *dw = d_weight + e * wide, *w = weight + e * wide, mean = 0;
+                for (size_t f = 0; f < n; f++)
+                    mean += w[f] * dw[f];
+                for (size_t f = 0; f < n; f++) {
+                    dw[f] = w[f] * (dw[f] - mean);
+                    d_bias[f] += dw[f];
+                    dw[f] *= scale;
+                }
+                for (size_t f = n; f < wide; f++)
+                    dw[f] = 0;
+            }
+            for (int l = 0, d = 0; l < rows->groups; d += rows->width[l++]) {
+                const REAL *d_logit = d_weight;
+                if (!rows->width[l])
+                    continue;
+                if (l) {
+                    const REAL *p = legendre + (l - 1) * layer, *s = score + l * layer;
+                    REAL *sum = pull + (l - 1) * layer;
+                    for (size_t ef = 0; ef < layer; ef++) {
+                        d_product[ef] = d_weight[ef] * p[ef];
+                        sum[ef] += d_weight[ef] * s[ef];
+                    }
+                    d_logit = d_product;
+                }
+                /* whole vecs again: the next degree writes its own channels over it */
+                product(n, rows->width[l], n, d_logit, wide, 1, k + d, 3 * hidden, dq + d, step);
+                product(n, rows->width[l], n, d_logit, 1, wide, q + d, 3 * hidden, dk + d, step);
+            }
+            for (size_t e = 0; e < n; e++) {
+                REAL *y = d_qkv + state[e] * 3 * hidden + head * size;
+                memcpy(y, dq + e * step, size * sizeof(REAL));
+                memcpy(y + hidden, dk + e * step, size * sizeof(REAL));
+                memcpy(y + 2 * hidden, dv + e * step, size * sizeof(REAL));
+            }
+        }
+        for (size_t l = 0; l < degrees; l++)
+            for (size_t ef = 0; ef < layer; ef++)
+                pull[ef] = (l ? pull[ef] : 0) + pull[l * layer + ef] * slope[l * layer + ef];
+        if (degrees)
+            turn(n, wide, pull, direction, d_direction + 3 * rows->first[i]);
+    }
+    free(memory);
+    return 0;
+}
+
+/* --- bond-orientational order ------------------------------------------------------------------ */
+
+/* sum[i][l-1] = sum_ef weight[e] weight[f] P_l(cos of e and f), l = 1 .. degree, for begin .. end */
+int order_forward(const Rows *rows, int begin, int end, int degree, const REAL *weight, REAL *sum)
+{
+    for (int i = begin; i < end; i++) {
+        int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
+        const REAL *w = weight + rows->first[i];
+        REAL *legendre = numbers((size_t)degree * n * wide);
+        if (!legendre)
+            return 1;
+        angles(n, wide, degree, rows->direction + 3 * rows->first[i], legendre, NULL);
+        for (int l = 0; l < degree; l++) {
+            REAL total = 0;
+            for (int e = 0; e < n; e++) {
+                const REAL *p = legendre + ((size_t)l * n + e) * wide;
+                REAL part = 0;
+                for (int f = 0; f < n; f++)
+                    part += w[f] * p[f];
+                total += w[e] * part;
+            }
+            sum[i * degree + l] = total;
+        }
+        free(legendre);
+    }
+    return 0;
+}
+
+/* Its derivative: d_weight (E,) and d_direction (E, 3), all written. */
+int order_backward(const Rows *rows, int begin, int end, int degree, const REAL *weight,
+                   const REAL *d_sum, REAL *d_weight, REAL *d_direction)
+{
+    for (int i = begin; i < end; i++) {
+        int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
+        size_t layer = (size_t)n * wide;
+        const REAL *w = weight + rows->first[i], *direction = rows->direction + 3 * rows->first[i];
+        REAL *legendre = numbers((2 * degree + 1) * layer);
+        if (!legendre)
+            return 1;
+        REAL *slope = legendre + degree * layer, *pull = slope + degree * layer;
+        angles(n, wide, degree, direction, legendre, slope);
+        for (int e = 0; e < n; e++) {
+            REAL total = 0;
+            for (int f = 0; f < wide; f++)
+                pull[e * wide + f] = 0;
+            for (int l = 0; l < degree; l++) {
+                const REAL *p = legendre + l * layer + e * wide, *s = slope + l * layer + e * wide;
+                REAL d = d_sum[i * degree + l];
+                for (int f = 0; f < n; f++) {
+                    total += d * w[f] * p[f];
+                    pull[e * wide + f] += d * w[e] * w[f] * s[f];
+                }
+            }
+            d_weight[rows->first[i] + e] = 2 * total;
+        }
+        memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
+        turn(n, wide, pull, direction, d_direction + 3 * rows->first[i]);
+        free(legendre);
+    }
+    return 0;
+}

@@ -1,0 +1,146 @@
+"""The kernels in C: the same answers through the whole model, and what happens around a compiler.
+
+`test_attention` holds the kernels themselves against the formulas.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.md.verlet import VelocityVerlet
+
+from allscaip_lite import AllScAIP, AllScAIPCalculator
+from allscaip_lite.compiled import CompileError, load_kernels
+
+ModelMaker = Callable[..., AllScAIP]
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache of compiled kernels, and none loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_kernels.cache_clear()
+    yield tmp_path / "cache" / "allscaip-lite"
+    load_kernels.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"angular_channels": None},
+        {"node_attention": False},
+        {"smooth_bond_order": True},
+        {"soft_rank": False},
+        {"conservative": False},
+        {"max_neighbors": 24},
+    ],
+    ids=str,
+)
+def test_compiled_answers_are_the_eager_ones(
+    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, slab: Atoms, options: dict
+) -> None:
+    model = make_model(**options)
+    eager, compiled = AllScAIPCalculator(model), AllScAIPCalculator(model, compile=True)
+    lone = Atoms("He", info={"charge": 0, "spin": 1})
+    for atoms in (cluster, crystal, slab, lone):
+        energy, forces = (f(atoms) for f in (eager.get_potential_energy, eager.get_forces))
+        assert compiled.get_potential_energy(atoms) == pytest.approx(energy, abs=1e-10)
+        np.testing.assert_allclose(compiled.get_forces(atoms), forces, atol=1e-9)
+        if atoms is crystal and model.config.conservative:
+            stress = eager.get_stress(atoms)
+            np.testing.assert_allclose(compiled.get_stress(atoms), stress, atol=1e-10)
+    # several systems at once
+    batch = [cluster, crystal, lone]
+    pairs = zip(compiled.model.predict(batch), model.predict(batch), strict=True)
+    assert all(a.energy == pytest.approx(b.energy, abs=1e-10) for a, b in pairs)
+
+
+@needs_compiler
+def test_compiled_answers_in_float32(make_model: ModelMaker, cluster: Atoms) -> None:
+    model = make_model(dtype=torch.float32)
+    forces = AllScAIPCalculator(model).get_forces(cluster)
+    found = AllScAIPCalculator(model, compile=True).get_forces(cluster)
+    assert np.abs(found - forces).max() < 2e-5 * np.abs(forces).max()
+
+
+@needs_compiler
+def test_the_model_itself_can_still_be_trained(make_model: ModelMaker, cluster: Atoms) -> None:
+    """The calculator compiles its own copy, and a training pass never uses the kernels."""
+    model = make_model()
+    AllScAIPCalculator(model, compile=True)
+    assert not model.compiled
+    model.compiled = True
+    plain = model(_structures(cluster), create_graph=True)
+    plain.forces.square().sum().backward()
+    assert model.blocks[0].source_attention.query.weight.grad.abs().max() > 0
+
+
+def _structures(atoms: Atoms):  # type: ignore[no-untyped-def]
+    from allscaip_lite.structures import structures_from_atoms
+
+    return structures_from_atoms(atoms, torch.float64)
+
+
+@needs_compiler
+def test_dynamics_of_a_fixed_composition(make_model: ModelMaker, cluster: Atoms) -> None:
+    """Edges come and go on the way; the trajectory is the eager one."""
+    ends = []
+    for compile in (False, True):
+        atoms = cluster.copy()
+        atoms.calc = AllScAIPCalculator(make_model(), compile=compile)
+        VelocityVerlet(atoms, 0.5 * units.fs).run(20)
+        ends.append(atoms.positions)
+    assert np.abs(ends[0] - cluster.positions).max() > 1e-3
+    np.testing.assert_allclose(ends[1], ends[0], atol=1e-9)
+
+
+@needs_compiler
+def test_compiled_once_on_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process finds the file, also where the compiler has gone since."""
+    load_kernels(torch.float32)
+    (made,) = fresh.iterdir()
+    written = made.stat().st_mtime_ns
+    load_kernels.cache_clear()
+    load_kernels(torch.float32)
+    assert [(p.name, p.stat().st_mtime_ns) for p in fresh.iterdir()] == [(made.name, written)]
+    load_kernels(torch.float64)
+    assert len(list(fresh.iterdir())) == 2
+
+
+def test_without_a_compiler(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_model()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(CompileError, match="install gcc or clang"):
+        AllScAIPCalculator(model, compile=True)
+
+
+def test_a_compiler_that_fails_is_quoted(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'fatal: no such target' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    for compiler, message in ((broken, "no such target"), (tmp_path / "none", "does not run")):
+        monkeypatch.setenv("CC", str(compiler))
+        with pytest.raises(CompileError, match=message):
+            AllScAIPCalculator(make_model(), compile=True)
+    assert not list(fresh.glob("*.so")) if fresh.exists() else True
+
+
+def test_half_precision_is_refused(make_model: ModelMaker) -> None:
+    with pytest.raises(CompileError, match="float32 and float64"):
+        AllScAIPCalculator(make_model(), dtype=torch.bfloat16, compile=True)
