@@ -83,11 +83,13 @@ def self_edge_attention(
     of the angular encoding the first group (l = 0) is left.
     """
     n, num_slots = log_weight.shape
-    table = Spread.apply(key_value, layout.slot, n * num_slots)  # (N·K, 2H)
-    k, v = table.view(n, num_slots, 2, *q.shape[1:]).permute(2, 0, 3, 1, 4)  # (N, h, K, D) each
-    logits = (q.unsqueeze(2) * k)[..., group].sum(-1) * q.shape[-1] ** -0.5  # (N, h, K)
-    weights = F.dropout((logits + log_weight.unsqueeze(1)).softmax(-1), dropout, dropout > 0)
-    return (weights.unsqueeze(2) @ v).reshape(n, -1)  # (N, H)
+    row = layout.slot // num_slots  # (M,)
+    k, v = key_value.unflatten(1, (2, *q.shape[1:])).unbind(1)  # (M, h, D) each
+    logits = (q[..., group].index_select(0, row) * k[..., group]).sum(-1)  # (M, h)
+    table = Spread.apply(logits * q.shape[-1] ** -0.5, layout.slot, n * num_slots)  # (N·K, h)
+    weights = (table.view(n, num_slots, -1) + log_weight.unsqueeze(2)).softmax(1)
+    weights = F.dropout(Collect.apply(weights.flatten(0, 1), layout.slot), dropout, dropout > 0)
+    return torch.zeros_like(q).index_add(0, row, weights.unsqueeze(2) * v).flatten(1)  # (N, H)
 
 
 class SelfAttention(nn.Module):
