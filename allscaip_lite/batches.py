@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
@@ -21,20 +22,26 @@ from allscaip_lite.structures import Structures, structures_from_atoms
 
 @dataclass(frozen=True)
 class Batch:
-    """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å."""
+    """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å.
+
+    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label.
+    """
 
     structures: Structures
     energy: Tensor
     forces: Tensor
+    stress: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.structures.to(device), self.energy.to(device), self.forces.to(device))
+        labels = (self.energy, self.forces, self.stress)
+        return Batch(self.structures.to(device), *(label.to(device) for label in labels))
 
 
 def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
     """Labelled structures as one batch; with a seed, each turned by a random rotation."""
     systems = list(systems)
     forces = [system.get_forces() for system in systems]
+    stress = [_stress(system) for system in systems]
     if rotation_seed is not None:
         rotations = Rotation.random(len(systems), rng=np.random.default_rng(rotation_seed))
         for index, rotation in enumerate(rotations):
@@ -43,12 +50,21 @@ def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch
             turned.positions = rotation.apply(turned.positions)
             turned.cell = rotation.apply(turned.cell.array)
             forces[index] = rotation.apply(forces[index])
+            matrix = rotation.as_matrix()
+            stress[index] = matrix @ stress[index] @ matrix.T
             systems[index] = turned
     return Batch(
         structures=structures_from_atoms(systems),
         energy=torch.tensor([s.calc.results["energy"] for s in systems], dtype=torch.float64),
         forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
+        stress=torch.as_tensor(np.stack(stress), dtype=torch.float32),
     )
+
+
+def _stress(system: Atoms) -> np.ndarray:
+    """(3, 3) eV/Å³, not a number without a label."""
+    voigt = system.calc.results.get("stress")
+    return np.full((3, 3), np.nan) if voigt is None else voigt_6_to_full_3x3_stress(voigt)
 
 
 class Batches(torch.utils.data.Dataset):

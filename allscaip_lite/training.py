@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from allscaip_lite.batches import Batch, Batches
 from allscaip_lite.checkpoint import load_model, save_model
-from allscaip_lite.config import PRESETS
+from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data import Dataset
 from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import AllScAIP, Prediction
@@ -36,7 +36,10 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run. Loss weights multiply normalised errors: |ΔE|/N and ‖ΔF‖, over rmsd."""
+    """One stage of a run.
+
+    Loss weights multiply normalised errors: |ΔE|/N, ‖ΔF‖ and ‖Δσ‖V/N (V: volume), over rmsd.
+    """
 
     name: str  # "direct" or "conservative"
     steps: int
@@ -48,6 +51,7 @@ class Stage:
     weight_decay: float = 1e-3
     clip: float = 100.0
     ema_decay: float = 0.999
+    stress_weight: float = 0.0  # for structures that have a stress; conservative models only
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_fraction`."""
@@ -65,10 +69,13 @@ def direct_stage(steps: int, learning_rate: float = 8e-4) -> Stage:
 
 
 def conservative_stage(
-    steps: int, learning_rate: float = 4e-4, weights: tuple[float, float] = (40, 20)
+    steps: int,
+    learning_rate: float = 4e-4,
+    weights: tuple[float, float] = (40, 20),
+    stress_weight: float = 0.0,
 ) -> Stage:
     """The reference's second stage; `weights` of energy and forces in the loss."""
-    return Stage("conservative", steps, learning_rate, *weights)
+    return Stage("conservative", steps, learning_rate, *weights, stress_weight=stress_weight)
 
 
 def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tuple[Tensor, float]:
@@ -94,11 +101,22 @@ def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tupl
 
 
 def loss(prediction: Prediction, batch: Batch, model: AllScAIP, stage: Stage) -> Tensor:
-    """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖, errors in units of the rmsd."""
-    per_atom = (prediction.energy - batch.energy).abs() / batch.structures.natoms
+    """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖ + stress_weight · mean ‖Δσ‖V/N.
+
+    Errors in units of the rmsd; stresses of the structures that have one.
+    """
+    natoms = batch.structures.natoms
+    per_atom = (prediction.energy - batch.energy).abs() / natoms
     energy = (per_atom / model.energy_scale).mean()
     force = torch.linalg.vector_norm(prediction.forces - batch.forces, dim=1).mean()
-    return stage.energy_weight * energy + stage.force_weight * force / model.force_scale
+    value = stage.energy_weight * energy + stage.force_weight * force / model.force_scale
+    known = batch.stress.isfinite().all(2).all(1)  # (B,)
+    if stage.stress_weight and prediction.stress is not None and bool(known.any()):
+        volume = torch.linalg.det(batch.structures.cell[known]).abs()
+        error = torch.linalg.matrix_norm(prediction.stress[known] - batch.stress[known])
+        stress = (error * volume / natoms[known] / model.energy_scale).mean()
+        value = value + stage.stress_weight * stress
+    return value
 
 
 def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
@@ -277,6 +295,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", required=True, type=Path, nargs="+", help="validation .aselmdb")
     parser.add_argument("--out", required=True, type=Path, help="run folder")
     parser.add_argument("--preset", default="lite", choices=sorted(PRESETS))
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the preset's configuration, as in --set node_attention=false (repeatable)",
+    )
     parser.add_argument("--from", dest="start", help="model to start from: a name or a file")
     parser.add_argument("--direct-steps", type=int, default=20_000)
     parser.add_argument("--conservative-steps", type=int, default=5_000)
@@ -290,6 +316,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("ENERGY", "FORCE"),
         help="weights of the loss in the conservative stage",
     )
+    parser.add_argument(
+        "--stress-weight",
+        type=float,
+        default=0.0,
+        help="weight of the stress in the conservative stage, for data that have it",
+    )
     parser.add_argument("--max-atoms", type=int, default=350, help="atoms in a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=500, help="steps")
@@ -298,6 +330,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", default="1", help="as Lightning Fabric takes it")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
+
+
+def changed(config: AllScAIPConfig, changes: Sequence[str]) -> AllScAIPConfig:
+    """A configuration with changes such as "k=12", values as in JSON.
+
+    Raises `TrainingError` for a name that does not exist or a value that is not one.
+    """
+    values = config.to_dict()
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if name not in values or not equals:
+            raise TrainingError(
+                f"--set {change}: give NAME=VALUE with a NAME among {', '.join(values)}"
+            )
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text  # a word, such as layer
+        if type(values[name]) is not type(getattr(config, name)) and name not in _OPTIONAL:
+            expected = type(getattr(config, name)).__name__
+            if not (expected == "float" and isinstance(values[name], int)):
+                raise TrainingError(f"--set {change}: {name} takes a value of type {expected}")
+    return AllScAIPConfig.from_dict(values)
+
+
+_OPTIONAL = ("angular_channels", "max_neighbors")  # null, or another type
 
 
 def run(args: argparse.Namespace) -> None:
@@ -315,9 +373,12 @@ def run(args: argparse.Namespace) -> None:
     training_data, validation_data = Dataset(args.data), Dataset(args.val)
     torch.manual_seed(args.seed)
     if args.start:
+        if args.changes:
+            raise TrainingError("--set changes a preset: with --from the configuration is fixed")
         model = load_model(args.start, device="cpu")
     else:
-        model = AllScAIP(PRESETS[args.preset].replace(conservative=args.direct_steps == 0))
+        config = changed(PRESETS[args.preset], args.changes)
+        model = AllScAIP(config.replace(conservative=args.direct_steps == 0))
         references, rms_force = fit_units(training_data, model.config.max_num_elements)
         model.element_references.copy_(references)
         model.energy_scale.fill_(rms_force)
@@ -328,7 +389,10 @@ def run(args: argparse.Namespace) -> None:
     if args.conservative_steps:
         stages.append(
             conservative_stage(
-                args.conservative_steps, args.conservative_rate, tuple(args.conservative_weights)
+                args.conservative_steps,
+                args.conservative_rate,
+                tuple(args.conservative_weights),
+                args.stress_weight,
             )
         )
     if not stages:

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ase.build import molecule
+from ase import units
+from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, save_model
 from allscaip_lite.checkpoint import read_card
@@ -54,12 +56,35 @@ def test_errors_overall(model: AllScAIP, labelled: Path) -> None:
 
 def test_errors_by_domain(model: AllScAIP, labelled: Path) -> None:
     data = Dataset(labelled)
-    rows = by_domain(data, *residuals(model, data))
+    rows = by_domain(data, residuals(model, data))
     assert list(rows) == ["h2o", "nh3", "all"]
     assert rows["h2o"]["structures"] == 2
     assert rows["nh3"]["energy_mae"] == pytest.approx(100, abs=0.02)
     assert rows["nh3"]["force_mae"] == pytest.approx(30, abs=0.02)
     assert "| nh3 | 1 | 100.0 | 100.0 | 30.0 | 30.0 |" in table(rows)
+
+
+def test_errors_of_the_stress(model: AllScAIP, tmp_path: Path) -> None:
+    """In bar, of the structures that have one: a wrong pressure of 300 bar, and a wrong shear."""
+    crystal = bulk("NaCl", "rocksalt", a=5.5)
+    crystal.rattle(0.05, seed=0)
+    lone = molecule("H2O")
+    structures = []
+    for atoms, shift in ((crystal, 300.0 * np.array([1, 1, 1, 0.5, 0, 0])), (lone, None)):
+        atoms.info.update(charge=0, spin=1, data_id="salt" if atoms is crystal else "water")
+        (result,) = model.predict(atoms)
+        labels = {"energy": result.energy, "forces": result.forces}
+        if shift is not None:
+            labels["stress"] = full_3x3_to_voigt_6_stress(result.stress) - shift * units.bar
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        structures.append(atoms)
+    write_aselmdb(tmp_path / "set.aselmdb", structures)
+    data = Dataset(tmp_path / "set.aselmdb")
+    rows = by_domain(data, residuals(model, data))
+    assert rows["salt"]["pressure_mae"] == pytest.approx(300, abs=1)
+    assert rows["all"]["stress_mae"] == pytest.approx((3 * 300 + 2 * 150) / 9, abs=1)
+    assert "stress_mae" not in rows["water"]
+    assert "| water | 1 | 0.0 | 0.0 | 0.0 | 0.0 | – | – |" in table(rows)
 
 
 def test_the_command_puts_the_errors_into_the_card(

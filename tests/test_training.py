@@ -245,6 +245,36 @@ def test_random_rotations_turn_forces_with_positions() -> None:
     assert np.abs(rotations[0] - np.eye(3)).max() > 0.1
 
 
+def test_stress_in_the_loss() -> None:
+    """Of the structures that have one, times volume over atoms; turned with its structure."""
+    argon = bulk("Ar", "fcc", a=5.0, cubic=True)
+    argon.rattle(0.1, seed=1)
+    stress = np.array([1, 2, 3, 0.4, 0.5, 0.6]) * 1e-2  # eV/Å³
+    labels = {"energy": 0.0, "forces": np.zeros((4, 3))}
+    argon.calc = SinglePointCalculator(argon, **labels, stress=stress)
+    lone = Atoms("Ar")
+    lone.calc = SinglePointCalculator(lone, energy=0.0, forces=np.zeros((1, 3)))
+    for atoms in (argon, lone):
+        atoms.info.update(charge=0, spin=1)
+    model = AllScAIP(SMALL.replace(conservative=True, stress=True))
+    model.energy_scale.fill_(0.5)
+    stage = conservative_stage(1, stress_weight=7.0)
+    turned, plain = collate([argon, lone], rotation_seed=3), collate([argon, lone])
+    assert turned.stress[1].isnan().all()
+    for batch in (plain, turned):
+        predicted = model(batch.structures, create_graph=True)
+        without = loss(predicted, batch, model, conservative_stage(1))
+        value = loss(predicted, batch, model, stage)
+        error = np.linalg.norm((predicted.stress - batch.stress)[0].detach().numpy())
+        expected = 7 * error * 5.0**3 / 4 / 0.5
+        assert float(value - without) == pytest.approx(expected, rel=1e-4)
+        value.backward()
+        assert all(w.grad is None or w.grad.isfinite().all() for w in model.parameters())
+    eigenvalues = [torch.linalg.eigvalsh(batch.stress[0]) for batch in (plain, turned)]
+    torch.testing.assert_close(*eigenvalues, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(plain.stress[0], turned.stress[0], atol=1e-3)
+
+
 # --- stages -------------------------------------------------------------------------------------
 
 
@@ -434,6 +464,26 @@ def test_the_command_trains(
     assert tuned.config.conservative
     for name, weight in tuned.state_dict().items():  # nearly no learning: the same backbone
         torch.testing.assert_close(weight, direct.state_dict()[name], rtol=0, atol=1e-7)
+
+
+def test_the_command_changes_the_preset(
+    twenty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(PRESETS, "lite", SMALL)
+    changes = ["node_attention=false", "activation=relu", "cutoff=5", "angular_channels=null"]
+    options = [part for change in changes for part in ("--set", change)]
+    assert cli.main([*command(twenty, tmp_path / "run", 0, 1), *options]) == 0
+    config = load_model(tmp_path / "run" / "conservative.safetensors").config
+    assert (config.node_attention, config.activation, config.cutoff) == (False, "relu", 5)
+    assert config.angular_channels is None and config.hidden_size == SMALL.hidden_size
+    for wrong, message in (
+        ("depth=3", "NAME=VALUE with a NAME among hidden_size"),
+        ("num_layers", "NAME=VALUE"),
+        ("num_layers=many", "takes a value of type int"),
+        ("activation=tanh", "'tanh' is not one of"),
+    ):
+        assert cli.main([*command(twenty, tmp_path / "wrong", 0, 1), "--set", wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command_explains(
