@@ -7,7 +7,6 @@ nothing is copied and little is kept. `linear` is the exception: it serves every
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -293,8 +292,9 @@ def _next_legendre(l: int, x: Tensor, now: Tensor, before: Tensor) -> Tensor:
 
 
 def _sinc(distances: Tensor, frequencies: Tensor) -> Tensor:
-    """`encodings.sinc_features` in one operation: (q,), (F,) → (q, F)."""
-    return torch.sinc(distances.unsqueeze(1) * (frequencies / math.pi))
+    """`encodings.sinc_features` in few passes: (q,), (F,) → (q, F)."""
+    phase = distances.unsqueeze(1) * frequencies
+    return torch.sin(phase).div_(phase).nan_to_num_(nan=1.0)  # 0/0 at d = 0
 
 
 class FusedRotaryBias(torch.autograd.Function):
