@@ -7,7 +7,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 LAB_EXTRAS := notebooks,labels-xtb
-TEST_EXTRAS := notebooks,labels-xtb,parity,test
+TEST_EXTRAS := notebooks,labels-xtb,site,parity,test
 
 # The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 lab` overrules.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -20,6 +20,7 @@ UNIT_ARGS ?=
 NOTEBOOK_ARGS ?=
 LAB_ARGS ?=
 BENCH_ARGS ?=
+CLASS_ARGS ?=
 
 # A stamp says which extras are in .venv; it is older than the files that decide the versions when
 # these have changed, and make then installs again.
@@ -33,13 +34,16 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --no-input --prefer-
 VIEWER := 3dmol@2.5.5
 VIEWER_FOLDER := $(VENV)/share/allscaip-lite
 
-.PHONY: help lab test test-units test-notebooks bench clean
+.PHONY: help lab test test-units test-notebooks class site bench clean
 
 help:
 	@echo "make lab     install what the notebooks need into $(VENV), open JupyterLab on the tour"
 	@echo "             LAB_ARGS='--no-browser --port 8899' is passed on to JupyterLab"
 	@echo "make test    install everything the tests need into $(VENV), run tests and notebooks"
 	@echo "             JOBS=$(JOBS) processes; UNIT_ARGS, NOTEBOOK_ARGS are passed on to pytest"
+	@echo "make class   student and instructor copies of the notebooks, in class/; CLASS_ARGS='--check'"
+	@echo "             also runs them all"
+	@echo "make site    run the course and write it as static pages, in site/"
 	@echo "make bench   time the model beside the reference; BENCH_ARGS are passed on"
 	@echo "make clean   remove $(VENV), caches and build products (data and runs stay)"
 	@echo "PYTHON=python3.12 in front of any of them picks the Python (3.11 or newer)"
@@ -57,11 +61,17 @@ test-units: $(TEST_READY)
 test-notebooks: $(TEST_READY)
 	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --nbmake --nbmake-timeout=300 $(NOTEBOOK_ARGS) notebooks/*.ipynb
 
+class: $(LAB_READY)
+	$(ONE_THREAD) $(PY) -m allscaip_lite.classroom $(CLASS_ARGS)
+
+site: $(TEST_READY)
+	$(ONE_THREAD) $(PY) -m allscaip_lite.site
+
 bench: $(TEST_READY)
 	$(PY) -m allscaip_lite.cli bench $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist class site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 $(LAB_READY): $(VERSIONS)

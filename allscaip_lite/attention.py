@@ -85,8 +85,8 @@ def self_edge_attention(
     n, num_slots = log_weight.shape
     row = layout.slot // num_slots  # (M,)
     k, v = key_value.unflatten(1, (2, *q.shape[1:])).unbind(1)  # (M, h, D) each
-    logits = (q[..., group].index_select(0, row) * k[..., group]).sum(-1)  # (M, h)
-    table = Spread.apply(logits * q.shape[-1] ** -0.5, layout.slot, n * num_slots)  # (N·K, h)
+    logits = (q[..., group].index_select(0, row) * k[..., group]).sum(-1) * q.shape[-1] ** -0.5
+    table = Spread.apply(logits, layout.slot, n * num_slots)  # (M, h) → (N·K, h)
     weights = (table.view(n, num_slots, -1) + log_weight.unsqueeze(2)).softmax(1)
     weights = F.dropout(Collect.apply(weights.flatten(0, 1), layout.slot), dropout, dropout > 0)
     return torch.zeros_like(q).index_add(0, row, weights.unsqueeze(2) * v).flatten(1)  # (N, H)

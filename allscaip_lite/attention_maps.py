@@ -16,6 +16,8 @@ from torch import Tensor
 from allscaip_lite.model import AllScAIP, AttentionRecord
 from allscaip_lite.structures import structures_from_atoms
 
+KINDS = ("node", "source", "destination")
+
 
 @dataclass(frozen=True)
 class AttentionMaps:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Geometry:
     source: Layout
     destination: Layout
     systems: SystemTable
-    biases: Sequence[Tensor | None]  # of each block's node attention, (B, h, n, n)
+    biases: Sequence[Any]  # of each block's node attention, (B, h, n, n) or None
     fused: bool  # whether the forms that can be differentiated once may serve
     rows: compiled.Rows | None  # for the compiled form
 
@@ -350,10 +350,10 @@ class AllScAIP(nn.Module):
             structures, graph, atoms = by_count(structures, graph)
         systems = SystemTable.make(structures.natoms)
         occupied = torch.arange(graph.num_slots, device=self.device) < graph.counts.unsqueeze(1)
-        lae = len(self.config.angular_channels or ()) - 1
+        lae = 0 if rows else len(self.config.angular_channels or (0,)) - 1
         geometry = Geometry(
             graph=graph,
-            legendre=encodings.slot_legendre(graph, lae) if lae > 0 and rows is None else None,
+            legendre=encodings.slot_legendre(graph, lae) if lae else None,
             source=Layout.make(graph.source_slot, occupied),
             destination=Layout.make(graph.destination_slot, occupied),
             systems=systems,
@@ -372,9 +372,8 @@ class AllScAIP(nn.Module):
     def bond_order(self, geometry: Geometry) -> Tensor:
         """(N, 10): the bond-orientational order of all atoms."""
         graph, degree = geometry.graph, self.config.bond_order_degree
-        weights = graph.log_weight.isfinite().to(self.dtype)  # (N, K)
-        if self.config.smooth_bond_order:
-            weights = graph.log_weight.exp()
+        smooth, log_weight = self.config.smooth_bond_order, graph.log_weight  # (N, K)
+        weights = log_weight.exp() if smooth else log_weight.isfinite().to(self.dtype)
         if geometry.rows is not None:
             sums = compiled.pair_sums(weights, geometry.rows, degree)
         elif geometry.fused:
@@ -383,9 +382,7 @@ class AllScAIP(nn.Module):
             sums = encodings.pair_sums(encodings.slot_legendre(graph, degree), weights)
         return encodings.bond_orientational_order(sums, weights)
 
-    def biases(
-        self, structures: Structures, systems: SystemTable, fast: bool
-    ) -> Sequence[Tensor | None]:
+    def biases(self, structures: Structures, systems: SystemTable, fast: bool) -> Sequence[Any]:
         """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
         config, empty = self.config, systems.mask(self.dtype)
         if not config.rotary:

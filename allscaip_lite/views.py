@@ -1,9 +1,9 @@
 """Pictures for notebooks and papers: molecules, trajectories, and who attends to whom.
 
 In: `ase.Atoms`, and attention weights from `attention_maps`. Out: things that a notebook displays.
-`show_attention` is a page of its own, alive also in exported HTML and without a network;
-`plot_attention` and `plot_molecule` are matplotlib figures; `view_molecule` is py3Dmol's and
-`view_trajectory` nglview's, which need the `notebooks` extra.
+`plot_attention`, `plot_links` and `plot_molecule` are matplotlib figures; `show_attention` is a
+small attention explorer (`explorer`), alive also in exported HTML and without a network;
+`view_molecule` is py3Dmol's and `view_trajectory` nglview's, which need the `notebooks` extra.
 
 `python -m allscaip_lite.views molecule.xyz picture.png` draws the README's picture.
 """
@@ -13,29 +13,30 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib
-import json
+import itertools
 import sys
-import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
+from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from allscaip_lite.attention_maps import AttentionMaps, attention_maps
+from allscaip_lite.attention_maps import KINDS, AttentionMaps, attention_maps
 from allscaip_lite.model import AllScAIP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINK_COLOR = "#d6217f"
+MARK_COLOR = "#00807d"
+TILT = np.deg2rad((-24.0, 16.0))  # how a cell is looked at: about the vertical, then from above
 VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
 
 
@@ -66,11 +67,46 @@ def bonds(atoms: Atoms) -> list[tuple[int, int]]:
     return list(zip(first.tolist(), second.tolist(), strict=True))
 
 
+def image_bonds(atoms: Atoms) -> list[tuple[int, int, int, int, int]]:
+    """Bonds i, j, a, b, c that leave the cell: to atom j's image a, b, c, in lattice vectors.
+
+    Like `bonds`; each is listed from both of its ends.
+    """
+    if not atoms.pbc.any():
+        return []
+    first, second, shift = neighbor_list("ijS", atoms, 1.2 * covalent_radii[atoms.numbers])
+    outside = shift.any(1)
+    found = np.column_stack([first, second, shift])[outside]
+    return sorted(map(tuple, found.tolist()))
+
+
 def front(atoms: Atoms) -> np.ndarray:
-    """(3, 3) rotation R: `vectors @ R` shows the widest side across x and y, z points at us."""
+    """(3, 3) rotation R: `vectors @ R` shows the atoms well, z points at us.
+
+    The widest side of a molecule lies across x and y; a periodic structure stands with its own z
+    upwards, turned a little and seen from above.
+    """
+    if atoms.pbc.any():
+        (c, d), (s, t) = np.cos(TILT), np.sin(TILT)
+        upright = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
+        about_vertical = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+        from_above = np.array([[1, 0, 0], [0, d, t], [0, -t, d]])
+        return upright @ about_vertical @ from_above
     axes = np.linalg.svd(atoms.positions - atoms.positions.mean(0), full_matrices=True)[2]
     axes[2] *= np.linalg.det(axes)  # a rotation, never a mirror image
     return axes.T
+
+
+def cell_lines(atoms: Atoms) -> np.ndarray:
+    """(n, 2, 3) ends of the cell's edges along its periodic directions, Å; n = 12, 4, 1 or 0."""
+    axes = np.flatnonzero(atoms.pbc)
+    lines = []
+    for axis in axes:
+        others = atoms.cell.array[[k for k in axes if k != axis]]
+        for corner in itertools.product((0.0, 1.0), repeat=len(others)):
+            start = np.array(corner) @ others
+            lines.append([start, start + atoms.cell.array[axis]])
+    return np.reshape(lines, (-1, 2, 3))
 
 
 def seen_from_front(atoms: Atoms) -> np.ndarray:
@@ -89,13 +125,51 @@ def node_weights(maps: AttentionMaps, block: int, head: int | None) -> np.ndarra
     Raises `ValueError` for a model without node attention, `IndexError` for a block or head that
     the model does not have.
     """
-    if maps.node is None:
+    return attention_matrix(maps, "node", 0, block, head)
+
+
+def attention_matrix(
+    maps: AttentionMaps, kind: str, query: int, block: int, head: int | None
+) -> np.ndarray:
+    """Weights of one head, or with None the mean over heads; a row asks, and adds up to one.
+
+    kind "node": (N, N) over atoms, whatever `query` is. kind "source" or "destination": (c, c) over
+    the c edges of atom `query`, in the order of its slots; `edge_labels` names them. Raises
+    `ValueError` for another kind, or one that the model does not have, `IndexError` for an atom,
+    block or head that is not there.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not one of {KINDS}")
+    if kind == "node" and maps.node is None:
         raise ValueError("this model has no node attention to show (config.node_attention=False)")
+    atoms = len(maps.atomic_numbers)
+    if not -atoms <= query < atoms:
+        raise IndexError(f"query {query}: the structure has atoms 0 to {atoms - 1}")
     for name, index, count in (("block", block, maps.num_blocks), ("head", head, maps.num_heads)):
         if index is not None and not -count <= index < count:
             raise IndexError(f"{name} {index}: this model has {name}s 0 to {count - 1}")
-    weights = maps.node[block]  # (h, N, N)
+    weights = getattr(maps, kind)[block]  # (h, N, N) or (h, N, K, K)
+    if kind != "node":
+        count = int((maps.neighbor[query] >= 0).sum())
+        weights = weights[:, query, :count, :count]  # (h, c, c)
     return (weights.mean(0) if head is None else weights[head]).double().numpy()
+
+
+def edge_labels(maps: AttentionMaps, query: int, kind: str = "source") -> list[str]:
+    """The edges of atom `query`, as rows and columns of its matrix: self, C0→H4, C0→O2 (+1, 0, 0) …
+
+    In brackets the periodic image of the neighbour; with `kind` "destination" the edges arrive.
+    """
+    labels = atom_labels(maps.atomic_numbers)
+    names = []
+    for j, image in zip(maps.neighbor[query].tolist(), maps.image[query].tolist(), strict=True):
+        if j < 0:
+            break  # empty slots stand last
+        shift = ", ".join(f"{x:+d}" if x else "0" for x in image)
+        end = labels[j] + (f" ({shift})" if any(image) else "")
+        ends = [labels[query], end]
+        names.append("→".join(reversed(ends) if kind == "destination" else ends))
+    return ["self", *names[1:]]
 
 
 # --- attention on the molecule, in a page -------------------------------------------------------
@@ -107,6 +181,7 @@ class Page:
 
     html: str
     title: str
+    head: ClassVar[str] = ""  # what the saved page alone needs
 
     def _repr_html_(self) -> str:
         return self.html
@@ -116,32 +191,12 @@ class Page:
 
     def save(self, path: str | Path) -> Path:
         """Write a page that any browser opens, without a network."""
-        head = f'<html lang="en"><meta charset="utf-8"><title>{self.title}</title>'
+        view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        head = f'<html lang="en"><meta charset="utf-8">{view}<title>{self.title}</title>{self.head}'
         page = f"<!doctype html>\n{head}\n<body>\n{self.html}\n</body></html>\n"
         path = Path(path)
         path.write_text(page, encoding="utf-8")
         return path
-
-
-_PAGE = """<div data-view="@NAME@" style="display: inline-block; max-width: 100%; padding: 8px; \
-background: #fff; color: #222; border: 1px solid #ccc; border-radius: 6px; \
-font: 13px/1.5 sans-serif">
-<div>node attention of <select data-part="query"></select>
-block <select data-part="block"></select> head <select data-part="head"></select></div>
-<canvas data-part="canvas" width="@WIDTH@" height="@HEIGHT@" style="display: block; \
-width: @WIDTH@px; max-width: 100%; aspect-ratio: @WIDTH@/@HEIGHT@; touch-action: none"></canvas>
-<div data-part="text" style="width: @WIDTH@px; max-width: 100%; min-height: 3em"></div>
-<div style="color: #666">Drag to turn, click an atom to ask it.</div>
-</div>
-<script>
-(() => {
-@SCRIPT@
-// a notebook may show the same output twice: each copy is started once
-for (const root of document.querySelectorAll('[data-view="@NAME@"]')) {
-  if (!root.dataset.started) { root.dataset.started = "1"; attentionView(root, @DATA@); }
-}
-})();
-</script>"""
 
 
 def show_attention(
@@ -152,70 +207,42 @@ def show_attention(
     head: int | None = None,
     size: tuple[int, int] = (600, 400),
 ) -> Page:
-    """The node attention of one atom, on the molecule, to be turned and clicked.
+    """The node attention of one atom, on the molecule: `explore_attention` without the matrix.
 
-    Links run from the query atom to those it takes from; width and opacity follow the weight, the
-    widest being the largest. The ring around the query is what it takes from itself, on the same
-    scale up to the widest link. `head` None is the mean over heads. `size` in pixels. Raises what
-    `attention_maps` and `node_weights` raise, `IndexError` for a query that is no atom,
-    `ValueError` for maps of another structure.
+    Links run from the query atom to those it takes from; width and colour follow the weight, on a
+    scale up to the widest link of this atom. The ring around the query is what it takes from
+    itself. `head` None is the mean over heads. `size` in pixels. Raises what `attention_maps` and
+    `attention_matrix` raise, `ValueError` for maps of another structure.
     """
-    maps = model_or_maps
-    if not isinstance(maps, AttentionMaps):
-        maps = attention_maps(model_or_maps, atoms)
-    _check_same(maps, atoms)
-    node_weights(maps, block, head)
-    if not -len(atoms) <= query < len(atoms):
-        raise IndexError(f"query {query}: the structure has atoms 0 to {len(atoms) - 1}")
-    weights = (maps.node.double().numpy() * 65535).round().astype("<u2")  # (L, h, N, N)
-    data = {
-        "scene": {
-            "positions": seen_from_front(atoms).round(3).tolist(),
-            "radii": ball_radii(atoms).round(3).tolist(),
-            "colors": jmol_colors[atoms.numbers].round(3).tolist(),
-            "labels": atom_labels(atoms),
-            "bonds": bonds(atoms),
-            "linkColor": LINK_COLOR,
-        },
-        "blocks": maps.num_blocks,
-        "heads": maps.num_heads,
-        "query": query % len(atoms),
-        "block": block % maps.num_blocks,
-        "head": -1 if head is None else head % maps.num_heads,
-        "weights": base64.b64encode(weights.tobytes()).decode(),
-    }
-    script = resources.files("allscaip_lite").joinpath("molecule_view.js").read_text("utf-8")
-    html = _PAGE
-    for mark, value in {
-        "SCRIPT": script,
-        "DATA": json.dumps(data, separators=(",", ":")),
-        "NAME": f"allscaip-{uuid.uuid4().hex[:12]}",
-        "WIDTH": str(size[0]),
-        "HEIGHT": str(size[1]),
-    }.items():
-        html = html.replace(f"@{mark}@", value)
-    return Page(html, f"Node attention of {atoms.get_chemical_formula()}")
+    # the explorer is made of what stands here, so it cannot be imported above
+    from allscaip_lite.explorer import explore_attention
 
-
-def _check_same(maps: AttentionMaps, atoms: Atoms) -> None:
-    if maps.atomic_numbers.tolist() != atoms.numbers.tolist():
-        raise ValueError(
-            f"these maps belong to another structure than {atoms.get_chemical_formula()}: "
-            "make them with attention_maps(model, atoms)"
-        )
+    choice = {"kind": "node", "kinds": ["node"], "query": query, "block": block, "head": head}
+    return explore_attention(
+        model_or_maps, atoms, **choice, scale="row", threshold=0.02, matrix=False, size=size
+    )
 
 
 # --- figures ------------------------------------------------------------------------------------
 
 
 def plot_attention(
-    maps: AttentionMaps, block: int = -1, head: int | None = None, axes: Axes | None = None
+    maps: AttentionMaps,
+    block: int = -1,
+    head: int | None = None,
+    axes: Axes | None = None,
+    *,
+    kind: str = "node",
+    query: int = 0,
+    row: int | None = None,
 ) -> Axes:
-    """Node attention as a matrix: a row is the query, a column the atom it takes from.
+    """Attention as a matrix: a row is what asks, a column what it takes from.
 
-    `head` None is the mean over heads. Raises what `node_weights` raises.
+    Node attention among all atoms, or with `kind` "source" or "destination" neighbourhood attention
+    among the edges of atom `query`. `head` None is the mean over heads; `row` is framed. Raises
+    what `attention_matrix` raises.
     """
-    weights = node_weights(maps, block, head)
+    weights = attention_matrix(maps, kind, query, block, head)
     n = len(weights)
     if axes is None:
         pyplot = _import("matplotlib.pyplot", "plot_attention")
@@ -224,15 +251,81 @@ def plot_attention(
     image = axes.imshow(weights, cmap="magma_r", vmin=0)
     axes.figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
     every = -(-n // 40)  # no more labels than fit
-    labels = atom_labels(maps.atomic_numbers)
+    atoms = atom_labels(maps.atomic_numbers)
+    labels = atoms if kind == "node" else edge_labels(maps, query, kind)
     font = 9 if n <= 16 else 7
     axes.set_xticks(range(0, n, every), labels[::every], rotation=90, fontsize=font)
     axes.set_yticks(range(0, n, every), labels[::every], fontsize=font)
-    axes.set_xlabel("key: the atom taken from")
-    axes.set_ylabel("query: the atom that asks")
+    where = f" {'leaving' if kind == 'source' else 'arriving at'} {atoms[query]}"
+    what = "atom" if kind == "node" else "edge"
+    axes.set_xlabel(f"key: the {what} taken from")
+    axes.set_ylabel(f"query: the {what} that asks")
+    if row is not None:
+        look = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
+        patches = _import("matplotlib.patches", "plot_attention")
+        axes.add_patch(patches.Rectangle((-0.5, row % n - 0.5), n, 1, **look))
     heads = "mean over heads" if head is None else f"head {head % maps.num_heads}"
-    axes.set_title(f"block {block % maps.num_blocks}, {heads}", fontsize=10)
+    edges = "" if kind == "node" else f", edges{where}"
+    axes.set_title(f"block {block % maps.num_blocks}, {heads}{edges}", fontsize=10)
     return axes
+
+
+def plot_links(
+    maps: AttentionMaps,
+    atoms: Atoms,
+    query: int = 0,
+    *,
+    kind: str = "node",
+    edge: int = 0,
+    block: int = -1,
+    head: int | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """The molecule, and on it what one atom or one edge takes from the others.
+
+    Node attention: links run from the `query` atom to the others. Neighbourhood attention: one edge
+    of that atom asks (slot `edge`, 0 the self-edge, else marked by a line), and links run along its
+    other edges; periodic images are drawn faintly. Raises what `attention_matrix` raises,
+    `ValueError` for maps of another structure, `IndexError` for an edge that is not there.
+    """
+    check_same_atoms(maps, atoms)
+    weights = attention_matrix(maps, kind, query, block, head)
+    query %= len(atoms)
+    if kind == "node":
+        return plot_molecule(atoms, links=(query, weights[query]), axes=axes)
+    if not -len(weights) <= edge < len(weights):
+        raise IndexError(f"edge {edge}: atom {query} has edges 0 to {len(weights) - 1}")
+    neighbor, image = maps.neighbor[query].tolist(), maps.image[query].tolist()
+    images, ends = [], []
+    for j, shift in zip(neighbor[: len(weights)], image, strict=False):
+        ends.append(len(atoms) + len(images) if any(shift) else j)
+        if any(shift):
+            images.append((j, tuple(shift)))
+    taken = np.zeros(len(atoms) + len(images))
+    taken[ends] = weights[edge]
+    axes = plot_molecule(atoms, links=(query, taken), axes=axes, images=images)
+    if edge % len(weights):
+        points = _with_images(atoms, images)[[query, ends[edge]], :2]
+        axes.plot(*points.T, color=MARK_COLOR, linewidth=2.5, linestyle=(0, (3, 1.5)), zorder=1e6)
+    return axes
+
+
+def check_same_atoms(maps: AttentionMaps, atoms: Atoms) -> None:
+    """Raise `ValueError` where the maps were made of other atoms."""
+    if maps.atomic_numbers.tolist() != atoms.numbers.tolist():
+        raise ValueError(
+            f"these maps belong to another structure than {atoms.get_chemical_formula()}: "
+            "make them with attention_maps(model, atoms)"
+        )
+
+
+def _with_images(atoms: Atoms, images: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+    """(N + n, 3) positions of the atoms and of n images of them, as `seen_from_front`, Å."""
+    which = [j for j, _ in images]
+    shift = np.array([shift for _, shift in images], dtype=float).reshape(-1, 3)
+    moved = atoms.positions[which] + shift @ atoms.cell.array
+    points = np.concatenate([atoms.positions, moved])
+    return (points - atoms.positions.mean(0)) @ front(atoms)
 
 
 def plot_molecule(
@@ -240,29 +333,39 @@ def plot_molecule(
     arrows: np.ndarray | None = None,
     links: tuple[int, np.ndarray] | None = None,
     axes: Axes | None = None,
+    images: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> Axes:
     """The molecule from its widest side, as a flat picture.
 
     `arrows` (N, 3) are drawn from the atoms, forces for example; the longest is drawn 1.5 Å long.
-    `links` is a query atom and the (N,) weights it gives, drawn as curves from it.
+    `links` is a query atom and the (N,) weights it gives, drawn as curves from it. `images` are
+    periodic images, atom and (3,) lattice vectors, drawn faintly; with n of them, `links` may hold
+    N + n weights.
     """
     patches = _import("matplotlib.patches", "plot_molecule")
     if axes is None:
         pyplot = _import("matplotlib.pyplot", "plot_molecule")
         axes = pyplot.subplots(figsize=(6, 4), layout="constrained")[1]
-    positions, radii = seen_from_front(atoms), ball_radii(atoms)
+    n = len(atoms)
+    kinds = np.array([*range(n), *(j for j, _ in images)])
+    positions, radii = _with_images(atoms, images), ball_radii(atoms)[kinds]
+    labels = atom_labels(atoms)
     flat = positions[:, :2]
-    layer = 3 * positions[:, 2].argsort().argsort()  # (N,) what is nearer covers what is farther
+    layer = 3 * positions[:, 2].argsort().argsort()  # what is nearer covers what is farther
     for i, j in bonds(atoms):
         axes.plot(*flat[[i, j]].T, color="0.6", linewidth=4, zorder=min(layer[i], layer[j]) + 1)
-    for i, label in enumerate(atom_labels(atoms)):
-        color = jmol_colors[atoms.numbers[i]]
-        look = {"facecolor": color, "edgecolor": "0.3", "zorder": layer[i] + 2}
+    corners = (cell_lines(atoms) - atoms.positions.mean(0)) @ front(atoms)  # (n, 2, 3)
+    for line in corners[:, :, :2]:
+        axes.plot(*line.T, color="0.7", linewidth=0.8, zorder=0)
+    for i, kind in enumerate(kinds):
+        color = jmol_colors[atoms.numbers[kind]]
+        tone = color if i < n else 0.35 * color + 0.65
+        look = {"facecolor": tone, "edgecolor": "0.3" if i < n else "0.7", "zorder": layer[i] + 2}
         axes.add_patch(patches.Circle(flat[i], radii[i], **look))
-        ink = "0.1" if color @ [0.3, 0.6, 0.1] > 0.5 else "white"
+        ink = "0.1" if tone @ [0.3, 0.6, 0.1] > 0.5 else "white"
         font = {"fontsize": 6.5, "ha": "center", "va": "center", "zorder": layer[i] + 2}
-        axes.text(*flat[i], label, color=ink, **font)
-    above = 3 * len(atoms) + 3
+        axes.text(*flat[i], labels[kind] + ("" if i < n else "′"), color=ink, **font)
+    above = 3 * len(positions) + 3
     if links is not None:
         query, weights = links[0], np.asarray(links[1])
         largest = np.delete(weights, query).max(initial=1e-9)  # a large own share hides no link
@@ -289,10 +392,10 @@ def plot_molecule(
     if arrows is not None:
         across = (np.asarray(arrows) @ front(atoms))[:, :2] * _arrow_scale(arrows)
         look = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
-        axes.quiver(*flat.T, *across.T, angles="xy", scale_units="xy", scale=1, **look)
-    margin = 0.9
-    axes.set_xlim(flat[:, 0].min() - margin, flat[:, 0].max() + margin)
-    axes.set_ylim(flat[:, 1].min() - margin, flat[:, 1].max() + margin)
+        axes.quiver(*flat[:n].T, *across.T, angles="xy", scale_units="xy", scale=1, **look)
+    shown, margin = np.concatenate([flat, corners.reshape(-1, 3)[:, :2]]), 0.9
+    axes.set_xlim(shown[:, 0].min() - margin, shown[:, 0].max() + margin)
+    axes.set_ylim(shown[:, 1].min() - margin, shown[:, 1].max() + margin)
     axes.set_aspect("equal")
     axes.axis("off")
     return axes
