@@ -6,8 +6,8 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
-LAB_EXTRAS := notebooks,labels-xtb
-TEST_EXTRAS := notebooks,labels-xtb,site,parity,test
+LAB_EXTRAS := notebooks,labels-xtb,md
+TEST_EXTRAS := notebooks,labels-xtb,md,labels,torch-sim,site,parity,test
 
 # The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 lab` overrules.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \

@@ -31,6 +31,16 @@ DATA_COMMANDS = {
         "sample molecules, ions, radicals and clusters, and label them with GFN2-xTB",
         "the same command goes on from here",
     ),
+    "water": Command(
+        "water",
+        "sample liquid water, clusters and molecules, and label them with SPC/Fw",
+        "the same command goes on from here",
+    ),
+    "dft": Command(
+        "dft",
+        "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
+        "the same command goes on from here",
+    ),
     "sample": Command(
         "data",
         "write a small sample of a data set",
@@ -48,6 +58,11 @@ COMMANDS = {
         "errors of a model on a data set, overall and by domain",
         "nothing was kept; the same command starts again",
     ),
+    "md": Command(
+        "md",
+        "molecular dynamics at constant energy, volume or pressure",
+        "the same command goes on from the last structure it saved",
+    ),
     "bench": Command(
         "benchmark",
         "time a model, beside fairchem where that is installed",
@@ -60,7 +75,10 @@ EXTRA_OF = {
     "tblite": "labels-xtb",
     "rdkit": "labels-xtb",
     "pyscf": "labels",
+    "numba": "labels",
     "openmm": "labels",
+    "MDAnalysis": "md",
+    "torch_sim": "torch-sim",
     "fairchem": "parity",
     "matplotlib": "notebooks",
 }

@@ -1,0 +1,447 @@
+"""Dynamics conserves what it should, goes on where it was killed, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import molecule
+from ase.calculators.calculator import Calculator, all_changes
+from ase.io import write
+from ase.io.trajectory import Trajectory
+from ase.lattice.cubic import FaceCenteredCubic
+from ase.neighborlist import neighbor_list
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from allscaip_lite import AllScAIPCalculator, cli, md
+from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
+
+
+class Springs(Calculator):
+    """Anharmonic springs between the nearest neighbours of a crystal, with stress."""
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        ideal = FaceCenteredCubic("Cu", size=(2, 2, 2))
+        self.i, self.j, self.shift = neighbor_list("ijS", ideal, 2.8)
+        self.length = ideal.cell[0, 0] / np.sqrt(8)
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        moved = atoms.positions[self.j] + self.shift @ atoms.cell.array
+        vectors = moved - atoms.positions[self.i]
+        lengths = np.linalg.norm(vectors, axis=1)
+        stretch = lengths - self.length
+        # each spring stands twice in the list
+        slope = (2.0 * stretch - 3.0 * stretch**2 + 4.0 * stretch**3) / 2
+        energy = (stretch**2 - stretch**3 + stretch**4).sum() / 2
+        pull = (slope / lengths)[:, None] * vectors
+        forces = np.zeros((len(atoms), 3))
+        np.add.at(forces, self.i, pull)
+        np.add.at(forces, self.j, -pull)
+        stress = vectors.T @ pull / atoms.cell.volume
+        self.results = {
+            "energy": float(energy),
+            "free_energy": float(energy),
+            "forces": forces,
+            "stress": full_3x3_to_voigt_6_stress(stress),
+        }
+
+
+def copper() -> Atoms:
+    """32 atoms, in a crystal."""
+    atoms = FaceCenteredCubic("Cu", size=(2, 2, 2))
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+def short(**changes) -> Settings:
+    base = {"duration": 60.0, "timestep": 2.0, "save_every": 10.0, "log_every": 4.0}
+    return Settings(**{**base, **changes})
+
+
+def frames(folder: Path) -> list[tuple[bytes, ...]]:
+    with Trajectory(folder / "trajectory.traj") as trajectory:
+        return [
+            (a.positions.tobytes(), a.get_momenta().tobytes(), a.cell.array.tobytes())
+            for a in trajectory
+        ]
+
+
+KINDS = [
+    {"ensemble": "nve"},
+    {"ensemble": "nvt"},
+    {"ensemble": "nvt", "thermostat": "langevin"},
+    {"ensemble": "npt", "pressure": 1000.0},
+]
+
+
+# --- physics ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[3]])
+def test_the_conserved_energy_is_conserved(tmp_path, kind):
+    settings = short(duration=1000.0, timestep=1.0, log_every=10.0, **kind)
+    run_md(copper(), Springs(), settings, tmp_path, progress=False)
+    log = read_log(tmp_path)
+    assert np.ptp(log["conserved_eV"]) < 1e-2 * np.ptp(log["potential_eV"])
+
+
+def test_half_the_timestep_conserves_four_times_as_well(tmp_path):
+    spread = []
+    for step in (4.0, 2.0):
+        settings = short(
+            ensemble="nve", duration=400.0, timestep=step, save_every=100.0, log_every=step
+        )
+        run_md(copper(), Springs(), settings, tmp_path / str(step), progress=False)
+        spread.append(read_log(tmp_path / str(step))["conserved_eV"].std())
+    assert spread[0] / spread[1] == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_mean_temperature_is_the_one_asked_for(tmp_path, kind):
+    settings = short(
+        duration=12_000.0,
+        timestep=4.0,
+        save_every=4000.0,
+        log_every=20.0,
+        temperature=400.0,
+        thermostat_time=50.0,
+        barostat_time=400.0,
+        **kind,
+    )
+    run_md(copper(), Springs(), settings, tmp_path, progress=False)
+    late = read_log(tmp_path)["time_ps"] > 1
+    temperatures = read_log(tmp_path)["temperature_K"][late]
+    assert temperatures.mean() == pytest.approx(400, rel=0.04)
+    # of a canonical ensemble: variance of the temperature 2T²/(3N - 3)
+    assert temperatures.std() == pytest.approx(400 * np.sqrt(2 / 93), rel=0.35)
+    if kind["ensemble"] == "npt":
+        assert read_log(tmp_path)["pressure_bar"][late].mean() == pytest.approx(1000, abs=1000)
+        assert np.ptp(read_log(tmp_path)["volume_A3"][late]) > 1
+
+
+def test_velocities_start_at_the_temperature_and_rest_as_a_whole(tmp_path):
+    final = run_md(copper(), Springs(), short(), tmp_path, progress=False)
+    assert read_log(tmp_path)["temperature_K"][0] == pytest.approx(300)
+    assert np.abs(final.get_momenta().sum(0)).max() < 1e-8
+    with Trajectory(tmp_path / "trajectory.traj") as trajectory:
+        first = trajectory[0]
+        assert len(trajectory) == 7
+        assert first.get_potential_energy() == pytest.approx(read_log(tmp_path)["potential_eV"][0])
+
+
+def test_velocities_of_the_structure_are_kept(tmp_path):
+    atoms = copper()
+    generator = np.random.default_rng(1)
+    momenta = generator.normal(size=(32, 3))
+    atoms.set_momenta(momenta - momenta.mean(0))
+    run_md(atoms, Springs(), short(ensemble="nve"), tmp_path, progress=False)
+    with Trajectory(tmp_path / "trajectory.traj") as trajectory:
+        assert trajectory[0].get_momenta() == pytest.approx(atoms.get_momenta(), abs=1e-12)
+
+
+def test_relaxing_comes_first(tmp_path):
+    before = copper()
+    before.calc = Springs()
+    run_md(copper(), Springs(), short(relax=20), tmp_path, progress=False)
+    assert read_log(tmp_path)["potential_eV"][0] < before.get_potential_energy() / 2
+
+
+def test_the_model_runs_a_molecule(tmp_path, make_model):
+    atoms = molecule("H2O", info={"charge": 0, "spin": 1})
+    settings = short(ensemble="nve", duration=4.0, timestep=0.5, save_every=1.0, log_every=1.0)
+    run_md(atoms, AllScAIPCalculator(make_model()), settings, tmp_path, progress=False)
+    log = read_log(tmp_path)
+    assert np.isnan(log["volume_A3"]).all() and np.isnan(log["pressure_bar"]).all()
+    assert np.ptp(log["conserved_eV"]) < 0.05 * np.ptp(log["potential_eV"])
+
+
+# --- stop and go on -----------------------------------------------------------------------------
+
+
+class Interrupted(Springs):
+    """Springs until Ctrl-C at the n-th call."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        self.calls -= 1
+        if self.calls == 0:
+            raise KeyboardInterrupt
+        super().calculate(atoms, properties, system_changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_to_the_same_bits(tmp_path, kind):
+    settings = short(**kind)
+    run_md(copper(), Springs(), settings, tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_md(copper(), Interrupted(20), settings, tmp_path / "cut", progress=False)
+    assert 0 < len(frames(tmp_path / "cut")) < 7
+    run_md(copper(), Springs(), settings, tmp_path / "cut", progress=False)
+    assert frames(tmp_path / "cut") == frames(tmp_path / "whole")
+    logs = [(tmp_path / name / "log.csv").read_bytes() for name in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_what_was_written_after_the_state_is_written_anew(tmp_path):
+    settings = short()
+    run_md(copper(), Springs(), settings, tmp_path / "whole", progress=False)
+    run_md(copper(), Springs(), short(duration=40.0), tmp_path / "cut", progress=False)
+    state = (tmp_path / "cut" / "state.npz").read_bytes()
+    run_md(copper(), Springs(), settings, tmp_path / "cut", progress=False)
+    (tmp_path / "cut" / "state.npz").write_bytes(state)  # as if killed just before it was saved
+    with (tmp_path / "cut" / "log.csv").open("a") as log:
+        log.write("30,0.06")  # and in the middle of a line
+    run_md(copper(), Springs(), settings, tmp_path / "cut", progress=False)
+    assert frames(tmp_path / "cut") == frames(tmp_path / "whole")
+    logs = [(tmp_path / name / "log.csv").read_bytes() for name in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_can_be_prolonged_but_not_changed(tmp_path):
+    run_md(copper(), Springs(), short(), tmp_path / "whole", progress=False)
+    run_md(copper(), Springs(), short(duration=20.0), tmp_path / "parts", progress=False)
+    run_md(copper(), Springs(), short(), tmp_path / "parts", progress=False)
+    assert frames(tmp_path / "parts") == frames(tmp_path / "whole")
+    with pytest.raises(MDError, match="another temperature"):
+        run_md(copper(), Springs(), short(temperature=310.0), tmp_path / "whole", progress=False)
+    with pytest.raises(MDError, match="longer run"):
+        run_md(copper(), Springs(), short(duration=20.0), tmp_path / "whole", progress=False)
+    with pytest.raises(MDError, match="another model"):
+        run_md(copper(), Springs(), short(), tmp_path / "whole", label="other", progress=False)
+    (tmp_path / "whole" / "trajectory.traj").unlink()
+    with pytest.raises(MDError, match="start again"):
+        run_md(copper(), Springs(), short(duration=80.0), tmp_path / "whole", progress=False)
+
+
+def test_a_killed_command_goes_on_to_the_same_bits(tmp_path):
+    from allscaip_lite.water import water_box
+
+    write(tmp_path / "box.extxyz", water_box(4, 0.5, seed=1))
+    (tmp_path / "input.toml").write_text(
+        'structure = "box.extxyz"\nmodel = "spcfw"\nensemble = "npt"\ntime = "40fs"\n'
+        'save-every = "2fs"\nlog-every = "1fs"\nrelax = 20\n'
+    )
+
+    def command(out: str) -> list[str]:
+        options = ["md", str(tmp_path / "input.toml"), "--out", str(tmp_path / out)]
+        return [sys.executable, "-m", "allscaip_lite.cli", *options]
+
+    done = subprocess.run(command("whole"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ns/day" in done.stderr and "H8O4" in done.stderr
+    process = subprocess.Popen(command("cut"), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "state.npz").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command("cut"), check=True, capture_output=True)
+    assert frames(tmp_path / "cut") == frames(tmp_path / "whole")
+    assert len(frames(tmp_path / "cut")) == 21
+
+
+# --- explosions and mistakes --------------------------------------------------------------------
+
+
+class Faulty(Springs):
+    """Springs whose forces turn into something else after some calls."""
+
+    def __init__(self, calls: int, factor: float) -> None:
+        super().__init__()
+        self.calls, self.factor = calls, factor
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        self.calls -= 1
+        if self.calls < 0:
+            self.results["forces"] = self.results["forces"] * self.factor
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "factor, words", [(np.nan, "not finite"), (np.inf, "not finite"), (3000.0, "temperature is")]
+)
+def test_an_explosion_stops_with_a_word_and_loses_nothing(tmp_path, factor, words):
+    with pytest.raises(Explosion, match=words) as raised:
+        run_md(copper(), Faulty(20, factor), short(), tmp_path, progress=False)
+    assert "smaller timestep" in str(raised.value)
+    run_md(copper(), Springs(), short(), tmp_path / "sound", progress=False)
+    kept, sound = frames(tmp_path), frames(tmp_path / "sound")
+    assert 3 <= len(kept) < 7 and kept == sound[: len(kept)]
+    assert len(read_log(tmp_path)["step"]) >= 9
+    assert (tmp_path / "exploded.extxyz").exists()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_box_that_bursts_is_an_explosion(tmp_path):
+    class Bursting(Springs):
+        def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+            super().calculate(atoms, properties, system_changes)
+            self.results["forces"] = 0 * self.results["forces"]
+            self.results["stress"] = -np.array([1, 1, 1, 0, 0, 0]) * 3.0
+
+    settings = short(ensemble="npt", duration=600.0, barostat_time=50.0)
+    with pytest.raises(Explosion, match="volume|temperature"):
+        run_md(copper(), Bursting(), settings, tmp_path, progress=False)
+
+
+def test_atoms_on_one_spot_end_the_run_with_the_calculator_s_words(tmp_path, make_model):
+    class Colliding(AllScAIPCalculator):
+        calls = 0
+
+        def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+            self.calls += 1
+            if self.calls == 6:
+                atoms.positions[1] = atoms.positions[0]
+            super().calculate(atoms, properties, system_changes)
+
+    atoms = molecule("H2O", info={"charge": 0, "spin": 1})
+    settings = short(ensemble="nve", timestep=0.5, save_every=1.0, log_every=1.0, duration=10.0)
+    with pytest.raises(Explosion, match="exploded at step"):
+        run_md(atoms, Colliding(make_model()), settings, tmp_path, progress=False)
+    assert len(frames(tmp_path)) > 1
+
+
+class Stressless(Calculator):
+    implemented_properties = ["energy", "forces"]
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        self.results = {"energy": 0.0, "forces": np.zeros((len(atoms), 3))}
+
+
+def test_constant_pressure_needs_a_stress_and_a_cell(tmp_path):
+    with pytest.raises(MDError, match="npt is not possible"):
+        run_md(copper(), Stressless(), short(ensemble="npt"), tmp_path, progress=False)
+    with pytest.raises(MDError, match="periodic in all directions"):
+        run_md(molecule("H2O"), Stressless(), short(ensemble="npt"), tmp_path, progress=False)
+    run_md(copper(), Stressless(), short(ensemble="nvt"), tmp_path, progress=False)
+    assert np.isnan(read_log(tmp_path)["conserved_eV"]).all()  # it has no free energy either
+    assert np.isnan(read_log(tmp_path)["pressure_bar"]).all()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"ensemble": "nph"}, "not one of nve, nvt, npt"),
+        ({"thermostat": "berendsen"}, "not one of nose-hoover, langevin"),
+        ({"ensemble": "npt", "thermostat": "langevin"}, "nose-hoover chains only"),
+        ({"temperature": None}, "needs a temperature"),
+        ({"timestep": -1.0}, "must be positive"),
+        ({"save_every": 3.0}, "save_every 3 fs is not a multiple of the timestep, 2 fs"),
+        ({"temperature": 9000.0}, "between 0 and"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, words):
+    with pytest.raises(MDError, match=words):
+        short(**changes)
+
+
+@pytest.mark.parametrize(
+    "text, fs", [("10ps", 1e4), ("0.5 fs", 0.5), ("1e-3ns", 1e3), (" 2 ps ", 2e3)]
+)
+def test_times_have_units(text, fs):
+    assert femtoseconds(text) == pytest.approx(fs)
+
+
+@pytest.mark.parametrize("text", ["10", "ps", "10 s", 10, "1.2.3ps"])
+def test_a_time_without_its_unit_is_refused(text):
+    with pytest.raises(MDError, match="such as 10ps"):
+        femtoseconds(text)
+
+
+def test_options_beside_an_input_count_more(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "cu.extxyz", copper())
+    file = tmp_path / "input.toml"
+    file.write_text('structure = "cu.extxyz"\ntemperature = 500\ntime = "20fs"\nmodel = "lite"\n')
+    seen = {}
+
+    def catch(atoms, calculator, settings, folder, label):
+        seen.update(settings=settings, folder=folder, label=label, info=atoms.info)
+        return atoms
+
+    monkeypatch.setattr(md, "run_md", catch)
+    options = ["md", str(file), "--temperature", "400", "--timestep", "1fs", "--charge", "1"]
+    assert cli.main([*options, "--out", str(tmp_path / "run"), "--save-every", "5fs"]) == 0
+    assert seen["settings"].temperature == 400 and seen["settings"].duration == 20
+    assert seen["settings"].timestep == 1 and seen["settings"].save_every == 5
+    assert seen["folder"] == tmp_path / "run" and seen["label"] == "lite"
+    assert seen["info"]["charge"] == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("structure = ", "not an input in TOML"),
+        ("temprature = 3\n", "'temprature' is not an option"),
+        ('temperature = "hot"\n', "is not float"),
+        ('time = "10"\n', "write a number and fs, ps or ns"),
+        ("temperature = 3\n", "names no structure"),
+        ('structure = "absent.xyz"\n', "absent.xyz"),
+    ],
+)
+def test_a_mistake_in_the_input_is_one_clear_line(tmp_path, capsys, text, words):
+    (tmp_path / "input.toml").write_text(text)
+    assert cli.main(["md", str(tmp_path / "input.toml")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+# --- many boxes ---------------------------------------------------------------------------------
+
+
+def test_torch_sim_sees_the_same_model(make_model, crystal, cluster):
+    torch_sim = pytest.importorskip("torch_sim")
+    import torch
+
+    from allscaip_lite.torchsim import TorchSimModel
+
+    model = make_model()
+    second = crystal.copy()
+    second.set_cell(second.cell.array * 1.1, scale_atoms=True)
+    for batch in ([crystal, second], [cluster, cluster[:4]]):
+        state = torch_sim.io.atoms_to_state(batch, torch.device("cpu"), torch.float64)
+        found = TorchSimModel(model)(state)
+        for index, atoms in enumerate(batch):
+            alone = atoms.copy()
+            electrons = int(alone.numbers.sum())
+            alone.info = {"charge": 0, "spin": 1 + electrons % 2}
+            alone.calc = AllScAIPCalculator(model)
+            assert float(found["energy"][index]) == pytest.approx(alone.get_potential_energy())
+            mine = found["forces"][state.system_idx == index].numpy()
+            assert mine == pytest.approx(alone.get_forces(), abs=1e-8)
+            if alone.pbc.any():
+                stress = alone.get_stress(voigt=False)
+                assert found["stress"][index].numpy() == pytest.approx(stress, abs=1e-9)
+
+
+def test_torch_sim_accepts_the_model(make_model):
+    pytest.importorskip("torch_sim")
+    import torch
+    from torch_sim.models.interface import validate_model_outputs
+
+    from allscaip_lite.torchsim import TorchSimModel
+
+    validate_model_outputs(TorchSimModel(make_model()), torch.device("cpu"), torch.float64)
+
+
+def test_settings_are_kept_beside_the_run(tmp_path):
+    run_md(copper(), Springs(), short(), tmp_path, label="springs", progress=False)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept["model"] == "springs" and kept["temperature"] == 300
+    assert set(read_log(tmp_path)) == set(md.LOG_COLUMNS)
+    assert np.isfinite(read_log(tmp_path)["pressure_bar"]).all()
