@@ -130,8 +130,7 @@ def node_attention(
     qkv = table.spread(qkv).view(batch, longest, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, n, D) each
     if fused:
-        weights = None
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=bias), None
     else:
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, n)
         weights = (logits if bias is None else logits + bias).softmax(-1)

@@ -1,8 +1,8 @@
 """From a lesson to copies for a class: exercises without solutions, and with them.
 
 In: the notebooks of the course, whose exercises carry nbgrader's marks. Out: a folder with a
-`student` and an `instructor` copy of each. A source notebook is one that nbgrader itself takes; here
-its rules are followed for those who do without it:
+`student` and an `instructor` copy of each. A source notebook is one that nbgrader itself takes;
+here its rules are followed for those who do without it:
 
 - a *solution cell* holds the answer between `### BEGIN SOLUTION` and `### END SOLUTION`; students
   get a stub in its place (all of the cell where nothing is marked);

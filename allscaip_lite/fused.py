@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from allscaip_lite.slots import Layout, Run
+if TYPE_CHECKING:
+    from allscaip_lite.slots import Layout, Run
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -116,6 +117,53 @@ class _Gaussians(torch.autograd.Function):
         slope = centers - distances.unsqueeze(1)  # times s²/4 of exp(-s²(d-c)²/8) itself
         slope = slope * _Gaussians.apply(distances, centers, ctx.per_spacing)
         return (slope * gradient).sum(1) * (ctx.per_spacing**2 / 4), None, None
+
+
+class _SoftRank(torch.autograd.Function):
+    """Sums of bumps, some rows at a time; any order of derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(distances)
+        ctx.width = width
+        rank = torch.empty_like(distances)
+        for rows in _SoftRank.chunks(distances):
+            u = _SoftRank.offsets(distances[rows], width).clamp_(-0.999, 0.999)
+            torch.sum(u.mul_(4).div_(1 - u * u / 16).sigmoid_(), 2, out=rank[rows])
+        return rank
+
+    @staticmethod
+    def chunks(distances: Tensor) -> list[slice]:
+        """Rows whose (c, C, C) tables fill half a megabyte on a CPU; on a GPU all."""
+        n, candidates = distances.shape
+        step = max(1, 2**17 // candidates**2) if distances.device.type == "cpu" else max(1, n)
+        return [slice(start, start + step) for start in range(0, n, step)]
+
+    @staticmethod
+    def offsets(distances: Tensor, width: float) -> Tensor:
+        """(c, C) → (c, C, C): what each is farther than each, in units of four widths."""
+        return (distances.unsqueeze(2) - distances.unsqueeze(1)) * (0.25 / width)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (distances,) = ctx.saved_tensors
+        parts = []
+        for rows in _SoftRank.chunks(distances):
+            # d bump/dx = b (1-b) (1+u²)/(1-u²)², which is even in x: the table is symmetric
+            u = _SoftRank.offsets(distances[rows], ctx.width).clamp(-0.999, 0.999)
+            squared = u * u
+            step = torch.sigmoid(4 * u / (1 - squared))
+            slope = step * (1 - step) * (1 + squared) / (1 - squared) ** 2 / ctx.width
+            g = gradient[rows].unsqueeze(2)  # (c, C, 1)
+            parts.append(g.squeeze(2) * slope.sum(2) - torch.bmm(slope, g).squeeze(2))
+        return torch.cat(parts) if parts else torch.zeros_like(distances), None
+
+
+def soft_rank(distances: Tensor, width: float) -> Tensor:
+    """`graph.soft_rank`, truncated: (N, C) → (N, C); empty candidates are at distance inf."""
+    empty = distances.isinf()
+    rank = _SoftRank.apply(distances.masked_fill(empty, 1e6), width)
+    return rank.masked_fill(empty, torch.inf)
 
 
 def gaussians(distances: Tensor, centers: Tensor, per_spacing: float) -> Tensor:

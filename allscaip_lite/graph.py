@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allscaip_lite import fused
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.neighbors import candidate_pairs, pair_vectors, safe_norm
 from allscaip_lite.structures import Structures
@@ -133,7 +134,8 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     table = positions.new_full((n, width), torch.inf)
     table[:, 0] = 0
     table = table.flatten().index_put((entry[kept],), distances.repeat(2)[kept]).view(n, width)
-    soft = soft_rank(table, config.rank_width, config.truncated_rank)
+    scale, truncated = config.rank_width, config.truncated_rank
+    soft = fused.soft_rank(table, scale) if truncated else soft_rank(table, scale, truncated)
     rank = (soft if config.soft_rank else hard_rank(table)).flatten()
 
     forward, backward = entry.view(2, -1)[:, listed]  # (P',) each
