@@ -36,6 +36,11 @@ DATA_COMMANDS = {
         "sample liquid water, clusters and molecules, and label them with SPC/Fw",
         "the same command goes on from here",
     ),
+    "dft": Command(
+        "dft",
+        "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
+        "the same command goes on from here",
+    ),
     "sample": Command(
         "data",
         "write a small sample of a data set",

@@ -243,6 +243,19 @@ def split_by_molecule(
     return splits
 
 
+def checksum(structures: Iterable[Atoms]) -> str:
+    """SHA-256 of elements, positions, energies and forces, in order, to the last bit.
+
+    Files that hold the same structures may differ in their bytes; this does not.
+    """
+    digest = hashlib.sha256()
+    for atoms in structures:
+        energy = atoms.calc.results["energy"]
+        for values in (atoms.numbers, atoms.positions, energy, atoms.calc.results["forces"]):
+            digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
+    return digest.hexdigest()
+
+
 def write_sample(
     source: str | os.PathLike, out: str | os.PathLike, structures: int, overwrite: bool = False
 ) -> dict[str, int]:

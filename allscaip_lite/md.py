@@ -522,7 +522,7 @@ _PLAIN = {
     "seed": int,
     "hottest": float,
 }
-_OTHERS = ("structure", "model", "out", "device", "charge", "spin")
+_OTHERS = ("structure", "model", "out", "device", "compile", "charge", "spin")
 
 
 def femtoseconds(text: str) -> float:
@@ -561,10 +561,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spin", type=int, help="multiplicity; default: the structure's own")
     parser.add_argument("--seed", type=int, help="of velocities and noise (default: 0)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument(
+        "--compile",
+        action="store_const",
+        const=True,
+        help="faster on a CPU, by kernels in C that are compiled first (needs gcc or clang)",
+    )
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Settings, and what else an input says (structure, model, out, device, charge, spin).
+    """Settings, and what else an input says (structure, model, out, device, compile, charge, spin).
 
     Raises MDError for a key that does not exist or a value of the wrong kind.
     """
@@ -615,7 +621,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         from allscaip_lite.calculator import AllScAIPCalculator
 
-        calculator = AllScAIPCalculator(model, others.get("device"))
+        compiled = bool(others.get("compile", False))
+        device = others.get("device", "cpu" if compiled else None)
+        calculator = AllScAIPCalculator(model, device, compile=compiled)
     folder = Path(others.get("out", "runs/md"))
     final = run_md(atoms, calculator, settings, folder, label=model)
     print(

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from ase.md.langevin import Langevin
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
-from allscaip_lite.data import SPLITS, Dataset, split_by_molecule, write_aselmdb
+from allscaip_lite.data import SPLITS, Dataset, checksum, split_by_molecule, write_aselmdb
 
 # --- The teacher -----------------------------------------------------------------------------
 
@@ -304,6 +305,44 @@ OP(O)(O)=O.CO [SiH4].N C[Si](C)(C)C.C [H][H].C=C BrBr.N ClCl.N FCl.N CCCC.CCCC C
 CN.CN CS(C)=O.CO CN(C)C=O.CO OO.OO Fc1c(F)c(F)c(F)c(F)c1F.c1ccccc1
 """
 
+# --- families --------------------------------------------------------------------------------
+# Written as patterns and thinned by a hash: volume, and molecules nobody would think of listing.
+
+# Two groups on one core: of all pairs, a fifth.
+CORES = """
+C({})C{} C({})CC{} C({})CCC{} C({})=C{} C({})#C{} C({})C=CC{} CC({}){} C({})OC{} C({})SC{}
+C1({})CC1{} C({})C(=O){} C({})NC(=O)C{} c1({})ccc({})cc1 c1({})cccc({})c1 c1({})ccccc1{}
+c1({})ccc({})nc1 c1({})ccc({})o1 c1({})cc({})sc1 C1({})CCC({})CC1 CC({})(C){}
+"""
+AMINO_ACIDS = """
+NCC(=O) N[C@@H](C)C(=O) N[C@@H](CO)C(=O) N[C@@H](CS)C(=O) N[C@@H](C(C)C)C(=O)
+N[C@@H]([C@H](O)C)C(=O) N1CCC[C@H]1C(=O) N[C@@H](CC(N)=O)C(=O) N[C@@H](CC(=O)O)C(=O)
+N[C@@H](CC(C)C)C(=O) N[C@@H](CCC(=O)O)C(=O) N[C@@H](CCC(N)=O)C(=O) N[C@@H](CCSC)C(=O)
+N[C@@H](Cc1c[nH]cn1)C(=O) N[C@@H](Cc1ccccc1)C(=O) N[C@@H](Cc1ccc(O)cc1)C(=O) N[C@@H](CCCCN)C(=O)
+"""
+CHARGED_GROUPS = """
+[NH3+] [NH2+]C C[NH3+] [N+](C)(C)C C(=[NH2+])N [O-] [S-] C(=O)[O-] CC(=O)[O-] OP(=O)(O)[O-]
+S(=O)(=O)[O-] C(=O)[N-]C
+"""
+# Two of one sign on one core: doubly charged, -2 and +2.
+DOUBLY_CHARGED = """
+[NH3+]{}[NH3+] C[NH2+]{}[NH3+] [O-]C(=O){}C(=O)[O-] [O-]{}C(=O)[O-] [O-]{}[O-] [S-]{}C(=O)[O-]
+[O-]S(=O)(=O){}C(=O)[O-]
+"""
+SPACERS = "CC CCC CCCC C=C C1CC1 c1ccc(cc1) c1cccc(c1) CCOCC CNC"
+RADICAL_SITES = "[CH2] [CH2]C C[CH] [CH2]c1ccccc1 [CH2]C=C [O]C [NH] [CH2]O [CH2]N [S]C"
+PARTNERS = """
+O N C F S CO CN CF CS CCl CBr C=O C#N C=C C#C CC CCO COC CC=O CC#N OC=O NC=O CC(N)=O CC(=O)O CC(C)=O
+CNC=O O=C=O O=S=O C1CO1 C1CCOC1 c1ccccc1 c1ccncc1 c1cc[nH]c1 c1c[nH]cn1 c1ccoc1 c1ccsc1 Oc1ccccc1
+Nc1ccccc1 CSC CS(C)=O CS C[N+](=O)[O-] FC(F)F ClC(Cl)Cl OO NO NN FB(F)F C[SiH3] CP OP(O)(O)=O
+NC(N)=O CNC
+"""
+LIGANDS = """
+O N S CO C=O NC=O CC#N [OH-] [SH-] [Cl-] [F-] [Br-] O=C[O-] C[S-] CC(=O)[O-] c1c[nH]cn1 c1ccncc1 CSC
+"""
+METALS = "[Zn+2] [Mg+2] [Ca+2] [Li+] [Na+] [K+]"
+MOST_ATOMS = 40
+
 # Held out on purpose, whatever the hash says. Names are those of `System.molecule`.
 CAFFEINE = "Cn1c(=O)c2c(ncn2C)n(C)c1=O"
 GLYCINE = "NCC(=O)O"
@@ -357,7 +396,7 @@ def systems() -> list[System]:
     found = [_system("organic", word) for word in ORGANIC.split() + HETEROATOMS.split()]
     found += [_system("organic_grid", word) for word in grid]
     found += [_system("ions", word) for word in IONS.split()]
-    found += [_system("radicals", word) for word in RADICALS.split()]
+    found += [_system("radicals", word, weight=2.0) for word in RADICALS.split()]
     found += [_system("water_clusters", ".".join("O" * n), weight=10.0) for n in range(2, 9)]
     found += [
         _system("solvated_ions", ".".join([ion] + ["O"] * n), weight=1.5)
@@ -371,10 +410,61 @@ def systems() -> list[System]:
         for n in (1, 2):
             found.append(_system("hydrates", "|".join([".".join([smiles] + ["O"] * n), *state])))
     found += [_system("dimers", pair) for pair in DIMERS.split()]
+    found += [_system(domain, word) for domain, word in _families()]
     unique: dict[str, System] = {}
     for system in found:
         unique.setdefault(system.name, system)
-    return list(unique.values())
+    return [system for system in unique.values() if _size(system) <= MOST_ATOMS]
+
+
+def _families() -> Iterator[tuple[str, str]]:
+    """Domain and SMILES of what the patterns yield."""
+    groups, ions = GROUPS.split(), DISSOLVED.split()
+    pairs = itertools.combinations_with_replacement(groups, 2)
+    both = [core.format(*pair) for pair, core in itertools.product(pairs, CORES.split())]
+    yield from _thinned("organic_pairs", both, 0.2)
+
+    acids = AMINO_ACIDS.split()
+    yield from _thinned("peptides", [a + b + "O" for a, b in itertools.product(acids, acids)], 0.6)
+    yield from _thinned("peptides", [f"CC(=O){acid}NC" for acid in acids], 1.0)
+
+    heads = itertools.product(SUBSTITUENTS.split(), CHARGED_GROUPS.split())
+    yield from _thinned("ions_grid", [a + b for a, b in heads], 1.0)
+    charged = itertools.product(CORES.split(), groups, CHARGED_GROUPS.split())
+    yield from _thinned("ions_grid", [core.format(a, b) for core, a, b in charged], 0.03)
+    twice = itertools.product(DOUBLY_CHARGED.split(), SPACERS.split())
+    yield from _thinned("ions_grid", [pattern.format(spacer) for pattern, spacer in twice], 1.0)
+
+    sites = itertools.product(RADICAL_SITES.split(), groups)
+    yield from _thinned("radicals_grid", [site + group for site, group in sites], 0.7)
+
+    partners = PARTNERS.split()
+    pairs = itertools.combinations_with_replacement(partners, 2)
+    yield from _thinned("dimers_grid", [".".join(pair) for pair in pairs], 0.4)
+    triples = itertools.combinations_with_replacement(partners, 3)
+    yield from _thinned("dimers_grid", [".".join(triple) for triple in triples], 0.006)
+    solvated = itertools.product([*ions, "[Zn+2]", "[I-]"], partners)
+    yield from _thinned("ion_molecules", [".".join(pair) for pair in solvated], 0.7)
+
+    for count, share in ((1, 1.0), (2, 0.3), (3, 0.03), (4, 0.005)):
+        shells = itertools.combinations_with_replacement(LIGANDS.split(), count)
+        complexes = itertools.product(METALS.split(), shells)
+        words = [".".join([metal, *shell]) for metal, shell in complexes]
+        charges = [w.count("+]") + 2 * w.count("+2]") - w.count("-]") for w in words]
+        kept = [word for word, charge in zip(words, charges, strict=True) if abs(charge) <= 2]
+        yield from _thinned("metals", kept, share)
+
+
+def _thinned(domain: str, words: Iterable[str], share: float) -> Iterator[tuple[str, str]]:
+    """The same `share` of the words always: those whose hash is small enough."""
+    for word in words:
+        digest = hashlib.sha256(f"{domain}:{word}".encode()).digest()
+        if int.from_bytes(digest[:4], "big") < share * 2**32:
+            yield domain, word
+
+
+def _size(system: System) -> int:
+    return sum(_rdkit(part).GetNumAtoms() for part in system.parts)
 
 
 def _system(domain: str, word: str, weight: float = 1.0) -> System:
@@ -392,6 +482,7 @@ def _system(domain: str, word: str, weight: float = 1.0) -> System:
     return System(domain, parts, charge, unpaired + 1, weight)
 
 
+@cache
 def parent(smiles: str) -> str:
     """SMILES of the molecule with its charges neutralised by protons, without stereochemistry:
     what decides the split, so that an acid and its anion stay together."""
@@ -408,24 +499,31 @@ def split_of(system: System) -> str:
 
     Named systems go where `HELD_OUT` says. Molecules of one or two heavy atoms and those of
     `KEPT_IN_TRAIN` are trained on. Others go by the hash of their `parent`. A complex goes with
-    its most held-out molecule; one of only water and small ions by the hash of its whole name.
+    its most held-out molecule; if all of them are trained on, by the hash of its parents, so that
+    some complexes are new although their molecules are not.
     """
+    whole = ".".join(sorted(system.parts))
+    if whole in _HELD_OUT:
+        return _HELD_OUT[whole]
+    splits = [_split_of_part(part) for part in system.parts]
+    if len(splits) > 1:
+        splits += split_by_molecule([".".join(sorted(map(parent, system.parts)))])
+    return max(splits, key=SPLITS.index)
+
+
+@cache
+def _split_of_part(smiles: str) -> str:
     from rdkit import Chem
 
-    if system.molecule in HELD_OUT:
-        return HELD_OUT[system.molecule]
-    splits = []
-    for part in system.parts:
-        key = parent(part)
-        if key in HELD_OUT:
-            splits.append(HELD_OUT[key])
-        elif key in KEPT_IN_TRAIN or Chem.MolFromSmiles(part).GetNumHeavyAtoms() <= 2:
-            splits.append("train")
-        else:
-            splits.append(split_by_molecule([key])[0])
-    if system.domain in ("water_clusters", "solvated_ions"):
-        return split_by_molecule([system.molecule])[0]
-    return max(splits, key=SPLITS.index)
+    key = parent(smiles)
+    if key in _HELD_OUT:
+        return _HELD_OUT[key]
+    if key in KEPT_IN_TRAIN or Chem.MolFromSmiles(smiles).GetNumHeavyAtoms() <= 2:
+        return "train"
+    return split_by_molecule([key])[0]
+
+
+_HELD_OUT = {".".join(sorted(name.split("."))): split for name, split in HELD_OUT.items()}
 
 
 def plan(structures: int) -> list[Job]:
@@ -439,7 +537,7 @@ def plan(structures: int) -> list[Job]:
 
 # --- Sampling --------------------------------------------------------------------------------
 
-MAX_FORCE = 50.0  # eV/Å: beyond it, a structure is no use for training
+MAX_FORCE = 25.0  # eV/Å: beyond it, a structure is no use for training
 STATE_TOLERANCE = 0.02  # eV between a run's electronic state and one found from scratch
 
 
@@ -671,7 +769,8 @@ def _turn(atoms: Atoms, i: int, j: int, side: np.ndarray, angle: float) -> None:
 def generate(
     folder: str | os.PathLike, jobs: Sequence[Job], seed: int = 0, workers: int = 1
 ) -> None:
-    """Run the jobs and write `{train,val,test}.aselmdb` and `references.json` into `folder`.
+    """Run the jobs and write `{train,val,test}.aselmdb` and `references.json` into `folder`, and
+    `checksums.json`, by which two runs of one command are compared.
 
     Each job's result is stored under `folder/jobs` as it is done; a run that was stopped goes on
     from there, and yields what an uninterrupted one does. The number of workers changes nothing
@@ -713,6 +812,7 @@ def generate(
     }
     _store(folder / "failed.json", json.dumps(failed, indent=1))
     elements: set[str] = set()
+    checksums = {}
     for split in SPLITS:
         mine = [outcome for job, outcome in zip(jobs, results, strict=True) if job.split == split]
         files = [good for good, _ in mine if good]
@@ -721,9 +821,15 @@ def generate(
         structures = [atoms for file in files for atoms in Dataset(file)]
         write_aselmdb(folder / f"{split}.aselmdb", structures, overwrite=True)
         elements |= {symbol for atoms in structures for symbol in atoms.symbols}
-        print(f"{split}: {len(structures)} structures of {len(files)} systems", file=sys.stderr)
+        checksums[split] = checksum(structures)
+        print(
+            f"{split}: {len(structures)} structures of {len(files)} systems, "
+            f"checksum {checksums[split][:16]}",
+            file=sys.stderr,
+        )
     references = free_atom_energies(sorted(elements, key=atomic_numbers.get))
     _store(folder / "references.json", json.dumps(references, indent=1))
+    _store(folder / "checksums.json", json.dumps(checksums, indent=1))
     if failed:
         message = f"{len(failed)} of {len(jobs)} systems failed: see {folder / 'failed.json'}"
         print(message, file=sys.stderr)
@@ -768,7 +874,7 @@ def _work(task: tuple[Job, int, Path]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite data xtb`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--structures", type=int, default=10_000, help="about how many")
+    parser.add_argument("--structures", type=int, default=60_000, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
 

@@ -1,0 +1,88 @@
+"""The plan of omol-mini: OMol25's domains, split by molecule, the same every time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tblite")
+Chem = pytest.importorskip("rdkit.Chem")
+
+from allscaip_lite import omol_mini, teacher  # noqa: E402
+from allscaip_lite.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return plan(0)
+
+
+def only(items: list[Item], domain: str, index: int = 0) -> Item:
+    return next(item for item in items if item.domain == domain and item.index == index)
+
+
+def test_every_domain_is_there_and_any_beginning_is_a_fair_sample(items):
+    assert len(items) > 1500 and len({item.name for item in items}) == len(items)
+    assert {item.domain for item in items} == set(SIZES)
+    whole, half = Counter(i.domain for i in items), Counter(i.domain for i in items[:400])
+    for domain, count in whole.items():
+        assert half[domain] == pytest.approx(count * 400 / len(items), rel=0.15, abs=3)
+    shares = Counter(item.split for item in items[:400])
+    assert shares["train"] / 400 == pytest.approx(0.8, abs=0.03)
+
+
+def test_systems_are_small_and_have_electrons_for_their_multiplicity():
+    for domain, listed in systems().items():
+        assert len(listed) > 2, domain
+        for system in listed:
+            atoms = [
+                atom.GetAtomicNum()
+                for part in system.parts
+                for atom in Chem.AddHs(Chem.MolFromSmiles(part)).GetAtoms()
+            ]
+            assert 2 <= len(atoms) <= MOST_ATOMS, system
+            assert (sum(atoms) - system.charge + system.multiplicity) % 2 == 1, system
+
+
+def test_no_molecule_is_in_two_splits_nor_on_two_sides_of_both_data_sets(items):
+    split = {}
+    for item in items:
+        whole = ".".join(sorted(map(teacher.parent, item.system.parts)))
+        assert split.setdefault(whole, item.split) == item.split, item.name
+    theirs = {".".join(sorted(j.system.parts)): j.split for j in teacher.plan(60_000)}
+    shared = [i for i in items if ".".join(sorted(i.system.parts)) in theirs]
+    assert len(shared) > 500
+    for item in shared:
+        assert theirs[".".join(sorted(item.system.parts))] == item.split, item.name
+
+
+@pytest.mark.parametrize("domain", sorted(SIZES))
+def test_a_structure_is_whole_repeatable_and_carries_xtb_s_labels(items, domain):
+    item = only(items, domain)
+    made = item.structures()
+    assert len(made) == (2 if domain == "two_spins" else 1)
+    again = item.structures()
+    for atoms, twin in zip(made, again, strict=True):
+        assert (atoms.positions == twin.positions).all() and atoms.info["source"]
+        assert (atoms.info["charge"], atoms.info["data_id"]) == (item.system.charge, domain)
+        assert np.abs(atoms.info["xtb_forces"]).max() < omol_mini.MAX_FORCE
+        probe = atoms.copy()
+        probe.calc = teacher.GFN2xTB(accuracy=0.1)
+        assert atoms.info["xtb_energy"] == pytest.approx(probe.get_potential_energy(), abs=1e-6)
+    if domain == "two_spins":
+        assert [atoms.info["spin"] for atoms in made] == [1, 3]
+        assert (made[0].positions == made[1].positions).all()
+
+
+def test_dimers_reach_from_contact_to_eight_angstrom(items):
+    gaps = []
+    for item in [item for item in items if item.domain == "dimers"][:24]:
+        (atoms,) = item.structures()
+        first = sum(
+            Chem.AddHs(Chem.MolFromSmiles(part)).GetNumAtoms() for part in item.system.parts[:1]
+        )
+        away = atoms.positions[:first, None] - atoms.positions[None, first:]
+        gaps.append(np.linalg.norm(away, axis=-1).min())
+    assert min(gaps) < 2.4 and 5 < max(gaps) < 8.5
