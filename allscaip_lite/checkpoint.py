@@ -31,6 +31,7 @@ __all__ = [
     "ModelUnavailableError",
     "UnsafeCheckpointError",
     "bundled_models",
+    "download_from_hub",
     "download_official",
     "load_model",
     "read_card",
@@ -126,22 +127,38 @@ def download_official(
 ) -> Path:
     """Fetch a released checkpoint into the hub's cache, with progress, and return its path.
 
-    Files that are there already are not fetched again, and need no network. Raises
-    `ModelUnavailableError`, saying what to do, without token, access or network.
+    See `download_from_hub`.
+    """
+    return download_from_hub(OFFICIAL_REPOSITORY, OFFICIAL_FILES[name], name, endpoint, cache_dir)
+
+
+def download_from_hub(
+    repository: str,
+    file: str,
+    name: str | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+    kind: str = "model",
+) -> Path:
+    """Fetch a file of the model hub into the hub's cache, with progress, and return its path.
+
+    `name` is what messages call it; `kind` is "dataset" for a repository of that kind. Files that
+    are there already are not fetched again, and need no network. Raises `ModelUnavailableError`,
+    saying what to do, without token, access or network.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
-    page = f"https://huggingface.co/{OFFICIAL_REPOSITORY}"
+    name = name or file
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
     login = (
         "make a token at https://huggingface.co/settings/tokens and run `hf auth login`, "
         "or set HF_TOKEN"
     )
-    file = OFFICIAL_FILES[name]
     try:
         return Path(
             huggingface_hub.hf_hub_download(
-                OFFICIAL_REPOSITORY, file, endpoint=endpoint, cache_dir=cache_dir
+                repository, file, repo_type=kind, endpoint=endpoint, cache_dir=cache_dir
             )
         )
     except errors.GatedRepoError as error:
@@ -157,19 +174,19 @@ def download_official(
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelUnavailableError(
-            f"the hub does not show {OFFICIAL_REPOSITORY} to you: your token is missing, wrong or "
+            f"the hub does not show {repository} to you: your token is missing, wrong or "
             f"expired. To mend it, {login}."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ModelUnavailableError(
             f"{name} is not in the cache and the model hub cannot be reached. Check the network "
             f"(and that HF_HUB_OFFLINE is not set), or bring {Path(file).name} from {page} on "
-            "another way and give load_model its path."
+            "another way and give its path."
         ) from error
     except errors.EntryNotFoundError as error:
         raise ModelUnavailableError(
             f"{page} has no file {file} any more. Look for its new place there, download it, and "
-            "give load_model its path."
+            "give its path."
         ) from error
     except Exception as error:  # with its versions, the hub's client changes its HTTP library
         raise ModelUnavailableError(

@@ -41,6 +41,11 @@ DATA_COMMANDS = {
         "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
         "the same command goes on from here",
     ),
+    "fetch": Command(
+        "fetch",
+        "fetch a public data set, such as OMol25's",
+        "the same command goes on where this one was",
+    ),
     "sample": Command(
         "data",
         "write a small sample of a data set",
@@ -55,7 +60,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "evaluation",
-        "errors of a model on a data set, overall and by domain",
+        "errors of a model on a data set, overall and by domain, element, charge or size",
         "nothing was kept; the same command starts again",
     ),
     "md": Command(

@@ -2,18 +2,22 @@
 
 In: a model and a data set in OMol25's format. Out: mean absolute (MAE) and root mean square (RMSE)
 errors of the energy in meV/atom, of force components in meV/Å, and, where there are such labels, of
-the stress in bar, overall and by domain.
+the stress in bar, overall and by domain, element, charge, multiplicity and size; pictures of them;
+and the predictions themselves, in the format of OMol25's leaderboard.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from ase import units
+from ase.data import chemical_symbols
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +25,14 @@ from allscaip_lite.batches import in_order
 from allscaip_lite.checkpoint import load_model, read_card, save_model
 from allscaip_lite.data import Dataset
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.structures import structures_from_atoms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class EvaluationError(ValueError):
+    """An evaluation that makes no sense; the message says what to change."""
 
 
 class Residuals(NamedTuple):
@@ -77,17 +89,128 @@ def evaluate(model: AllScAIP, data: Dataset) -> dict[str, float]:
     return summary(residuals(model, data))
 
 
-def by_domain(data: Dataset, found: Residuals) -> dict[str, dict[str, float]]:
-    """`summary` of each `data_id` that occurs, and of `all`."""
-    domains: dict[str, list[int]] = {}
+# --- By groups -------------------------------------------------------------------------------
+
+
+class Description(NamedTuple):
+    """What a structure is, and its labels: energy in eV, forces (n, 3) in eV/Å."""
+
+    domain: str
+    source: str
+    charge: int
+    multiplicity: int
+    numbers: np.ndarray
+    energy: float
+    forces: np.ndarray
+    xtb: tuple[float, np.ndarray] | None  # GFN2-xTB's own energy and forces, where they are kept
+
+
+def describe(data: Dataset) -> list[Description]:
+    """Of every structure of a labelled data set, in its order."""
+    found = []
     for index in range(len(data)):
-        domains.setdefault(str(data[index].info.get("data_id", "unknown")), []).append(index)
-    rows = {}
-    for name, members in sorted(domains.items()):
-        forces = [found.forces[i] for i in members]
-        rows[name] = summary(Residuals(found.energies[members], forces, found.stresses[members]))
+        atoms = data[index]
+        info, labels = atoms.info, atoms.calc.results
+        xtb = (info["xtb_energy"], info["xtb_forces"]) if "xtb_energy" in info else None
+        found.append(
+            Description(
+                str(info.get("data_id", "unknown")),
+                str(info.get("source", index)),
+                int(info.get("charge", 0)),
+                int(info.get("spin", 1)),
+                atoms.numbers,
+                float(labels["energy"]),
+                np.asarray(labels["forces"]),
+                xtb,
+            )
+        )
+    return found
+
+
+SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64, 100, 200, 350)  # atoms: where one bin of sizes ends
+GROUPS: dict[str, Callable[[Description], str | int]] = {
+    "domain": lambda what: what.domain,
+    "charge": lambda what: what.charge,
+    "multiplicity": lambda what: what.multiplicity,
+    "atoms": lambda what: _bin(len(what.numbers)),
+}
+
+
+def _bin(size: int) -> int:
+    """The smallest number of `SIZES` that is not below a size, or the size itself."""
+    return next((limit for limit in SIZES if size <= limit), size)
+
+
+def by_group(
+    described: Sequence[Description], found: Residuals, key: Callable[[Description], str | int]
+) -> dict[str, dict[str, float]]:
+    """`summary` of the structures of each value of `key`, in order, and of `all`."""
+    groups: dict[str | int, list[int]] = {}
+    for index, what in enumerate(described):
+        groups.setdefault(key(what), []).append(index)
+    rows = {str(name): summary(_chosen(found, groups[name])) for name in sorted(groups)}
     return {**rows, "all": summary(found)}
 
+
+def by_element(described: Sequence[Description], found: Residuals) -> dict[str, dict[str, float]]:
+    """`summary` by element: energies of the structures that contain it, forces on its atoms."""
+    rows = {}
+    for number in sorted({int(z) for what in described for z in what.numbers}):
+        members = [i for i, what in enumerate(described) if number in what.numbers]
+        forces = [found.forces[i][torch.as_tensor(described[i].numbers == number)] for i in members]
+        chosen = _chosen(found, members)._replace(forces=forces)
+        rows[chemical_symbols[number]] = summary(chosen)
+    return {**rows, "all": summary(found)}
+
+
+def by_domain(data: Dataset, found: Residuals) -> dict[str, dict[str, float]]:
+    """`summary` of each `data_id` that occurs, and of `all`."""
+    return by_group(describe(data), found, GROUPS["domain"])
+
+
+def _chosen(found: Residuals, members: list[int]) -> Residuals:
+    forces = [found.forces[i] for i in members]
+    return Residuals(found.energies[members], forces, found.stresses[members])
+
+
+# --- Levels of theory ------------------------------------------------------------------------
+
+
+def fit_references(described: Sequence[Description], found: Residuals) -> Residuals:
+    """The residuals after a least-squares energy of each element is taken off.
+
+    Two levels of theory differ by a constant for each element, above all: without it, nothing can
+    be said of how well the one follows the other.
+    Raises EvaluationError where there are fewer structures than elements.
+    """
+    natoms = torch.tensor([len(what.numbers) for what in described], dtype=torch.float64)
+    largest = max(int(what.numbers.max()) for what in described)
+    counts = torch.stack(
+        [torch.bincount(torch.as_tensor(w.numbers), minlength=largest + 1) for w in described]
+    ).double()
+    counts = counts[:, counts.any(0)]
+    if len(described) <= counts.shape[1]:
+        raise EvaluationError(
+            f"{len(described)} structures of {counts.shape[1]} elements: too few to fit an energy "
+            "of each element"
+        )
+    total = found.energies.double() * natoms  # meV a structure
+    shift = torch.linalg.lstsq(counts / natoms[:, None], total / natoms, driver="gelsd").solution
+    return found._replace(energies=(total - counts @ shift) / natoms)
+
+
+def xtb_residuals(described: Sequence[Description]) -> Residuals:
+    """GFN2-xTB's own errors against the labels, of data that keep `xtb_energy` and `xtb_forces`,
+    after `fit_references`. Raises EvaluationError for other data."""
+    if any(what.xtb is None for what in described):
+        raise EvaluationError("not every structure keeps xtb_energy and xtb_forces")
+    energies = [1e3 * (w.xtb[0] - w.energy) / len(w.numbers) for w in described]
+    forces = [torch.as_tensor(1e3 * (w.xtb[1] - w.forces)) for w in described]
+    none = torch.full((len(described), 3, 3), torch.nan)
+    return fit_references(described, Residuals(torch.tensor(energies), forces, none))
+
+
+# --- Tables, pictures, files -----------------------------------------------------------------
 
 COLUMNS = {
     "energy_mae": "energy MAE",
@@ -99,11 +222,11 @@ COLUMNS = {
 }
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """A markdown table of `by_domain`; a domain without stresses has dashes there."""
+def table(rows: dict[str, dict[str, float]], head: str = "domain") -> str:
+    """A markdown table of `by_group`; a group without stresses has dashes there."""
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
     lines = [
-        f"| domain | structures | {' | '.join(COLUMNS[name] for name in columns)} |",
+        f"| {head} | structures | {' | '.join(COLUMNS[name] for name in columns)} |",
         "|---|---:|" + "---:|" * len(columns),
     ]
     for name, row in rows.items():
@@ -112,10 +235,129 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def plot_errors(described: Sequence[Description], found: Residuals) -> Figure:
+    """Four panels: energies and forces predicted against labelled, error against size, by domain.
+
+    Energies without what a least-squares fit by element explains (of the labels), in eV/atom.
+    """
+    from matplotlib.figure import Figure
+
+    sizes = np.array([len(what.numbers) for what in described])
+    labels = torch.tensor([1e3 * w.energy / len(w.numbers) for w in described], dtype=torch.float64)
+    try:
+        centred = fit_references(described, found._replace(energies=labels)).energies / 1e3
+    except EvaluationError:  # a handful of structures
+        centred = (labels - labels.mean()) / 1e3
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    (energy, force), (size, domain) = figure.subplots(2, 2)
+    truth = centred.numpy()
+    _parity(energy, truth, truth + found.energies.numpy() / 1e3, "energy − elements (eV/atom)")
+    flat = np.concatenate([what.forces.ravel() for what in described])
+    error = torch.cat([part.flatten() for part in found.forces]).numpy() / 1e3
+    _parity(force, flat, flat + error, "force component (eV/Å)")
+
+    each = np.array([part.abs().mean().item() for part in found.forces])
+    size.scatter(sizes, each, s=8, color="0.6", label="one structure, forces")
+    limits = sorted({_bin(n) for n in sizes})
+    middles = [each[[_bin(n) == limit for n in sizes]] for limit in limits]
+    centres = [sizes[[_bin(n) == limit for n in sizes]].mean() for limit in limits]
+    size.plot(centres, [part.mean() for part in middles], "o-", color="#d6217f", label="mean")
+    size.set(xlabel="atoms", ylabel="force MAE (meV/Å)", yscale="log")
+    size.legend()
+
+    rows = by_group(described, found, GROUPS["domain"])
+    names = list(rows)[::-1]
+    domain.barh(names, [rows[name]["force_mae"] for name in names], color="#00807d")
+    domain.set(xlabel="force MAE (meV/Å)")
+    domain.margins(x=0.14)
+    for index, name in enumerate(names):
+        text = f" {rows[name]['force_mae']:.0f} ({rows[name]['structures']})"
+        domain.text(rows[name]["force_mae"], index, text, va="center", fontsize="small")
+    return figure
+
+
+def _parity(axes: Any, truth: np.ndarray, predicted: np.ndarray, name: str) -> None:
+    ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1)
+    if len(truth) > 2000:
+        axes.hexbin(truth, predicted, gridsize=80, bins="log", mincnt=1, cmap="viridis")
+    else:
+        axes.scatter(truth, predicted, s=8, color="#d6217f")
+    axes.set(xlabel=f"labelled {name}", ylabel=f"predicted {name}")
+
+
+@torch.no_grad()
+def write_predictions(
+    model: AllScAIP, data: Dataset, file: Path, max_atoms: int = 400, progress: bool = False
+) -> None:
+    """Predictions as OMol25's leaderboard takes them: a `.npz` with `ids` (each structure's
+    `source`), `energy` (S,) eV, `forces` (all atoms, 3) eV/Å and `natoms` (S,).
+
+    The data need no labels: open them with `Dataset(..., labelled=False)`.
+    """
+    model.eval()
+    ids, energies, forces = [], [], []
+    with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
+        for members in _filled(data.natoms, max_atoms):
+            atoms = [data[index] for index in members]
+            structures = structures_from_atoms(atoms).to(model.device)
+            energy, force, _ = model(structures, create_graph=False)
+            ids += [str(a.info.get("source", i)) for a, i in zip(atoms, members, strict=True)]
+            energies.append(energy.cpu().double().numpy())
+            forces.append(force.cpu().numpy())
+            bar.update(len(members))
+    arrays = {
+        "ids": np.array(ids),
+        "energy": np.concatenate(energies),
+        "forces": np.concatenate(forces),
+        "natoms": data.natoms,
+    }
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    partial.replace(file)
+
+
+def _filled(natoms: np.ndarray, max_atoms: int) -> Iterable[list[int]]:
+    """Indices in order, in groups of at most `max_atoms` atoms (one structure at least)."""
+    members: list[int] = []
+    atoms = 0
+    for index, size in enumerate(natoms):
+        if members and atoms + size > max_atoms:
+            yield members
+            members, atoms = [], 0
+        members.append(index)
+        atoms += int(size)
+    yield members
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
     parser.add_argument("data", type=Path, nargs="+", help=".aselmdb files, or folders of them")
     parser.add_argument("--device", help="default: a CUDA GPU where there is one")
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        default=["domain"],
+        choices=[*GROUPS, "element"],
+        help="tables by these (default: domain)",
+    )
+    parser.add_argument("--plots", type=Path, metavar="FILE", help="write a picture (.png, .pdf)")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write the predictions (.npz), in the format of OMol25's leaderboard; alone with "
+        "--unlabelled",
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="the data have no labels: predictions only"
+    )
+    parser.add_argument(
+        "--fit-references",
+        action="store_true",
+        help="for labels of another level of theory: take off an energy of each element first",
+    )
     parser.add_argument(
         "--save", type=Path, help="write the model here, with the errors in its card (.safetensors)"
     )
@@ -124,11 +366,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite evaluate`."""
+    for option, suffixes in (("plots", (".png", ".pdf", ".svg")), ("predictions", (".npz",))):
+        file = getattr(args, option)
+        if file and (file.suffix not in suffixes or not file.resolve().parent.is_dir()):
+            raise EvaluationError(
+                f"--{option} {file}: give a file {' or '.join(suffixes)} in a folder that exists"
+            )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, device=device).requires_grad_(False)
+    if args.unlabelled:
+        if not args.predictions:
+            raise EvaluationError("--unlabelled: say where to, with --predictions FILE.npz")
+        write_predictions(model, Dataset(args.data, labelled=False), args.predictions, 400, True)
+        print(f"written: {args.predictions}")
+        return
     data = Dataset(args.data)
-    rows = by_domain(data, residuals(model, data, progress=True))
-    print(table(rows))
+    found, described = residuals(model, data, progress=True), describe(data)
+    if args.fit_references:
+        found = fit_references(described, found)
+    for group in args.by:
+        rows = (
+            by_element(described, found)
+            if group == "element"
+            else by_group(described, found, GROUPS[group])
+        )
+        print(table(rows, "up to so many atoms" if group == "atoms" else group), end="\n\n")
+    if all(what.xtb is not None for what in described) and len(described) > 100:
+        print("GFN2-xTB itself, on the same structures, after a fit of an energy of each element:")
+        print(table(by_group(described, xtb_residuals(described), GROUPS["domain"])), end="\n\n")
+    if not args.fit_references and found.energies.abs().median() > 1000:
+        print(
+            "Energies are off by more than 1 eV/atom: labels of another level of theory? "
+            "--fit-references takes off what is a constant of each element."
+        )
+    if args.plots:
+        plot_errors(described, found).savefig(args.plots, dpi=150)
+        print(f"written: {args.plots}")
+    if args.predictions:
+        write_predictions(model, data, args.predictions, progress=True)
+        print(f"written: {args.predictions}")
+    rows = by_group(described, found, GROUPS["domain"])
     if args.save:
         card: dict[str, Any] = {
             **read_card(args.model),

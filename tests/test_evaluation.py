@@ -15,7 +15,18 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, save_model
 from allscaip_lite.checkpoint import read_card
 from allscaip_lite.data import Dataset, write_aselmdb
-from allscaip_lite.evaluation import by_domain, evaluate, residuals, table
+from allscaip_lite.evaluation import (
+    GROUPS,
+    by_domain,
+    by_element,
+    by_group,
+    describe,
+    evaluate,
+    fit_references,
+    residuals,
+    table,
+    xtb_residuals,
+)
 
 SMALL = AllScAIPConfig(
     hidden_size=16, num_layers=1, num_heads=2, angular_channels=(4, 4), num_distance_basis=16
@@ -96,3 +107,93 @@ def test_the_command_puts_the_errors_into_the_card(
     card = read_card(tmp_path / "out.safetensors")
     assert card["about"] == "a test" and card["trained"] == "how"
     assert card["errors"]["nh3"]["energy_mae"] == pytest.approx(100, abs=0.02)
+
+
+def test_errors_by_element_charge_multiplicity_and_size(model: AllScAIP, labelled: Path) -> None:
+    data = Dataset(labelled)
+    found, described = residuals(model, data), describe(data)
+    rows = by_element(described, found)
+    assert list(rows) == ["H", "N", "O", "all"]
+    assert rows["N"]["force_mae"] == pytest.approx(30, abs=0.02)
+    assert rows["O"]["force_mae"] == pytest.approx(5, abs=0.02)  # 10 and 0
+    assert rows["H"]["force_mae"] == pytest.approx((2 * 10 + 3 * 30 + 2 * 0) / 7, abs=0.02)
+    assert (rows["O"]["structures"], rows["H"]["structures"]) == (2, 3)
+    assert rows["O"]["energy_mae"] == pytest.approx(150, abs=0.02)
+    assert list(by_group(described, found, GROUPS["charge"])) == ["0", "all"]
+    assert list(by_group(described, found, GROUPS["multiplicity"])) == ["1", "all"]
+    sizes = by_group(described, found, GROUPS["atoms"])
+    assert {name: row["structures"] for name, row in sizes.items()} == {"4": 3, "all": 3}
+
+
+def relabelled(model: AllScAIP, tmp_path: Path, own: dict[str, float]) -> Dataset:
+    """Structures whose labels are the model's forces plus a little, at another zero of energy."""
+    structures = []
+    for seed, name in enumerate(["H2O", "NH3", "CH4", "CH3OH", "H2CO", "H2O2", "N2H4", "HCN"]):
+        atoms = molecule(name)
+        atoms.rattle(0.05, seed=seed)
+        atoms.info.update(charge=0, spin=1, data_id="any", source=f"here/{name}")
+        (result,) = model.predict(atoms)
+        zero = sum(own[symbol] for symbol in atoms.symbols)
+        error = 1e-3 * (-1) ** seed * len(atoms)
+        labels = {"energy": result.energy + zero + error, "forces": result.forces + 0.02}
+        atoms.info |= {"xtb_energy": result.energy, "xtb_forces": result.forces}
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        structures.append(atoms)
+    write_aselmdb(tmp_path / "other.aselmdb", structures)
+    return Dataset(tmp_path / "other.aselmdb")
+
+
+def test_another_zero_of_energy_is_fitted_away(model: AllScAIP, tmp_path: Path) -> None:
+    data = relabelled(model, tmp_path, {"H": 3.0, "C": -400.0, "N": 900.0, "O": 7000.0})
+    found, described = residuals(model, data), describe(data)
+    assert found.energies.abs().mean() > 1e4
+    fitted = fit_references(described, found)
+    assert 0.05 < fitted.energies.abs().mean() < 1.01  # of the 1 meV/atom that was put in
+    assert fitted.forces is found.forces
+    own = xtb_residuals(described)
+    np.testing.assert_allclose(own.energies, fitted.energies, atol=0.15)
+    assert own.forces[0].mean() == pytest.approx(-20, abs=0.01)
+    with pytest.raises(ValueError, match="too few to fit"):
+        fit_references(described[:3], found._replace(energies=found.energies[:3]))
+
+
+def test_the_command_writes_predictions_and_pictures(
+    model: AllScAIP, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = relabelled(model, tmp_path, {"H": 9.0, "C": 0.0, "N": 0.0, "O": 5000.0})
+    save_model(model, tmp_path / "model.safetensors")
+    command = ["evaluate", str(tmp_path / "model.safetensors"), str(tmp_path / "other.aselmdb")]
+    files = ["--plots", str(tmp_path / "a.png"), "--predictions", str(tmp_path / "a.npz")]
+    groups = ["--by", "element", "atoms"]
+    assert cli.main([*command, "--device", "cpu", *files, *groups]) == 0
+    words = capsys.readouterr().out
+    assert "| element | structures |" in words and "| up to so many atoms |" in words
+    assert "another level of theory" in words and "--fit-references" in words
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(tmp_path / "a.npz") as found:
+        assert sorted(found) == ["energy", "forces", "ids", "natoms"]
+        assert list(found["ids"][:2]) == ["here/H2O", "here/NH3"]
+        assert list(found["natoms"]) == [len(atoms) for atoms in data]
+        ends = np.cumsum(found["natoms"])
+        for index, part in enumerate(np.split(found["forces"], ends[:-1])):
+            (alone,) = model.predict(data[index])
+            np.testing.assert_allclose(part, alone.forces, atol=1e-5)
+            assert found["energy"][index] == pytest.approx(alone.energy, abs=1e-4)
+
+
+def test_structures_without_labels_get_predictions_only(
+    model: AllScAIP, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ase.db
+
+    with ase.db.connect(tmp_path / "test.aselmdb", use_lock_file=False) as database:
+        database.write(molecule("H2O"), data={"charge": 0, "spin": 1, "source": "w"})
+    save_model(model, tmp_path / "model.safetensors")
+    command = ["evaluate", str(tmp_path / "model.safetensors"), str(tmp_path / "test.aselmdb")]
+    assert cli.main([*command, "--unlabelled"]) == 2
+    assert "--predictions FILE.npz" in capsys.readouterr().err
+    assert cli.main([*command, "--unlabelled", "--predictions", str(tmp_path / "p.npz")]) == 0
+    with np.load(tmp_path / "p.npz") as found:
+        assert list(found["ids"]) == ["w"] and found["forces"].shape == (3, 3)
+    assert cli.main([*command, "--predictions", str(tmp_path / "missing" / "p.npz")]) == 2
+    assert "a folder that exists" in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""Fetching data sets, from a stand-in server that hangs up, moves, changes and lies."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from allscaip_lite import cli, fetch
+from allscaip_lite.data import Dataset, write_aselmdb
+from allscaip_lite.fetch import SOURCES, FetchError
+
+NAME = "omol25-neutral-val"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Gives one file; hangs up after `patience` bytes of an answer, `hangs` times."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.tag = content, '"one"'
+        self.hangs, self.patience, self.status, self.ranges = 0, 0, 200, []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        asked = self.headers.get("Range")
+        server.ranges.append(asked)
+        if server.status != 200 or self.path != "/" + SOURCES[NAME].path:
+            self.send_error(server.status if server.status != 200 else 404)
+            return
+        first = 0
+        if asked and self.headers.get("If-Range") == server.tag:
+            first = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if first and first >= len(server.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.end_headers()
+            return
+        body = server.content[first:]
+        self.send_response(206 if first else 200)
+        self.send_header("ETag", server.tag)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.hangs:
+            server.hangs -= 1
+            body = body[: server.patience]
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def archive(members: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An archive as OMol25 publishes it: a folder of .aselmdb files."""
+    folder = tmp_path_factory.mktemp("published")
+    members = {}
+    for shard in range(2):
+        atoms = molecule("H2O", info={"charge": 0, "spin": 1})
+        atoms.calc = SinglePointCalculator(atoms, energy=float(shard), forces=np.zeros((3, 3)))
+        write_aselmdb(folder / f"data{shard}.aselmdb", [atoms])
+        members[f"neutral_val/data{shard}.aselmdb"] = (folder / f"data{shard}.aselmdb").read_bytes()
+    return archive(members)
+
+
+@pytest.fixture
+def server(published: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    running = Server(published)
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+    thread.start()
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def get(server: Server, folder: Path, **options) -> list[Path]:
+    return fetch.fetch(NAME, folder, server=server.address, progress=False, **options)
+
+
+def energies(folders: list[Path]) -> list[float]:
+    return [atoms.get_potential_energy() for atoms in Dataset(folders)]
+
+
+def test_a_set_is_fetched_unpacked_and_not_fetched_twice(server: Server, tmp_path: Path) -> None:
+    found = get(server, tmp_path / "new")
+    assert energies(found) == [0.0, 1.0]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [NAME]
+    server.status = 500
+    assert get(server, tmp_path / "new") == found
+
+
+def test_a_connection_that_breaks_is_gone_on_with(server: Server, tmp_path: Path) -> None:
+    server.hangs, server.patience = 3, 300
+    assert energies(get(server, tmp_path)) == [0.0, 1.0]
+    assert server.ranges == [None, "bytes=300-", "bytes=600-", "bytes=900-"]
+
+
+def test_a_stopped_download_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
+    server.hangs, server.patience = 1, 500
+    read = fetch._go_on
+
+    def stopped(*arguments) -> bool:
+        read(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fetch, "_go_on", stopped)
+        get(server, tmp_path)
+    assert energies(get(server, tmp_path)) == [0.0, 1.0]
+    assert server.ranges == [None, "bytes=500-"]
+
+
+def test_a_file_that_was_replaced_meanwhile_is_begun_again(
+    server: Server, tmp_path: Path, published: bytes
+) -> None:
+    part = tmp_path / "neutral_val.tar.gz.part"
+    part.write_bytes(b"x" * 500)
+    (tmp_path / "neutral_val.tar.gz.tag").write_text('"another"')
+    assert energies(get(server, tmp_path, keep_archive=True)) == [0.0, 1.0]
+    assert (tmp_path / "neutral_val.tar.gz").read_bytes() == published
+    assert not part.exists()
+
+
+def test_a_whole_part_is_not_fetched_again(
+    server: Server, tmp_path: Path, published: bytes
+) -> None:
+    (tmp_path / "neutral_val.tar.gz.part").write_bytes(published)
+    (tmp_path / "neutral_val.tar.gz.tag").write_text(server.tag)
+    assert energies(get(server, tmp_path)) == [0.0, 1.0]
+
+
+def test_a_server_that_stays_silent_is_an_error_and_nothing_is_lost(
+    server: Server, tmp_path: Path
+) -> None:
+    server.hangs, server.patience = 1, 700
+    get_on = fetch.ATTEMPTS + 1
+    server.hangs = 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FetchError, match="does not answer"):
+        original = fetch._go_on
+        calls = []
+
+        def once(*arguments) -> bool:
+            calls.append(1)
+            if len(calls) == 1:
+                return original(*arguments)
+            raise ConnectionRefusedError("refused")
+
+        patch.setattr(fetch, "_go_on", once)
+        get(server, tmp_path)
+    assert len(calls) == get_on + 1
+    assert (tmp_path / "neutral_val.tar.gz.part").stat().st_size == 700
+
+
+@pytest.mark.parametrize(
+    "status, words", [(404, "no such file"), (403, "no such file"), (401, "answers 401")]
+)
+def test_a_refusal_says_what_to_do(
+    server: Server, tmp_path: Path, status: int, words: str
+) -> None:
+    server.status = status
+    with pytest.raises(FetchError, match=words):
+        get(server, tmp_path)
+    assert len(server.ranges) == 1, "a refusal was asked again"
+
+
+def test_a_checksum_is_checked(server: Server, tmp_path: Path, published: bytes) -> None:
+    with pytest.raises(FetchError, match="has SHA-256"):
+        get(server, tmp_path / "wrong", sha256="0" * 64)
+    assert not (tmp_path / "wrong" / NAME).exists()
+    assert get(server, tmp_path / "right", sha256=hashlib.sha256(published).hexdigest().upper())
+
+
+def test_an_archive_that_would_write_elsewhere_is_refused(server: Server, tmp_path: Path) -> None:
+    server.content = archive({"../evil.txt": b"!"})
+    with pytest.raises(FetchError, match="outside its folder"):
+        get(server, tmp_path / "here")
+    assert not (tmp_path / "evil.txt").exists() and not (tmp_path / "here" / "evil.txt").exists()
+
+
+def test_a_broken_archive_is_not_taken_for_a_set(
+    server: Server, tmp_path: Path, published: bytes
+) -> None:
+    server.content = published[:-200]
+    with pytest.raises(FetchError, match="broken"):
+        get(server, tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_too_little_room_is_said_before_the_download(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="do not fit on the disk"):
+        fetch.download(
+            f"{server.address}/{SOURCES[NAME].path}", tmp_path / "a", room=100, progress=False
+        )
+
+
+def test_any_address_and_its_mistakes(server: Server, tmp_path: Path) -> None:
+    address = f"{server.address}/{SOURCES[NAME].path}"
+    (found,) = fetch.fetch(address, tmp_path, progress=False)
+    assert found == tmp_path / "neutral_val" / "neutral_val"
+    for name, words in (
+        ("omol", "no data set is called 'omol'. There are omol25-neutral-val"),
+        ("http://127.0.0.1/", "the address of a file"),
+        ("hub:facebook/OMol25", "write hub:OWNER"),
+    ):
+        with pytest.raises(FetchError, match=words):
+            fetch.fetch(name, tmp_path)
+
+
+def test_the_command_prints_where_the_data_are(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path), "--server", server.address + "/"]
+    assert cli.main(["data", "fetch", NAME, *options]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / NAME / "neutral_val")
+    assert cli.main(["data", "fetch", "nothing", *options]) == 2
+
+
+def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stand_in(repository: str, file: str, kind: str) -> Path:
+        asked.append((repository, file, kind))
+        (tmp_path / "cache").write_bytes(archive({"set/readme.txt": b"hello"}))
+        return tmp_path / "cache"
+
+    monkeypatch.setattr(fetch, "download_from_hub", stand_in)
+    (found,) = fetch.fetch("hub:facebook/OMol25/some/set.tar.gz", tmp_path / "a", progress=False)
+    assert (found / "set" / "readme.txt").read_text() == "hello"
+    assert (tmp_path / "cache").exists(), "the hub's cache is not ours to empty"
+    fetch.fetch("hub:datasets/a/b/set.tgz", tmp_path / "b", progress=False)
+    assert asked == [("facebook/OMol25", "some/set.tar.gz", "model"), ("a/b", "set.tgz", "dataset")]
