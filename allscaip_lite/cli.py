@@ -41,6 +41,11 @@ DATA_COMMANDS = {
         "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
         "the same command goes on from here",
     ),
+    "convert": Command(
+        "convert",
+        "convert your own structures, in any format that ASE reads",
+        "nothing was kept; the same command starts again",
+    ),
     "fetch": Command(
         "fetch",
         "fetch a public data set, such as OMol25's",

@@ -191,6 +191,23 @@ class Dataset:
         return {**self.__dict__, "_open": {}}
 
 
+class Subset:
+    """Some structures of a data set, by their indices, in that order; reads like a `Dataset`."""
+
+    def __init__(self, data: Dataset, indices: np.ndarray) -> None:
+        self.data, self.indices = data, np.asarray(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Atoms:
+        return self.data[int(self.indices[index])]
+
+    @property
+    def natoms(self) -> np.ndarray:
+        return self.data.natoms[self.indices]
+
+
 def _shards(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of .aselmdb data")

@@ -19,13 +19,14 @@ from pathlib import Path
 import lightning_fabric
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from allscaip_lite.batches import Batch, Batches
+from allscaip_lite.batches import Batch, Batches, collate
 from allscaip_lite.checkpoint import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data import Dataset
+from allscaip_lite.data import Dataset, Subset
 from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import AllScAIP, Prediction
 
@@ -98,6 +99,39 @@ def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tupl
     gram = counts.T @ counts + 1e-6 * np.eye(max_num_elements)
     references = np.linalg.solve(gram, counts.T @ energies)
     return torch.as_tensor(references), math.sqrt(squares / components)
+
+
+@torch.no_grad()
+def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tensor:
+    """Fit the model's energy references to data of another level of theory.
+
+    The energy (eV) by which each element's reference moves, (max_num_elements,), is a least-squares
+    fit of labels minus predictions, of at most `limit` structures, evenly spaced. Elements that do
+    not occur stay where they are. Changes `model.element_references`; returns the shifts.
+    """
+    indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(int))
+    counts = torch.zeros(len(indices), model.config.max_num_elements, dtype=torch.float64)
+    missing = torch.zeros(len(indices), dtype=torch.float64)
+    for row, index in enumerate(indices):
+        batch = collate([data[int(index)]])
+        energy = model(batch.structures.to(model.device), create_graph=False).energy.cpu()
+        missing[row] = float(batch.energy - energy)
+        counts[row] = torch.bincount(
+            batch.structures.atomic_numbers, minlength=model.config.max_num_elements
+        )
+    gram = counts.T @ counts + 1e-6 * torch.eye(counts.shape[1], dtype=torch.float64)
+    shifts = torch.linalg.solve(gram, counts.T @ missing)
+    model.element_references += shifts.to(model.element_references)
+    return shifts
+
+
+def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
+    """A training and a validation part of one data set, drawn at random."""
+    if len(data) < 2:
+        raise TrainingError("one structure cannot both train and validate a model: give more")
+    order = np.random.default_rng(seed).permutation(len(data))
+    held = max(1, round(share * len(data)))
+    return Subset(data, np.sort(order[held:])), Subset(data, np.sort(order[:held]))
 
 
 def loss(prediction: Prediction, batch: Batch, model: AllScAIP, stage: Stage) -> Tensor:
@@ -292,7 +326,12 @@ def report(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, type=Path, nargs="+", help="training .aselmdb")
-    parser.add_argument("--val", required=True, type=Path, nargs="+", help="validation .aselmdb")
+    parser.add_argument(
+        "--val",
+        type=Path,
+        nargs="+",
+        help="validation .aselmdb; without it a tenth of --data is held out, drawn at random",
+    )
     parser.add_argument("--out", required=True, type=Path, help="run folder")
     parser.add_argument("--preset", default="lite", choices=sorted(PRESETS))
     parser.add_argument(
@@ -303,11 +342,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change the preset's configuration, as in --set node_attention=false (repeatable)",
     )
-    parser.add_argument("--from", dest="start", help="model to start from: a name or a file")
-    parser.add_argument("--direct-steps", type=int, default=20_000)
-    parser.add_argument("--conservative-steps", type=int, default=5_000)
+    parser.add_argument(
+        "--from",
+        dest="start",
+        help="model to start from, a name or a file: its energy of each element is fitted to the "
+        "data anew, then it is fine-tuned",
+    )
+    parser.add_argument(
+        "--keep-references",
+        action="store_true",
+        help="with --from: data of the very level of theory of the model, nothing is fitted",
+    )
+    parser.add_argument(
+        "--direct-steps", type=int, help="default: 20000; of a conservative --from, 0"
+    )
+    parser.add_argument("--conservative-steps", type=int, help="default: 5000; with --from 2000")
     parser.add_argument("--direct-rate", type=float, default=8e-4, help="learning rate")
-    parser.add_argument("--conservative-rate", type=float, default=4e-4, help="learning rate")
+    parser.add_argument(
+        "--conservative-rate", type=float, help="learning rate; default: 4e-4, with --from 2e-4"
+    )
     parser.add_argument(
         "--conservative-weights",
         type=float,
@@ -370,31 +423,45 @@ def run(args: argparse.Namespace) -> None:
         num_nodes=args.nodes,
     )
     fabric.launch()
-    training_data, validation_data = Dataset(args.data), Dataset(args.val)
+    training_data = Dataset(args.data)
+    if args.val:
+        validation_data = Dataset(args.val)
+    else:
+        training_data, validation_data = hold_out(training_data, args.seed)
     torch.manual_seed(args.seed)
+    direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
     if args.start:
         if args.changes:
             raise TrainingError("--set changes a preset: with --from the configuration is fixed")
         model = load_model(args.start, device="cpu")
+        if direct is None:
+            direct = 0 if model.config.conservative else 20_000
+        conservative = 2_000 if conservative is None else conservative
+        rate = rate or 2e-4
+        if not args.keep_references:
+            shifts = shift_references(model, training_data)
+            moved = [
+                f"{chemical_symbols[number]} {shift:+.3f}"
+                for number, shift in enumerate(shifts.tolist())
+                if abs(shift) > 1e-6
+            ]
+            fabric.print(f"energy of an atom, moved to fit the data (eV): {', '.join(moved)}")
     else:
+        direct = 20_000 if direct is None else direct
+        conservative = 5_000 if conservative is None else conservative
+        rate = rate or 4e-4
         config = changed(PRESETS[args.preset], args.changes)
-        model = AllScAIP(config.replace(conservative=args.direct_steps == 0))
+        model = AllScAIP(config.replace(conservative=direct == 0))
         references, rms_force = fit_units(training_data, model.config.max_num_elements)
         model.element_references.copy_(references)
         model.energy_scale.fill_(rms_force)
         model.force_scale.fill_(rms_force)
     stages = []
-    if args.direct_steps:
-        stages.append(direct_stage(args.direct_steps, args.direct_rate))
-    if args.conservative_steps:
-        stages.append(
-            conservative_stage(
-                args.conservative_steps,
-                args.conservative_rate,
-                tuple(args.conservative_weights),
-                args.stress_weight,
-            )
-        )
+    if direct:
+        stages.append(direct_stage(direct, args.direct_rate))
+    if conservative:
+        weights = tuple(args.conservative_weights)
+        stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
     if not stages:
         raise TrainingError("nothing to train: give --direct-steps or --conservative-steps")
     fabric.print(

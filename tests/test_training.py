@@ -16,11 +16,13 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import atomic_numbers
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
 from allscaip_lite.batches import Batches, collate, in_order
 from allscaip_lite.config import PRESETS
 from allscaip_lite.data import DataError, Dataset, write_aselmdb
+from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import Prediction
 from allscaip_lite.training import (
     Stage,
@@ -28,8 +30,10 @@ from allscaip_lite.training import (
     conservative_stage,
     direct_stage,
     fit_units,
+    hold_out,
     loss,
     make_optimizer,
+    shift_references,
     start_stage,
     train,
 )
@@ -459,11 +463,72 @@ def test_the_command_trains(
 
     again = command(twenty, tmp_path / "second", 0, 2)
     start = str(tmp_path / "both" / "direct.safetensors")
-    assert cli.main([*again, "--from", start, "--conservative-rate", "1e-9"]) == 0
+    same = ["--from", start, "--keep-references", "--conservative-rate", "1e-9"]
+    assert cli.main([*again, *same]) == 0
     tuned = load_model(tmp_path / "second" / "conservative.safetensors")
     assert tuned.config.conservative
     for name, weight in tuned.state_dict().items():  # nearly no learning: the same backbone
         torch.testing.assert_close(weight, direct.state_dict()[name], rtol=0, atol=1e-7)
+
+
+def moved_labels(twenty: Path, file: Path) -> dict[str, float]:
+    """The twenty with other zeros of energy, and by how much each element's is other."""
+    zeros = {"H": 5.0, "C": -900.0, "N": -1300.0, "O": -1900.0}
+    structures = []
+    for atoms in Dataset(twenty):
+        labels = dict(atoms.calc.results)
+        labels["energy"] += sum(zeros.get(symbol, 0.0) for symbol in atoms.symbols)
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        structures.append(atoms)
+    write_aselmdb(file, structures)
+    return zeros
+
+
+def test_references_follow_another_level_of_theory(
+    twenty: Path, data: Dataset, tmp_path: Path
+) -> None:
+    zeros = moved_labels(twenty, tmp_path / "moved.aselmdb")
+    model = start_stage(small_model(data), conservative_stage(1)).eval()
+    twin = start_stage(small_model(data), conservative_stage(1)).eval()
+    same = shift_references(twin, Dataset(twenty))
+    before = model.element_references.clone()
+    moved = shift_references(model, Dataset(tmp_path / "moved.aselmdb"))
+    torch.testing.assert_close(model.element_references, before + moved)
+    numbers = [atomic_numbers[symbol] for symbol in zeros]
+    present = torch.tensor([*numbers, 99])
+    expected = torch.tensor([*zeros.values(), 0.0], dtype=torch.float64)
+    torch.testing.assert_close((moved - same)[present], expected, rtol=0, atol=2e-2)
+
+
+def test_fine_tuning_one_s_own_data_with_three_options(
+    twenty: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No validation set, no stages, another zero of energy: the command finds its way."""
+    monkeypatch.setitem(PRESETS, "lite", SMALL)
+    assert cli.main(command(twenty, tmp_path / "first", 0, 4)) == 0
+    start = tmp_path / "first" / "conservative.safetensors"
+    moved_labels(twenty, tmp_path / "moved.aselmdb")
+    mine = ["train", "--from", str(start), "--data", str(tmp_path / "moved.aselmdb")]
+    where = ["--out", str(tmp_path / "mine"), "--conservative-steps", "2"]
+    assert cli.main([*mine, *where, "--max-atoms", "60", "--accelerator", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "18 structures to train on, 2 to validate" in said
+    assert "energy of an atom, moved to fit the data (eV): H " in said
+    assert "conservative 2/2" in said and "direct" not in said.partition("18 structures")[2]
+    tuned = load_model(tmp_path / "mine" / "conservative.safetensors")
+    before = evaluate(load_model(start), Dataset(tmp_path / "moved.aselmdb"))
+    after = evaluate(tuned, Dataset(tmp_path / "moved.aselmdb"))
+    assert after["energy_mae"] < 0.01 * before["energy_mae"]
+
+
+def test_what_is_held_out_is_not_trained_on(data: Dataset) -> None:
+    training, validation = hold_out(data, seed=3)
+    assert len(training) + len(validation) == len(data) and len(validation) == round(len(data) / 10)
+    assert not set(training.indices) & set(validation.indices)
+    assert (training.natoms == [len(training[i]) for i in range(len(training))]).all()
+    again, other = hold_out(data, seed=3)[1], hold_out(data, seed=4)[1]
+    assert (again.indices == validation.indices).all()
+    assert (other.indices != validation.indices).any()
 
 
 def test_the_command_changes_the_preset(

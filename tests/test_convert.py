@@ -1,0 +1,107 @@
+"""One's own structures: what ASE reads goes in, what the package reads comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from allscaip_lite import cli
+from allscaip_lite.convert import ConversionError, convert
+from allscaip_lite.data import Dataset
+
+
+def labelled(name: str, seed: int = 0, **info) -> Atoms:
+    atoms = molecule(name)
+    atoms.rattle(0.05, seed=seed)
+    atoms.calc = EMT()
+    atoms.get_forces()
+    atoms.info.update(info)
+    return atoms
+
+
+@pytest.mark.parametrize("suffix", ["extxyz", "traj", "db", "json"])
+def test_formats_of_ase(tmp_path: Path, suffix: str) -> None:
+    file, frames = tmp_path / f"mine.{suffix}", [labelled("H2O", seed) for seed in range(3)]
+    ase.io.write(file, frames)
+    found = list(convert([file], progress=False))
+    assert len(found) == 3
+    for atoms, original in zip(found, frames, strict=True):
+        np.testing.assert_allclose(atoms.positions, original.positions, atol=1e-6)
+        np.testing.assert_allclose(atoms.get_forces(), original.get_forces(), atol=1e-6)
+        assert atoms.get_potential_energy() == pytest.approx(original.get_potential_energy())
+        assert (atoms.info["charge"], atoms.info["spin"]) == (0, 1)
+        assert atoms.info["data_id"] == "mine"
+
+
+def test_charge_and_multiplicity_are_read_given_or_the_lowest(tmp_path: Path) -> None:
+    frames = [
+        labelled("CH3"),
+        labelled("H2O", charge=1, spin=2),
+        labelled("O2", total_charge=0, multiplicity=3),
+        labelled("NO"),
+    ]
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    found = list(convert([tmp_path / "a.extxyz"], progress=False))
+    states = [(atoms.info["charge"], atoms.info["spin"]) for atoms in found]
+    assert states == [(0, 2), (1, 2), (0, 3), (0, 2)]
+    assert "multiplicity" not in found[2].info
+    (given,) = convert([f"{tmp_path}/a.extxyz@0"], charge=-1, spin=3, progress=False)
+    assert (given.info["charge"], given.info["spin"]) == (-1, 3)
+    with pytest.raises(ConversionError, match=r"structure 0 \(CH3\).*cannot have multiplicity 1"):
+        list(convert([f"{tmp_path}/a.extxyz@0"], spin=1, progress=False))
+
+
+def test_cells_and_stresses_come_along(tmp_path: Path) -> None:
+    crystal = bulk("Cu")
+    crystal.rattle(0.02, seed=1)
+    crystal.calc = EMT()
+    crystal.get_stress()
+    ase.io.write(tmp_path / "crystal.traj", crystal)
+    (found,) = convert([tmp_path / "crystal.traj"], progress=False)
+    assert found.pbc.all() and found.info["spin"] == 2  # an odd number of electrons in the cell
+    np.testing.assert_allclose(found.get_stress(), crystal.get_stress())
+
+
+def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
+    bare, broken = molecule("H2O"), molecule("NH3")
+    only_energy = molecule("CH4")
+    only_energy.calc = SinglePointCalculator(only_energy, energy=1.0)
+    forces = np.full((4, 3), np.nan)
+    broken.calc = SinglePointCalculator(broken, energy=1.0, forces=forces)
+    (tmp_path / "text.foo").write_text("hello")
+    for frames, words in (
+        ([labelled("H2O"), bare], "structure 1 .*has no energy and no forces"),
+        ([only_energy], "has no forces"),
+        ([broken], "not finite"),
+    ):
+        ase.io.write(tmp_path / "a.traj", frames)
+        with pytest.raises(ConversionError, match=words):
+            list(convert([tmp_path / "a.traj"], progress=False))
+    with pytest.raises(ConversionError, match="not a file that ASE can read"):
+        list(convert([tmp_path / "text.foo"], progress=False))
+    with pytest.raises(FileNotFoundError, match="nowhere.xyz"):
+        list(convert([tmp_path / "nowhere.xyz"], progress=False))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ase.io.write(tmp_path / "a.extxyz", [labelled("H2O", seed) for seed in range(4)])
+    ase.io.write(tmp_path / "b.extxyz", [labelled("CH3")])
+    out = tmp_path / "all.aselmdb"
+    files = [f"{tmp_path}/a.extxyz@1:3", str(tmp_path / "b.extxyz")]
+    command = ["data", "convert", *files, "--out", str(out)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr()
+    assert "3 structures" in said.out and "charge +0, multiplicity 2: 1" in said.err
+    assert [a.info["data_id"] for a in Dataset(out)] == ["a", "a", "b"]
+    assert cli.main(command) == 2
+    assert "exists" in capsys.readouterr().err
+    before = out.read_bytes()
+    assert cli.main([*command, "--spin", "1", "--overwrite"]) == 2  # CH3 has an odd electron
+    assert out.read_bytes() == before, "a failed conversion spoiled what was there"
