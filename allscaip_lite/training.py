@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -191,12 +191,14 @@ def train(
     save_every: int = 200,
     workers: int = 0,
     fabric: lightning_fabric.Fabric | None = None,
+    watch: Callable[[Stage, int, float], None] | None = None,
 ) -> AllScAIP:
     """Train through the stages and return the averaged (EMA) model, in evaluation mode.
 
     Everything is kept in `folder`: `state.pt` to resume from, `log.jsonl`, `NAME.safetensors` at
     the end of each stage. Started again with the same arguments, a stopped run goes on where it
-    was, to the same numbers.
+    was, to the same numbers. `watch(stage, step, loss)` is called after each step, to draw a curve
+    for example.
     """
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,6 +282,8 @@ def train(
                 )
             optimizer.step()
             average.update_parameters(model)
+            if watch is not None:
+                watch(stage, done, losses[-1])
             if done % validate_every == 0 or done == stage.steps:
                 errors = evaluate(average.module, validation_data)
                 report(fabric, folder, stage, done, losses, errors, started, first)
