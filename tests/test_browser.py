@@ -600,7 +600,7 @@ def test_the_explorer_lives_in_jupyterlab(browser, lab, tiny):
 
 
 # Notebooks with an explorer, and what they may take in seconds.
-LESSONS = [("00_tour.ipynb", 300.0)]
+LESSONS = [("00_tour.ipynb", 300.0), ("07_attention_maps.ipynb", 300.0)]
 
 
 @pytest.mark.parametrize("notebook, limit", LESSONS)
