@@ -183,6 +183,18 @@ for name in allscaip_lite.__all__:
 
 # --- files --------------------------------------------------------------------------------------
 
+def test_every_pin_can_be_installed_on_the_oldest_python(constraints):
+    """Of what is installed here: 3.11.0 is a Python 3.11 too."""
+    too_new = {
+        name: distribution.metadata["Requires-Python"]
+        for distribution in metadata.distributions()
+        if (name := canonicalize_name(distribution.metadata["Name"])) in constraints
+        and str(constraints[name]) == distribution.version
+        and not SpecifierSet(distribution.metadata["Requires-Python"] or "").contains("3.11.0")
+    }
+    assert not too_new
+
+
 
 def test_committed_notebooks_carry_no_outputs():
     # The index is read, not the working tree: whoever runs a notebook may also run the tests.

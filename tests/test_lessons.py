@@ -1,0 +1,129 @@
+"""Every lesson is built alike: aims, sections, a summary, exercises that check themselves."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from allscaip_lite.classroom import exercises, marks, read_notebook, source, student_copy
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+LESSONS = [path for path in NOTEBOOKS if path.stem != "00_tour"]
+# What a lesson may import besides Python's own: the packages of the lab.
+ALLOWED = {
+    "IPython",
+    "MDAnalysis",
+    "allscaip_lite",
+    "ase",
+    "ipywidgets",
+    "matplotlib",
+    "nglview",
+    "numpy",
+    "py3Dmol",
+    "scipy",
+    "tblite",
+    "torch",
+}
+
+
+def texts(path: Path, kind: str) -> list[str]:
+    return [source(cell) for cell in read_notebook(path)["cells"] if cell["cell_type"] == kind]
+
+
+def code_of(text: str) -> str:
+    """Without the lines that only IPython understands."""
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+def test_the_course_is_there() -> None:
+    names = [path.stem[:2] for path in NOTEBOOKS]
+    assert names == sorted(set(names)) and {"00", "01", "02", "03", "04", "05", "06", "07"} <= set(
+        names
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_aims_come_first_and_a_title(path: Path) -> None:
+    first = read_notebook(path)["cells"][0]
+    assert first["cell_type"] == "markdown" and source(first).startswith("# ")
+    assert re.search(r"\*\*After this (lesson|notebook) you can\*\*", source(first))
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_says_what_it_needs_and_ends_with_summary_and_exercises(path: Path) -> None:
+    words = texts(path, "markdown")
+    assert "You need:" in words[0] and re.search(r"minute|second", words[0])
+    whole = "\n".join(words)
+    assert whole.index("## Summary") < whole.index("## Exercises")
+    found = exercises(read_notebook(path))
+    assert len(found) >= 3
+    headings = [i for i, cell in enumerate(read_notebook(path)["cells"]) if _is_heading(cell)]
+    assert min(found[0].answers) > headings[-1], "sections go on after the exercises"
+
+
+def _is_heading(cell: dict) -> bool:
+    return cell["cell_type"] == "markdown" and bool(re.search(r"(?m)^## ", source(cell)))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_imports_what_the_lab_has_and_is_no_second_model(path: Path) -> None:
+    for text in texts(path, "code"):
+        for node in ast.walk(ast.parse(code_of(text))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                names = []
+            for name in names:
+                root = name.partition(".")[0]
+                assert root in ALLOWED or root in sys.stdlib_module_names, name
+            if isinstance(node, ast.ClassDef):
+                bases = [ast.unparse(base) for base in node.bases]
+                assert not any("Module" in base for base in bases), f"{node.name} is a model"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_lines_can_be_read(path: Path) -> None:
+    wide = [
+        line
+        for text in texts(path, "code")
+        for line in text.splitlines()
+        if len(line) > 100 and not line.lstrip().startswith(('f"', '"', "f'"))
+    ]
+    assert not wide
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_check_does_not_give_the_answer_away(path: Path) -> None:
+    """No line of a solution stands in the check that follows it."""
+    cells = read_notebook(path)["cells"]
+    for exercise in exercises(read_notebook(path)):
+        check = source(cells[exercise.check])
+        assert "assert" in check and "Right" in check
+        for index in exercise.answers:
+            inside = re.search(
+                r"### BEGIN SOLUTION(.*)### END SOLUTION", source(cells[index]), re.DOTALL
+            )
+            lines = [line.strip() for line in inside[1].splitlines() if len(line.strip()) > 25]
+            assert not [line for line in lines if line.removeprefix("return ") in check]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_nbgrader_takes_it_and_makes_the_same_student_copy(path: Path) -> None:
+    nbgrader = pytest.importorskip("nbgrader.preprocessors", reason="nbgrader is not installed")
+    import nbformat
+
+    theirs = nbformat.read(path, as_version=4)
+    for name in ("ClearSolutions", "LockCells", "ClearOutput", "ClearHiddenTests"):
+        theirs, _ = getattr(nbgrader, name)().preprocess(theirs, {})
+    ours = student_copy(json.loads(path.read_text(encoding="utf-8")))
+    for mine, other in zip(ours["cells"], theirs.cells, strict=True):
+        assert mine["source"].strip() == other.source.strip()
+        if marks(mine).get("locked"):
+            assert other.metadata.editable is False and mine["metadata"]["editable"] is False
