@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from allscaip_lite.classroom import exercises, marks, read_notebook, source, student_copy
+from allscaip_lite.classroom import (
+    BESIDE,
+    exercises,
+    marks,
+    read_notebook,
+    source,
+    student_copy,
+)
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if path.stem != "00_tour"]
@@ -114,13 +121,71 @@ def test_a_check_does_not_give_the_answer_away(path: Path) -> None:
             assert not [line for line in lines if line.removeprefix("return ") in check]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_a_valid_notebook_for_a_python_kernel(path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    names = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(names)) == len(names)  # first, for validating gives new names
+    nbformat.validate(notebook)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert all(source(cell).strip() for cell in notebook["cells"]), "an empty cell"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_files_that_it_reads_are_there_and_go_into_the_class(path: Path) -> None:
+    code = "\n".join(texts(path, "code"))
+    for name in set(re.findall(r"[\"'](molecules/[^\"']+)[\"']", code)):
+        assert (path.parent / name).is_file(), name
+        assert Path(name).suffix in BESIDE, f"the class would not get {name}"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_an_exercise_is_statement_answer_and_check_in_a_row(path: Path) -> None:
+    notebook, asked = read_notebook(path), []
+    for exercise in exercises(notebook):
+        assert exercise.answers == (exercise.check - 1,), exercise.name
+        statement = notebook["cells"][exercise.check - 2]
+        assert statement["cell_type"] == "markdown"
+        asked.append(int(re.match(r"\*\*(\d+)\. ", source(statement))[1]))
+    assert asked == [*range(1, len(asked) + 1)]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_stub_is_a_function_that_says_what_it_takes_and_that_the_check_calls(path: Path) -> None:
+    notebook = read_notebook(path)
+    stubs = student_copy(notebook)["cells"]
+    for exercise in exercises(notebook):
+        body = ast.parse(source(stubs[exercise.answers[0]])).body
+        assert body and all(isinstance(node, ast.FunctionDef) for node in body), exercise.name
+        assert all(ast.get_docstring(function) for function in body), exercise.name
+        check = source(stubs[exercise.check])
+        assert any(f"{function.name}(" in check for function in body), exercise.name
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_assertion_that_students_see_says_what_is_wrong(path: Path) -> None:
+    notebook = read_notebook(path)
+    stubs = student_copy(notebook)["cells"]
+    for exercise in exercises(notebook):
+        silent = [
+            ast.unparse(node.test)
+            for node in ast.walk(ast.parse(source(stubs[exercise.check])))
+            if isinstance(node, ast.Assert) and node.msg is None
+        ]
+        assert not silent, f"{exercise.name}: no message after {silent}"
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_nbgrader_takes_it_and_makes_the_same_student_copy(path: Path) -> None:
     nbgrader = pytest.importorskip("nbgrader.preprocessors", reason="nbgrader is not installed")
     import nbformat
 
     theirs = nbformat.read(path, as_version=4)
-    for name in ("ClearSolutions", "LockCells", "ClearOutput", "ClearHiddenTests"):
+    # those of `nbgrader generate_assignment`, but for its database and its test templates
+    steps = ["LockCells", "ClearSolutions", "ClearOutput", "CheckCellMetadata", "ComputeChecksums"]
+    steps += ["ClearHiddenTests", "ClearMarkScheme", "ComputeChecksums", "CheckCellMetadata"]
+    for name in steps:
         theirs, _ = getattr(nbgrader, name)().preprocess(theirs, {})
     ours = student_copy(json.loads(path.read_text(encoding="utf-8")))
     for mine, other in zip(ours["cells"], theirs.cells, strict=True):
