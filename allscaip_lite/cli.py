@@ -51,6 +51,11 @@ DATA_COMMANDS = {
         "fetch a public data set, such as OMol25's",
         "the same command goes on where this one was",
     ),
+    "describe": Command(
+        "describe",
+        "count what is in a data set, as a data card shows it",
+        "nothing was done",
+    ),
     "sample": Command(
         "data",
         "write a small sample of a data set",
