@@ -308,9 +308,10 @@ def test_the_committed_sample_is_small_labelled_and_split_by_molecule():
             assert "GFN2-xTB" in info["label"]
     assert not molecules["train"] & (molecules["val"] | molecules["test"])
     assert not molecules["val"] & molecules["test"]
-    assert "Cn1c(=O)c2c(ncn2C)n(C)c1=O" in molecules["test"]  # caffeine
+    caffeine = "Cn1c(=O)c2c(ncn2C)n(C)c1=O"  # held out, alone and with others
+    assert not any(caffeine in name for name in molecules["train"] | molecules["val"])
     size = sum(path.stat().st_size for path in SAMPLE.glob("*.aselmdb"))
-    assert size < 1.5e6
+    assert size < 2e6
 
 
 def test_fairchem_reads_what_we_write(folder):
