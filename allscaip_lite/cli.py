@@ -41,6 +41,11 @@ DATA_COMMANDS = {
         "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
         "the same command goes on from here",
     ),
+    "physics": Command(
+        "physics",
+        "make groups of structures that differ in a proton, a charge, a spin, a distance",
+        "with --dft the same command goes on from here",
+    ),
     "convert": Command(
         "convert",
         "convert your own structures, in any format that ASE reads",

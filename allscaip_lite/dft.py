@@ -50,6 +50,9 @@ class Level:
 
 OMOL25 = Level()
 
+# Where an SCF starts, and what a triplet is judged by: a fifth of the cost of a cycle.
+COARSE = Level(grid=1, nonlocal_grid=0, convergence=1e-6)
+
 # A closed-shell singlet with a smaller HOMO–LUMO gap (eV) and a triplet less than this above it
 # (eV) is also tried as a broken-symmetry one: diradicals and bonds that break.
 SMALL_GAP = 11.0
@@ -104,11 +107,12 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
             gradient = state.nuc_grad_method()
             gradient.grid_response = True
             forces = -gradient.kernel() * (units.Hartree / units.Bohr)
+        properties = _properties(state, spin)
     net = np.abs(forces.sum(axis=0)).max()
     if not (np.isfinite(forces).all() and net < MAX_NET_FORCE):
         raise LabelFailed(f"the forces sum up to {net:.3f} eV/Å")
     labelled = Atoms(atoms.numbers, atoms.positions)
-    labelled.info = dict(atoms.info) | _properties(state, spin)
+    labelled.info = dict(atoms.info) | properties
     labelled.info |= {
         "num_atoms": len(atoms),
         "num_electrons": int(molecule.nelectron),
@@ -140,11 +144,11 @@ def _ground_state(molecule, spin: int, level: Level):
             raise LabelFailed("the SCF of the atom did not converge")
         return min(found, key=lambda state: state.e_tot)
     if spin > 1:
-        return _converged(_method(dft.UKS, molecule, level))
+        return _in_two_steps(dft.UKS, molecule, level)
     try:
-        restricted = _converged(_method(dft.RKS, molecule, level))
+        restricted = _in_two_steps(dft.RKS, molecule, level)
     except LabelFailed:
-        return _converged(_method(dft.UKS, molecule, level))
+        return _in_two_steps(dft.UKS, molecule, level)
     if _gaps(restricted)[0] > SMALL_GAP or molecule.nelectron < 2:
         return restricted
     try:
@@ -153,6 +157,19 @@ def _ground_state(molecule, spin: int, level: Level):
     except LabelFailed:
         return restricted
     return broken if broken and broken.e_tot < restricted.e_tot - LOWER else restricted
+
+
+def _in_two_steps(kind, molecule, level: Level):
+    """The converged state, by way of one on coarse grids, whose result is a good start."""
+    coarse = _method(kind, molecule, _coarse(level))
+    coarse.kernel()
+    state = _method(kind, molecule, level)
+    state.with_df = coarse.with_df  # the same integrals
+    return _converged(state, coarse.make_rdm1() if coarse.converged else None)
+
+
+def _coarse(level: Level) -> Level:
+    return replace(COARSE, functional=level.functional, basis=level.basis)
 
 
 def _method(kind, molecule, level: Level):
@@ -191,11 +208,18 @@ def _diradical(restricted, level: Level) -> np.ndarray | None:
     up and one down. None if the triplet is far above the singlet: then there is none to find."""
     from pyscf import dft
 
+    rough = replace(_coarse(level), convergence=1e-4)
+    low = _method(dft.RKS, restricted.mol, rough)
+    low.with_df = restricted.with_df
+    low = _converged(low, restricted.make_rdm1())
     molecule = restricted.mol.copy()
     molecule.spin = 2
-    triplet = _method(dft.UKS, molecule, replace(level, convergence=1e-5))
-    triplet = _converged(triplet)
-    if (triplet.e_tot - restricted.e_tot) * units.Hartree > LOW_TRIPLET:
+    triplet = _method(dft.UKS, molecule, rough)
+    triplet.with_df = restricted.with_df
+    orbitals = np.arange(restricted.mo_occ.size)
+    promoted = [(orbitals < count).astype(float) for count in molecule.nelec]
+    triplet = _converged(triplet, triplet.make_rdm1([restricted.mo_coeff] * 2, promoted))
+    if (triplet.e_tot - low.e_tot) * units.Hartree > LOW_TRIPLET:
         return None
     alpha, beta = (
         orbitals[:, filled > 0]

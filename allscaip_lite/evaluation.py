@@ -21,6 +21,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from tqdm import tqdm
 
+from allscaip_lite import physics
 from allscaip_lite.batches import in_order
 from allscaip_lite.checkpoint import load_model, read_card, save_model
 from allscaip_lite.data import Dataset
@@ -359,6 +360,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for labels of another level of theory: take off an energy of each element first",
     )
     parser.add_argument(
+        "--physics",
+        action="store_true",
+        help="differences of energy instead: conformers, protonation, ionisation, spin gaps, "
+        "distance; of data such as data/physics",
+    )
+    parser.add_argument(
         "--save", type=Path, help="write the model here, with the errors in its card (.safetensors)"
     )
     parser.add_argument("--note", default="", help="a line for that card: how it was trained")
@@ -381,6 +388,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"written: {args.predictions}")
         return
     data = Dataset(args.data)
+    if args.physics:
+        print(physics.table(physics.summary(physics.differences(model, data))))
+        return
     found, described = residuals(model, data, progress=True), describe(data)
     if args.fit_references:
         found = fit_references(described, found)

@@ -414,7 +414,7 @@ def systems() -> list[System]:
     unique: dict[str, System] = {}
     for system in found:
         unique.setdefault(system.name, system)
-    return [system for system in unique.values() if _size(system) <= MOST_ATOMS]
+    return [system for system in unique.values() if atom_count(system) <= MOST_ATOMS]
 
 
 def _families() -> Iterator[tuple[str, str]]:
@@ -463,7 +463,8 @@ def _thinned(domain: str, words: Iterable[str], share: float) -> Iterator[tuple[
             yield domain, word
 
 
-def _size(system: System) -> int:
+def atom_count(system: System) -> int:
+    """Atoms of a system, hydrogens included."""
     return sum(_rdkit(part).GetNumAtoms() for part in system.parts)
 
 
@@ -557,7 +558,7 @@ def sample(job: Job, seed: int = 0) -> list[Atoms]:
     digest = hashlib.sha256(f"{seed}:{system.name}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     number = min(6, max(2, count // 4))
-    molecules = {part: _embed(part, rng, number) for part in dict.fromkeys(system.parts)}
+    molecules = {part: embed(part, rng, number) for part in dict.fromkeys(system.parts)}
     shapes = [_shape(system, molecules, rng, contact=2.0) for _ in range(number)]
     bonds = _turnable(system.parts[0]) if len(system.parts) == 1 else []
     kept: list[Atoms] = []
@@ -678,7 +679,7 @@ def _shape(
 ) -> Atoms:
     """A conformer of a molecule, or a random assembly of conformers of several."""
     parts = [molecules[part][rng.integers(len(molecules[part]))] for part in system.parts]
-    shape = _assemble(parts, rng, contact)
+    shape = assemble(parts, rng, contact)
     shape.info = {"charge": system.charge, "spin": system.multiplicity}
     return shape
 
@@ -690,7 +691,11 @@ def _rdkit(smiles: str):
     return Chem.AddHs(Chem.MolFromSmiles(smiles))
 
 
-def _embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
+def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
+    """At most `number` conformers of a molecule, at minima of MMFF94 or UFF where these know it.
+
+    Raises JobFailed if there is none.
+    """
     from rdkit.Chem import AllChem
 
     molecule = _rdkit(smiles)
@@ -715,7 +720,7 @@ def _embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
     return [Atoms(numbers, molecule.GetConformer(index).GetPositions()) for index in found]
 
 
-def _assemble(parts: Sequence[Atoms], rng: np.random.Generator, contact: float) -> Atoms:
+def assemble(parts: Sequence[Atoms], rng: np.random.Generator, contact: float) -> Atoms:
     """Molecules around the first, each turned at random and slid towards it from a random side
     until its closest atom is `contact` (Å) away from one that is there already."""
     whole = parts[0].copy()

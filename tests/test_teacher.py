@@ -128,7 +128,7 @@ def test_the_plan_covers_what_the_card_says(jobs):
     assert set(teacher.HELD_OUT) | teacher.KEPT_IN_TRAIN <= molecules
     assert {job.system.multiplicity for job in jobs} == {1, 2, 3, 4}
     assert {job.system.charge for job in jobs} == {-2, -1, 0, 1, 2}
-    sizes = [teacher._size(job.system) for job in jobs]
+    sizes = [teacher.atom_count(job.system) for job in jobs]
     assert 30 < max(sizes) <= teacher.MOST_ATOMS
     fewer = plan(1_000)
     assert [job.split for job in fewer] == [job.split for job in jobs]
