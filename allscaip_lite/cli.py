@@ -46,6 +46,11 @@ DATA_COMMANDS = {
         "make groups of structures that differ in a proton, a charge, a spin, a distance",
         "with --dft the same command goes on from here",
     ),
+    "long-range": Command(
+        "long_range",
+        "make data whose energy reaches far: ions, pairs and chains",
+        "nothing was kept; the same command starts again",
+    ),
     "convert": Command(
         "convert",
         "convert your own structures, in any format that ASE reads",
@@ -82,6 +87,11 @@ COMMANDS = {
         "md",
         "molecular dynamics at constant energy, volume or pressure",
         "the same command goes on from the last structure it saved",
+    ),
+    "ablation": Command(
+        "ablation",
+        "train models that differ in one thing, and compare them",
+        "the same command goes on from the last cell that is done",
     ),
     "bench": Command(
         "benchmark",

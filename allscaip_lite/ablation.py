@@ -1,0 +1,513 @@
+"""Which inductive bias helps whom: `allscaip-lite ablation` trains models that differ in one thing.
+
+In: a data set, and a `Study`: which models, how long they train, what is measured. Out: a table
+(JSON) of all its cells, with the machine and the versions, from which lesson 08 draws. Studies
+`ions`, `pairs` and `chain` ask what carries long range; `table` asks how errors on unseen molecules
+depend on node attention, LAE, ERoPE, the amount of data and the model's size (paper,
+arXiv 2603.06567, Figure 5).
+
+A cell is one training. Each is stored as soon as it is done, so a study can run in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning_fabric
+import numpy as np
+import torch
+from ase import Atoms
+from scipy.optimize import minimize_scalar
+
+from allscaip_lite import __version__
+from allscaip_lite.batches import in_order
+from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.data import Dataset, checksum
+from allscaip_lite.evaluation import residuals
+from allscaip_lite.model import AllScAIP
+from allscaip_lite.training import Stage, fit_units, train
+
+
+class AblationError(ValueError):
+    """A study that cannot start or go on; the message says what to change."""
+
+
+# --- What is compared ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: the parts of the model that are on, its size, its data, its seed."""
+
+    node_attention: bool
+    rotary: bool  # ERoPE
+    angular: bool  # LAE
+    size: str = "small"
+    structures: int | None = None  # of the training set, chosen by the seed; None: all
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [self.variant, "lae" if self.angular else "plain", self.size]
+        parts += [str(self.structures)] if self.structures else []
+        return "-".join([*parts, f"seed{self.seed}"])
+
+    @property
+    def variant(self) -> str:
+        """local (no node attention), node (without ERoPE) or rotary (with it)."""
+        return ("rotary" if self.rotary else "node") if self.node_attention else "local"
+
+
+VARIANTS = {"local": (False, False), "node": (True, False), "rotary": (True, True)}
+
+MODELS = {
+    "small": AllScAIPConfig(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        cutoff=4.0,
+        k=12,
+        num_distance_basis=64,
+        angular_channels=(5, 3, 1, 2, 5),
+        smooth_bond_order=True,
+    ),
+    "medium": AllScAIPConfig(
+        hidden_size=64,
+        num_layers=3,
+        num_heads=4,
+        cutoff=5.0,
+        k=16,
+        num_distance_basis=128,
+        angular_channels=(5, 3, 1, 2, 5),
+        smooth_bond_order=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells, and what all of them share. Distances in Å; errors are binned by gap at `bins`.
+
+    `conservative` models train on the gradient of the energy from the start; others have a force
+    head of their own. The exponent of a tail is fitted inside `window`.
+    """
+
+    sizes: tuple[str, ...] = ("small",)
+    structures: tuple[int | None, ...] = (None,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 800
+    max_atoms: int = 200
+    learning_rate: float = 4e-3
+    weights: tuple[float, float] = (20.0, 20.0)  # of energy and forces in the loss
+    ema_decay: float = 0.99
+    conservative: bool = True
+    bins: tuple[float, ...] = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
+    window: tuple[float, float] = (6.0, 20.0)
+    throughput: bool = False
+
+    def cells(self) -> list[Cell]:
+        """Seeds come last, so that a part of a study is the whole of a smaller one."""
+        return [
+            Cell(*VARIANTS[variant], angular, size, structures, seed)
+            for seed in self.seeds
+            for size in self.sizes
+            for structures in self.structures
+            for variant in VARIANTS
+            for angular in (False, True)
+        ]
+
+    def config(self, cell: Cell) -> AllScAIPConfig:
+        config = MODELS[cell.size].replace(
+            node_attention=cell.node_attention,
+            rotary=cell.rotary,
+            conservative=self.conservative,
+        )
+        return config if cell.angular else config.replace(angular_channels=None)
+
+    def stage(self) -> Stage:
+        return Stage(
+            "conservative" if self.conservative else "direct",
+            self.steps,
+            self.learning_rate,
+            *self.weights,
+            warmup=0.05,
+            ema_decay=self.ema_decay,
+        )
+
+
+STUDIES = {
+    "ions": Study(),
+    "pairs": Study(bins=(0.0, 3.0, 6.0, 9.0, 12.0, 15.0), window=(6.0, 15.0)),
+    "chain": Study(bins=(4.0, 8.0, 12.0, 16.0, 22.0)),
+    "table": Study(
+        sizes=("small", "medium"),
+        structures=(250, 1000, 4000, 16000),
+        steps=2000,
+        max_atoms=350,
+        learning_rate=1e-3,
+        weights=(10.0, 10.0),
+        conservative=False,
+        throughput=True,
+        bins=(),
+    ),
+}
+
+
+# --- One cell --------------------------------------------------------------------------------
+
+
+class Selection:
+    """Structures of a data set, read once and held in memory; by index, as `Dataset` does."""
+
+    def __init__(
+        self, data: Dataset | Sequence[Atoms], chosen: Iterable[int] | None = None
+    ) -> None:
+        chosen = range(len(data)) if chosen is None else chosen
+        self.structures = [data[int(index)] for index in chosen]
+        self.natoms = np.array([len(atoms) for atoms in self.structures])
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def __getitem__(self, index: int) -> Atoms:
+        return self.structures[index]
+
+
+def choose(data: Dataset, structures: int | None, seed: int) -> Selection:
+    """That many structures, or all there are: the first of a shuffle, so a larger set of the same
+    seed contains the smaller ones."""
+    if structures is None or structures >= len(data):
+        return Selection(data)
+    return Selection(data, np.random.default_rng([seed, 88]).permutation(len(data))[:structures])
+
+
+def make_model(config: AllScAIPConfig, data: Dataset | Selection, seed: int) -> AllScAIP:
+    """A fresh model with random weights of that seed, and the data's energies and force unit."""
+    torch.manual_seed(seed)
+    model = AllScAIP(config)
+    references, rms_force = fit_units(data, config.max_num_elements)
+    model.element_references.copy_(references)
+    model.energy_scale.fill_(rms_force)
+    model.force_scale.fill_(rms_force)
+    return model
+
+
+def run_cell(study: Study, cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
+    """Train one cell and measure it; `folder` keeps what it takes to go on, and the weights.
+
+    `data` is a folder with `{train,val,test}.aselmdb`, and `curves.aselmdb` where there are any.
+    """
+    training_data = choose(Dataset(data / "train.aselmdb"), cell.structures, cell.seed)
+    validation = Dataset(data / "val.aselmdb")
+    validation = Selection(validation, range(min(200, len(validation))))
+    model = make_model(study.config(cell), training_data, cell.seed)
+    stage = study.stage()
+    started = time.monotonic()
+    model = train(
+        model,
+        [stage],
+        training_data,
+        validation,
+        folder,
+        max_atoms=study.max_atoms,
+        seed=cell.seed,
+        validate_every=max(1, study.steps // 2),
+        save_every=200,
+        fabric=lightning_fabric.Fabric(accelerator="auto", devices=1),
+    )
+    seconds = time.monotonic() - started
+    test = Selection(Dataset(data / "test.aselmdb"))
+    row = {
+        **asdict(cell),
+        "structures": len(training_data),
+        "parameters": model.num_parameters,
+        "errors": errors(model, test, study.bins),
+    }
+    curves = data / "curves.aselmdb"
+    if curves.exists():
+        row["curves"] = pull(model, Selection(Dataset(curves)))
+    row["seconds"] = round(seconds, 1)
+    if study.throughput:
+        row["throughput"] = throughput(model, test, study.max_atoms)
+    return row
+
+
+def errors(
+    model: AllScAIP, test: Selection, bins: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """Mean absolute errors of all, by `data_id`, and by gap: energies in meV a structure and
+    meV/atom, forces in meV/Å. A bin's name is its two ends, as in "4-8"."""
+    found = residuals(model, test)
+    natoms = test.natoms
+    energies = found.energies.abs().double().numpy()
+    forces = [force.abs().mean().item() for force in found.forces]
+    groups: dict[str, list[int]] = {"all": list(range(len(test)))}
+    for index, atoms in enumerate(test.structures):
+        groups.setdefault(str(atoms.info.get("data_id", "unknown")), []).append(index)
+        gap = atoms.info.get("gap")
+        bin_ = None if gap is None else int(np.searchsorted(bins, gap, side="right"))
+        if bin_ and bin_ < len(bins):
+            groups.setdefault(f"{bins[bin_ - 1]:g}-{bins[bin_]:g}", []).append(index)
+    rows = {}
+    for name, members in groups.items():
+        of_atoms = natoms[members]
+        rows[name] = {
+            "structures": len(members),
+            "energy_mae": _round(np.mean(energies[members] * of_atoms)),
+            "energy_mae_per_atom": _round(np.mean(energies[members])),
+            "force_mae": _round(np.average([forces[i] for i in members], weights=of_atoms)),
+        }
+    return rows
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+# --- Pulled apart ----------------------------------------------------------------------------
+
+
+def pull(model: AllScAIP | None, curves: Selection) -> dict[str, dict[str, list[float]]]:
+    """Of every curve: distance in Å, energy in eV, and in eV/Å the force along `info["axis"]` on
+    the atoms `info["probe"]`, which is what pushes the two groups apart.
+
+    `model` None gives the labels. Raises AblationError where a structure does not say what is
+    pulled.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    structures = curves.structures
+    for atoms in structures:
+        if not {"axis", "probe", "distance", "source"} <= atoms.info.keys():
+            raise AblationError(
+                f"{atoms.symbols}: a curve needs info axis, probe, distance and source; make the "
+                "data with `allscaip-lite data long-range`"
+            )
+    if model is None:
+        values = [(atoms.get_potential_energy(), atoms.get_forces()) for atoms in structures]
+    else:
+        results = [
+            result
+            for first in range(0, len(structures), 64)
+            for result in model.predict(structures[first : first + 64])
+        ]
+        values = [(result.energy, result.forces) for result in results]
+    for atoms, (energy, forces) in zip(structures, values, strict=True):
+        push = float(forces[atoms.info["probe"]].sum(0) @ np.array(atoms.info["axis"]))
+        empty = {"distance": [], "energy": [], "force": []}
+        curve = found.setdefault(atoms.info["source"], empty)
+        curve["distance"].append(round(float(atoms.info["distance"]), 3))
+        curve["energy"].append(round(float(energy), 4))
+        curve["force"].append(round(push, 5))
+    return found
+
+
+def tail_exponent(
+    distance: Sequence[float], energy: Sequence[float], window: tuple[float, float]
+) -> float:
+    """n of the best a + b / rⁿ, by least squares inside `window` (Å), between 0.2 and 8.
+
+    Coulomb's law has 1, an ion and a dipole 2, two dipoles 3. Not a number where the energy does
+    not change inside the window, as of a model that does not see that far.
+    """
+    distance, energy = np.asarray(distance, float), np.asarray(energy, float)
+    inside = (distance >= window[0]) & (distance <= window[1])
+    r, e = distance[inside] / window[0], energy[inside]
+    if len(r) < 4 or np.ptp(e) < 1e-4:
+        return float("nan")
+
+    def misfit(n: float) -> float:
+        basis = np.stack([np.ones_like(r), r**-n], axis=1)
+        return float(((basis @ np.linalg.lstsq(basis, e)[0] - e) ** 2).sum())
+
+    grid = np.arange(0.2, 8.01, 0.1)
+    best = grid[np.argmin([misfit(n) for n in grid])]
+    bounds = max(0.2, best - 0.1), min(8.0, best + 0.1)
+    return float(minimize_scalar(misfit, bounds=bounds, method="bounded").x)
+
+
+@torch.no_grad()
+def throughput(model: AllScAIP, test: Selection, max_atoms: int, repeats: int = 5) -> float:
+    """Atoms a second, energies and forces of the first batch of the test set; the median."""
+    batch = next(in_order(test, max_atoms)).to(model.device)
+    model.eval()
+    times = []
+    for _ in range(repeats + 1):  # the first warms up
+        started = time.perf_counter()
+        model(batch.structures, create_graph=False).forces.cpu()
+        times.append(time.perf_counter() - started)
+    return _round(len(batch.forces) / statistics.median(times[1:]))
+
+
+# --- All cells -------------------------------------------------------------------------------
+
+
+def run_study(
+    study: Study,
+    data: Path,
+    folder: Path,
+    results: Path | None = None,
+    *,
+    cells: Sequence[str] = ("*",),
+    hours: float = float("inf"),
+) -> dict[str, Any]:
+    """Run the cells that are not done yet, store each, and return `collect`'s table.
+
+    `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
+    was stopped goes on where it was. The table is written to `results` after every cell. Raises
+    AblationError where `folder` holds another study or other data, or no cell has such a name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = json.dumps({"study": asdict(study), "models": _models(study), "data": _sums(data)})
+    stored = folder / "plan.json"
+    if stored.exists() and json.loads(stored.read_text()) != json.loads(plan):
+        raise AblationError(f"{folder} holds another study or other data: give another --out")
+    _store(stored, plan)
+    wanted = [c for c in study.cells() if any(fnmatch.fnmatch(c.name, p) for p in cells)]
+    if not wanted:
+        raise AblationError(f"no cell is named {' or '.join(cells)}; {study.cells()[0].name} is")
+    waiting = [cell for cell in wanted if not (folder / f"{cell.name}.json").exists()]
+    started, finished = time.monotonic(), 0
+    for cell in waiting:
+        elapsed = (time.monotonic() - started) / 3600
+        if elapsed >= hours:
+            print(f"{hours:g} hours are over: {len(waiting) - finished} cells wait", flush=True)
+            break
+        number = len(wanted) - len(waiting) + finished + 1
+        print(f"{cell.name}: {number} of {len(wanted)}", flush=True)
+        row = run_cell(study, cell, data, folder / cell.name)
+        _store(folder / f"{cell.name}.json", json.dumps(row))
+        finished += 1
+        pace = (time.monotonic() - started) / finished
+        whole = row["errors"]["all"]
+        print(
+            f"{cell.name}: energy {whole['energy_mae']:.1f} meV, forces {whole['force_mae']:.1f} "
+            f"meV/Å; {pace * (len(waiting) - finished) / 60:.0f} min left",
+            flush=True,
+        )
+        if results is not None:
+            write_table(collect(study, data, folder), results)
+    table = collect(study, data, folder)
+    if results is not None:
+        write_table(table, results)
+    return table
+
+
+def collect(study: Study, data: Path, folder: Path) -> dict[str, Any]:
+    """The table of all cells that are done: settings, machine, the truth's curves, one row each."""
+    rows = []
+    for cell in study.cells():
+        file = folder / f"{cell.name}.json"
+        if file.exists():
+            rows.append({"name": cell.name, **json.loads(file.read_text())})
+    table: dict[str, Any] = {
+        "study": asdict(study),
+        "models": _models(study),
+        "data": _sums(data),
+        "machine": machine(),
+        "done": f"{len(rows)} of {len(study.cells())} cells",
+    }
+    curves = data / "curves.aselmdb"
+    if curves.exists():
+        table["truth"] = pull(None, Selection(Dataset(curves)))
+    return {**table, "cells": rows}
+
+
+def _models(study: Study) -> dict[str, Any]:
+    return {size: MODELS[size].to_dict() for size in study.sizes}
+
+
+def _sums(data: Path) -> dict[str, Any]:
+    """Sizes and checksums of the files, by which one data set is told from another."""
+    found = {}
+    for split in ("train", "test"):
+        structures = Dataset(data / f"{split}.aselmdb")
+        sample = (structures[i] for i in range(0, len(structures), max(1, len(structures) // 200)))
+        found[split] = {"structures": len(structures), "checksum": checksum(sample)[:16]}
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """What ran: processor, threads, accelerator, versions."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "allscaip-lite": __version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_table(table: Mapping[str, Any], path: Path) -> None:
+    """Store a table as JSON, a cell a line, so that a difference can be read."""
+    head = {key: value for key, value in table.items() if key != "cells"}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    cells = ",\n".join(json.dumps(row) for row in table["cells"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _store(path, "{\n" + ",\n".join(lines) + f',\n"cells": [\n{cells}\n]\n}}\n')
+
+
+def _store(path: Path, text: str) -> None:
+    """Write a text file at once: whoever stops the run leaves no half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite ablation`."""
+    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument("--results", type=Path, help="the table, such as data/long-range/ions.json")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after")
+    parser.add_argument(
+        "--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'rotary-*-seed0'"
+    )
+    parser.add_argument("--list", action="store_true", help="only say which cells are done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite ablation`: run a study, or go on with it; the exit status."""
+    study = STUDIES[args.study]
+    if args.list:
+        for cell in study.cells():
+            done = (args.out / f"{cell.name}.json").exists()
+            print(f"{cell.name}: {'done' if done else 'to do'}")
+        return 0
+    table = run_study(
+        study, args.data, args.out, args.results, cells=args.cells, hours=args.hours
+    )
+    print(table["done"])
+    return 0
+
+
+if __name__ == "__main__":
+    command = argparse.ArgumentParser(prog="allscaip-lite ablation", description=__doc__)
+    add_arguments(command)
+    sys.exit(run(command.parse_args()))

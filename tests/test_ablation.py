@@ -1,0 +1,169 @@
+"""Ablation: cells differ in one thing; a stopped study goes on to the same table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allscaip_lite import ablation
+from allscaip_lite.ablation import (
+    MODELS,
+    STUDIES,
+    AblationError,
+    Cell,
+    Selection,
+    Study,
+    choose,
+    errors,
+    make_model,
+    pull,
+    run_study,
+    tail_exponent,
+)
+from allscaip_lite.data import Dataset
+from allscaip_lite.long_range import write_ions
+
+TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 20.0))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ions")
+    write_ions(folder, 60, seed=0)
+    return folder
+
+
+def timeless(table: dict) -> dict:
+    """A table without what a clock said."""
+    clocked = ("seconds", "throughput")
+    cells = [{k: v for k, v in row.items() if k not in clocked} for row in table["cells"]]
+    return {**table, "cells": cells}
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_a_study_has_every_variant_with_and_without_lae(name):
+    study = STUDIES[name]
+    cells = study.cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    kinds = {(cell.variant, cell.angular) for cell in cells}
+    assert kinds == {(v, lae) for v in ("local", "node", "rotary") for lae in (False, True)}
+    assert len(cells) == 6 * len(study.sizes) * len(study.structures) * len(study.seeds)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_a_cell_s_model_has_what_its_name_says():
+    study = STUDIES["table"]
+    for cell in study.cells():
+        config = study.config(cell)
+        assert config.node_attention == (cell.variant != "local")
+        assert config.rotary == ("rotary" in cell.name)
+        assert (config.angular_channels is not None) == ("-lae-" in cell.name)
+        assert config.hidden_size == MODELS[cell.size].hidden_size
+
+
+def test_smaller_selections_are_inside_larger_ones(data):
+    train = Dataset(data / "train.aselmdb")
+    few, more = ({a.positions.tobytes() for a in choose(train, n, 7).structures} for n in (5, 20))
+    assert len(few) == 5 and len(more) == 20 and few < more
+    assert len(choose(train, 16_000, 0)) == len(choose(train, None, 0)) == len(train)
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_the_exponent_of_a_power_law_is_found(power):
+    r = np.arange(2, 30, 0.5)
+    assert tail_exponent(r, -4.0 + 7.0 / r**power, (6, 20)) == pytest.approx(power, abs=1e-3)
+
+
+def test_a_flat_tail_has_no_exponent():
+    r = np.arange(2, 30, 0.5)
+    assert np.isnan(tail_exponent(r, np.where(r < 5, 1 / r, 0.2), (6, 20)))
+
+
+def test_errors_of_a_model_without_knowledge_are_the_labels(data):
+    test = Selection(Dataset(data / "test.aselmdb"))
+    model = make_model(MODELS["small"], test, seed=0)
+    for name, parameter in model.energy_head.named_parameters():
+        if name.startswith("contract"):
+            parameter.data.zero_()
+    model.element_references.zero_()
+    found = errors(model, test, (0.0, 8.0, 30.0))
+    energies = np.array([atoms.get_potential_energy() for atoms in test.structures])
+    gaps = np.array([atoms.info["gap"] for atoms in test.structures])
+    assert found["all"]["energy_mae"] == pytest.approx(1e3 * np.abs(energies).mean(), rel=1e-4)
+    near = 1e3 * np.abs(energies[gaps < 8]).mean()
+    assert found["0-8"]["energy_mae"] == pytest.approx(near, rel=1e-4)
+    assert found["0-8"]["structures"] + found["8-30"]["structures"] == len(test)
+    forces = np.abs(np.concatenate([atoms.get_forces() for atoms in test.structures])).mean()
+    assert found["all"]["force_mae"] == pytest.approx(1e3 * forces, rel=1e-4)
+
+
+def test_the_push_on_a_pair_is_minus_the_slope_of_its_energy(data):
+    truth = pull(None, Selection(Dataset(data / "curves.aselmdb")))["Na...K"]
+    slope = np.gradient(truth["energy"], truth["distance"])
+    assert np.allclose(truth["force"][8:-1], -slope[8:-1], atol=5e-3)
+    assert truth["distance"][0] == 2.0 and truth["distance"][-1] == 30.0
+
+
+def test_curves_without_an_axis_are_refused(data):
+    plain = Dataset(data / "curves.aselmdb")[0]
+    del plain.info["axis"]
+    with pytest.raises(AblationError, match="data long-range"):
+        pull(None, Selection([plain]))
+
+
+# --- a study ------------------------------------------------------------------------------------
+
+
+def test_a_stopped_study_goes_on_to_the_same_table(data, tmp_path, monkeypatch):
+    cells = ["local-plain-*", "rotary-lae-*"]
+    whole = run_study(TINY, data, tmp_path / "whole", tmp_path / "whole.json", cells=cells)
+    assert whole["done"] == "2 of 6 cells"
+    assert json.loads((tmp_path / "whole.json").read_text()) == json.loads(json.dumps(whole))
+
+    def interrupted(*args: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    parts = tmp_path / "parts"
+    first = run_study(TINY, data, parts, cells=cells[:1])
+    assert first["done"] == "1 of 6 cells"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ablation, "errors", interrupted)  # trained, not yet measured
+        run_study(TINY, data, parts, cells=cells)
+    trained = []
+    monkeypatch.setattr(
+        ablation, "run_cell", lambda *a, done=ablation.run_cell: trained.append(a[1]) or done(*a)
+    )
+    assert timeless(run_study(TINY, data, parts, cells=cells)) == timeless(whole)
+    assert [cell.variant for cell in trained] == ["rotary"]
+
+
+def test_no_hours_start_no_cell(data, tmp_path, capsys):
+    assert run_study(TINY, data, tmp_path / "run", hours=0)["cells"] == []
+    assert "6 cells wait" in capsys.readouterr().out
+
+
+def test_another_study_does_not_mix_with_the_first(data, tmp_path):
+    run_study(TINY, data, tmp_path / "run", hours=0)
+    with pytest.raises(AblationError, match="another study"):
+        run_study(dataclasses.replace(TINY, steps=4), data, tmp_path / "run", hours=0)
+    with pytest.raises(AblationError, match="no cell is named"):
+        run_study(TINY, data, tmp_path / "run", cells=["wide-*"])
+
+
+def test_the_table_study_measures_throughput(data, tmp_path):
+    study = dataclasses.replace(STUDIES["table"], structures=(10,), steps=2, max_atoms=40)
+    table = run_study(study, data, tmp_path / "run", cells=["rotary-lae-small-10-seed0"])
+    (row,) = table["cells"]
+    assert row["throughput"] > 0
+    assert row["structures"] == 10
+    assert Cell(True, True, True, "small", 10, 0).name == row["name"]
