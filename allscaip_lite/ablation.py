@@ -469,6 +469,30 @@ def write_table(table: Mapping[str, Any], path: Path) -> None:
     _store(path, "{\n" + ",\n".join(lines) + f',\n"cells": [\n{cells}\n]\n}}\n')
 
 
+def to_markdown(table: Mapping[str, Any]) -> str:
+    """Errors by variant and `data_id`, mean over seeds: energy MAE (smallest–largest of the seeds)
+    in meV a structure, and force MAE in meV/Å."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in table["cells"]:
+        variant = row["name"].split("-")[0]
+        key = variant, "yes" if row["angular"] else "no", row["size"], row["structures"]
+        groups.setdefault(key, []).append(row["errors"])
+    kinds = [name for name in table["cells"][0]["errors"] if not name[0].isdigit()]
+    lines = [
+        "| variant | LAE | size | structures | seeds | " + " | ".join(kinds) + " |",
+        "|---|---|---|---:|---:|" + "---:|" * len(kinds),
+    ]
+    for key, seeds in groups.items():
+        cells = []
+        for kind in kinds:
+            energies = [found[kind]["energy_mae"] for found in seeds]
+            forces = statistics.mean(found[kind]["force_mae"] for found in seeds)
+            spread = f" ({min(energies):.0f}–{max(energies):.0f})" if len(seeds) > 1 else ""
+            cells.append(f"{statistics.mean(energies):.0f}{spread} / {forces:.0f}")
+        lines.append("| " + " | ".join([*map(str, key), str(len(seeds)), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def _store(path: Path, text: str) -> None:
     """Write a text file at once: whoever stops the run leaves no half of it."""
     partial = path.with_name(path.name + ".partial")
@@ -482,19 +506,28 @@ def _store(path: Path, text: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite ablation`."""
     parser.add_argument("study", choices=sorted(STUDIES))
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument("--data", type=Path, help="folder of the data set")
+    parser.add_argument("--out", type=Path, help="run folder")
     parser.add_argument("--results", type=Path, help="the table, such as data/long-range/ions.json")
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after")
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'rotary-*-seed0'"
     )
+    parser.add_argument("--show", action="store_true", help="only print the table --results holds")
     parser.add_argument("--list", action="store_true", help="only say which cells are done")
 
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite ablation`: run a study, or go on with it; the exit status."""
     study = STUDIES[args.study]
+    if args.show:
+        if args.results is None or not args.results.is_file():
+            raise AblationError("--show: say which table, as in --results data/long-range/ions.json")
+        table = json.loads(args.results.read_text())
+        print(f"{table['done']}\n\n{to_markdown(table)}")
+        return 0
+    if args.data is None or args.out is None:
+        raise AblationError("say where the data are, with --data, and the runs, with --out")
     if args.list:
         for cell in study.cells():
             done = (args.out / f"{cell.name}.json").exists()

@@ -11,7 +11,7 @@ apart in steps.
 - `chain`: molecules with a charge at one end and a polar group at the other, 5 to 20 Å away, at
   GFN2-xTB.
 
-A model that sees R_c Å a layer cannot tell two structures apart that differ only in a wider gap
+A model that sees only so far cannot tell two structures apart that differ only in a wider gap
 (paper, arXiv 2603.06567, on all-to-all node attention): these are the structures that show it.
 """
 

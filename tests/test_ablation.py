@@ -24,6 +24,7 @@ from allscaip_lite.ablation import (
     run_study,
     tail_exponent,
 )
+from allscaip_lite.cli import main
 from allscaip_lite.data import Dataset
 from allscaip_lite.long_range import write_ions
 
@@ -167,3 +168,22 @@ def test_the_table_study_measures_throughput(data, tmp_path):
     assert row["throughput"] > 0
     assert row["structures"] == 10
     assert Cell(True, True, True, "small", 10, 0).name == row["name"]
+
+
+def test_a_table_is_shown_by_variant_with_the_spread_of_its_seeds(tmp_path, capsys):
+    def row(name, energy, force):
+        whole = {"structures": 5, "energy_mae": energy, "force_mae": force}
+        same = {"angular": True, "size": "small", "structures": 9}
+        return {"name": name, **same, "errors": {"all": whole, "0-4": whole}}
+
+    cells = [row("local-lae-small-seed0", 10, 1), row("local-lae-small-seed1", 20, 3)]
+    table = {"done": "3 of 18 cells", "cells": [*cells, row("rotary-lae-small-seed0", 4, 5)]}
+    ablation.write_table(table, tmp_path / "a.json")
+    assert main(["ablation", "ions", "--show", "--results", str(tmp_path / "a.json")]) == 0
+    text = capsys.readouterr().out
+    assert "3 of 18 cells" in text
+    assert "| local | yes | small | 9 | 2 | 15 (10–20) / 2 |" in text
+    assert "| rotary | yes | small | 9 | 1 | 4 / 5 |" in text
+    assert main(["ablation", "ions", "--show"]) == 2
+    assert main(["ablation", "ions"]) == 2
+    assert "--data" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_ions_are_two_groups_across_the_gap_they_state():
         energy, forces = point_charges(list(atoms.symbols), atoms.positions)
         assert atoms.get_potential_energy() == energy
         assert np.array_equal(atoms.get_forces(), forces)
-    wide = [a.info["gap"] for a in found if a.info["gap"] > 8]  # cutoff times depth of `small`
+    wide = [a.info["gap"] for a in found if a.info["gap"] > 8]  # twice the cutoff of `small`
     assert len(wide) > 15
     assert {a.info["data_id"] for a in found} == {"ions_pair", "ions_dipole", "ions_cluster"}
 
