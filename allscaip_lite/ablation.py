@@ -522,7 +522,7 @@ def run(args: argparse.Namespace) -> int:
     study = STUDIES[args.study]
     if args.show:
         if args.results is None or not args.results.is_file():
-            raise AblationError("--show: say which table, as in --results data/long-range/ions.json")
+            raise AblationError("--show: which table? As in --results data/long-range/ions.json")
         table = json.loads(args.results.read_text())
         print(f"{table['done']}\n\n{to_markdown(table)}")
         return 0

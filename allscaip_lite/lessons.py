@@ -31,25 +31,29 @@ NEEDS = {
 
 
 def open_model(
-    *needs: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    *needs: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    default: str = BUNDLED_MODEL,
 ) -> AllScAIP:
     """The model that ALLSCAIP_MODEL names, in evaluation mode; says in one line which.
 
-    `needs` are names out of `NEEDS`. Where the model lacks one of them, a line says so, and the
-    bundled `lite` is taken instead. `device` overrules ALLSCAIP_DEVICE, for lessons that take the
-    model apart on the CPU. Raises `ValueError` for an unknown need, and what `load_model` raises.
+    `needs` are names out of `NEEDS`. Where the model lacks one of them, a line says so, and
+    `default` is taken instead, as where no model is named: the bundled `lite`, or another. `device`
+    overrules ALLSCAIP_DEVICE, for lessons that take the model apart on the CPU. Raises `ValueError`
+    for an unknown need, and what `load_model` raises.
     """
     unknown = set(needs) - set(NEEDS)
     if unknown:
         raise ValueError(f"a lesson cannot need {sorted(unknown)}, only {sorted(NEEDS)}")
-    name = os.environ.get("ALLSCAIP_MODEL") or BUNDLED_MODEL
+    name = os.environ.get("ALLSCAIP_MODEL") or default
     place = device or os.environ.get("ALLSCAIP_DEVICE")
     place = place or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(name, device=place, dtype=dtype)
     lacking = _lacking(model.config, needs)
     if lacking:
-        print(f"{Path(name).stem} has no {' and no '.join(lacking)}: taking {BUNDLED_MODEL} here")
-        name = BUNDLED_MODEL
+        print(f"{Path(name).stem} has no {' and no '.join(lacking)}: taking {default} here")
+        name = default
         model = load_model(name, device=place, dtype=dtype)
     config = model.config
     print(

@@ -231,6 +231,36 @@ def energy_drift(run: Run) -> Estimate:
     return Estimate(float(line.slope * factor), float(line.stderr * factor))
 
 
+def temperatures_by_motion(
+    folder: str | Path, skip: float = 0.0, blocks: int = 5
+) -> tuple[Estimate, Estimate]:
+    """Temperatures in K of the molecules' centres, and of relative motion along the O-H bonds.
+
+    By equipartition both are the run's own. Stiff bonds trade energy with the liquid over tens of
+    ps: a chain of Nosé and Hoover, which sees the sum alone, leaves them as cold as a minimised
+    start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) mends that.
+    """
+    folder = Path(folder)
+    spacing = json.loads((folder / "settings.json").read_text())["save_every"] / 1000
+    centres, bonds = [], []
+    with Trajectory(folder / "trajectory.traj") as trajectory:
+        for index in range(int(np.ceil(skip / spacing - 1e-9)), len(trajectory)):
+            frame = trajectory[index]
+            if not np.array_equal(frame.numbers, np.tile([8, 1, 1], len(frame) // 3)):
+                raise ObservableError(f"{folder} is no run of waters, atoms as O, H, H")
+            mass = frame.get_masses()[:3]
+            velocities = frame.get_velocities().reshape(-1, 3, 3)  # (W, 3 atoms, 3)
+            whole = np.einsum("a,wax->wx", mass, velocities) / mass.sum()
+            freedom = max(1, 3 * len(whole) - 3)  # the centre of all is at rest
+            centres.append(mass.sum() * (whole**2).sum() / freedom / units.kB)
+            positions = frame.positions.reshape(-1, 3, 3)
+            arms = positions[:, 1:] - positions[:, :1]  # (W, 2, 3); molecules are whole
+            arms /= np.linalg.norm(arms, axis=2, keepdims=True)
+            speed = ((velocities[:, 1:] - velocities[:, :1]) * arms).sum(2)
+            bonds.append(mass[0] * mass[1] / (mass[0] + mass[1]) * (speed**2).mean() / units.kB)
+    return block_average(centres, blocks), block_average(bonds, blocks)
+
+
 # --- Structure -------------------------------------------------------------------------------
 
 
@@ -272,6 +302,25 @@ def radial_distribution(
 
 def _half_width(cell: np.ndarray) -> float:
     return float(0.5 / np.linalg.norm(np.linalg.inv(cell), axis=0).max())
+
+
+def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> Estimate:
+    """The shortest distance in Å of two atoms of an element in different molecules, mean over time.
+
+    It finds what g(r) shows as a small bump, and averages of errors not at all: pairs that a model
+    lets come too close, where it was never taught. Beyond 4 Å a pair does not count.
+    """
+    from MDAnalysis.lib.distances import self_capped_distance
+
+    group = universe.select_atoms(f"name {element}")
+    shortest = []
+    for frame in universe.trajectory:
+        pairs, distances = self_capped_distance(group.positions, 4.0, box=frame.dimensions)
+        apart = group.resindices[pairs[:, 0]] != group.resindices[pairs[:, 1]]
+        if not apart.any():
+            raise ObservableError(f"no {element}-{element} pair of two molecules within 4 Å")
+        shortest.append(distances[apart].min())
+    return block_average(shortest, blocks)
 
 
 def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:

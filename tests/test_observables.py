@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.io.trajectory import Trajectory
 
 pytest.importorskip("MDAnalysis")
 
@@ -18,6 +19,7 @@ from allscaip_lite.observables import (  # noqa: E402
     RadialDistribution,
     Run,
     block_average,
+    closest_contact,
     correlation_time,
     dielectric_constant,
     energy_drift,
@@ -30,6 +32,7 @@ from allscaip_lite.observables import (  # noqa: E402
     self_diffusion,
     size_correction,
     summarise,
+    temperatures_by_motion,
 )
 from allscaip_lite.water import SPCFw, molecules, water_box  # noqa: E402
 
@@ -130,6 +133,29 @@ def test_a_perfect_lattice_has_its_shells():
         near = abs(pairs.r - distance) < 0.16
         assert shells[near].sum() == pytest.approx(number, rel=1e-6)
     assert pairs.error == pytest.approx(np.zeros(len(pairs.r)), abs=1e-9)
+
+
+def test_the_closest_contact_is_between_molecules_and_across_the_boundary():
+    rng = np.random.default_rng(0)
+    one, two = molecules(rng, 2)
+    two = two - two[1]  # its first hydrogen at the origin
+    gap = np.array([0.0, 0.0, 0.7])
+    edge = 15.0
+    placed = np.stack([one, two + one[2] + gap + [edge, 0, 0]]).reshape(1, 6, 3)
+    universe = make_universe([8, 1, 1, 8, 1, 1], np.repeat(placed, 5, 0), cubes(edge, 5), 1.0)
+    within = np.linalg.norm(one[1] - one[2])
+    across = [placed[0, i] - placed[0, j] for i in (1, 2) for j in (4, 5)]
+    shortest = min(np.linalg.norm(d - edge * np.rint(d / edge)) for d in across)
+    found = closest_contact(universe)
+    assert found.value == pytest.approx(shortest, abs=1e-5) and found.value < 0.701 < within
+    with pytest.raises(ObservableError, match="no O-O pair"):
+        far = make_universe(
+            [8, 1, 1, 8, 1, 1],
+            np.repeat(placed + [[[0, 0, 0]] * 3 + [[0, 0, 7]] * 3], 5, 0),
+            cubes(20.0, 5),
+            1.0,
+        )
+        closest_contact(far, "O")
 
 
 def test_the_reach_ends_at_half_the_box():
@@ -319,6 +345,47 @@ def test_a_summary_has_every_observable_of_its_ensemble(folders):
     edge = read_run(folders / "nvt").universe.dimensions[0]
     together = constant_volume["diffusion_box_1e-9_m2_s"].value
     assert apart - together == pytest.approx(size_correction(300, edge, 0.89))
+
+
+def test_chains_leave_the_bonds_of_a_relaxed_start_cold_and_noise_does_not(tmp_path):
+    """Half of what bonds get as motion goes into stretching them, and little comes back."""
+    box = water_box(8, 0.9, seed=1)
+    found = {}
+    for thermostat in ("nose-hoover", "langevin"):
+        settings = Settings(
+            thermostat=thermostat, duration=1500.0, timestep=1.0, save_every=5.0, relax=100
+        )
+        run_md(box, SPCFw(), settings, tmp_path / thermostat, progress=False)
+        found[thermostat] = temperatures_by_motion(tmp_path / thermostat, skip=0.5)
+    centres, bonds = found["nose-hoover"]
+    assert bonds.value < 0.6 * centres.value
+    centres, bonds = found["langevin"]
+    assert abs(bonds.value - centres.value) < 4 * np.hypot(bonds.error, centres.error) + 15
+    assert bonds.value == pytest.approx(300, abs=75)
+
+
+def test_temperatures_by_motion_are_those_of_known_velocities(tmp_path):
+    """Velocities drawn at 400 K, and the same without any motion inside the molecules."""
+    box = water_box(64, 1.0, seed=0)
+    mass = box.get_masses()[:, None]
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(len(box), 3)) * np.sqrt(mass * units.kB * 400)
+    drawn -= mass * drawn.sum(0) / mass.sum()
+    settings = Settings(ensemble="nve", temperature=None, duration=1.0, save_every=1.0, log_every=1)
+    for name, momenta in (
+        ("all", drawn),
+        ("rigid", mass * np.repeat(drawn.reshape(-1, 3, 3).sum(1) / mass[:3].sum(), 3, axis=0)),
+    ):
+        start = box.copy()
+        start.set_momenta(momenta)
+        run_md(start, SPCFw(), settings, tmp_path / name, progress=False)
+        with Trajectory(tmp_path / name / "trajectory.traj", "r") as frames:
+            first = frames[0]
+        with Trajectory(tmp_path / name / "trajectory.traj", "w") as frames:
+            frames.write(first)  # as drawn
+        centres, bonds = temperatures_by_motion(tmp_path / name, blocks=1)
+        assert centres.value == pytest.approx(400, rel=0.25)
+        assert bonds.value == pytest.approx(400 if name == "all" else 0, rel=0.25, abs=1e-9)
 
 
 def test_the_command_writes_one_small_file(folders, tmp_path, capsys):

@@ -1,0 +1,635 @@
+"""One protocol of molecular dynamics for every model of liquid water.
+
+In: the teacher (`spcfw`) or a model. Out: one small JSON file with what experiments measure, made
+in the same way whatever the model is, so that the files can be compared line by line:
+
+    python -m allscaip_lite.protocol run lite-water --compile --out FILE.json
+    python -m allscaip_lite.protocol table FILE.json OTHER.json --out docs/water.md
+
+A run has stages, each a folder of `allscaip_lite.md`. The teacher prepares a box, always the same,
+and the model equilibrates it; from there start, apart from one another, constant pressure (density,
+heat of vaporisation), constant volume (structure, diffusion, dielectric constant) and constant
+energy (drift); and one molecule moves in vacuum. A stopped run goes on; longer times prolong it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator
+from ase.io.trajectory import Trajectory
+
+from allscaip_lite import __version__
+from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
+from allscaip_lite.observables import (
+    EXPERIMENT,
+    KJ_PER_MOL,
+    Estimate,
+    ObservableError,
+    Run,
+    block_average,
+    closest_contact,
+    correlation_time,
+    dielectric_constant,
+    energy_drift,
+    first_peak,
+    heat_of_vaporisation,
+    radial_distribution,
+    read_run,
+    self_diffusion,
+    size_correction,
+    temperatures_by_motion,
+)
+from allscaip_lite.water import SPCFw, molecules, water_box
+
+TEACHER = "spcfw"
+DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
+DIFFUSION_BLOCK = 5.0  # ps
+POINTS = 300  # values kept of a series
+PACKAGES = ("torch", "numpy", "ase", "MDAnalysis")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is the same for all models. Times in fs, temperature in K, pressure in bar.
+
+    density (g/cm³) is that of the stages at constant volume, for every model. The first `settle` fs
+    at constant pressure, where the box finds its size, are not counted. npt, nvt, nve and gas may
+    grow from call to call; what else is changed needs another folder.
+    """
+
+    waters: int = 32
+    density: float = 0.997
+    temperature: float = 298.15
+    pressure: float = 1.0
+    timestep: float = 1.0
+    thermostat_time: float = 100.0
+    barostat_time: float = 500.0
+    gas_friction_time: float = 50.0
+    seed: int = 0
+    prepare: float = 10_000.0
+    equilibrate: float = 1_000.0
+    settle: float = 1_000.0
+    npt: float = 10_000.0
+    nvt: float = 10_000.0
+    nve: float = 5_000.0
+    gas: float = 10_000.0
+
+    def settings(self, stage: str) -> Settings:
+        """The run of a stage; MDError where a time is no multiple of the timestep."""
+        common: dict[str, Any] = {
+            "duration": getattr(self, stage),
+            "temperature": self.temperature,
+            "pressure": self.pressure,
+            "timestep": self.timestep,
+            "thermostat_time": self.thermostat_time,
+            "barostat_time": self.barostat_time,
+            "save_every": 40.0,
+            "log_every": 10.0,
+            "seed": self.seed,
+        }
+        # Bonds hardly share their energy with what is slow: chains, which see the sum alone, would
+        # keep vibrations as cold as a relaxed start makes them for tens of ps. Noise reaches each.
+        if stage == "prepare":
+            return Settings(ensemble="nvt", thermostat="langevin", relax=200, **common)
+        if stage == "equilibrate":
+            return Settings(ensemble="nvt", thermostat="langevin", **common)
+        if stage == "gas":
+            common["thermostat_time"] = self.gas_friction_time
+            return Settings(ensemble="nvt", thermostat="langevin", relax=50, **common)
+        return Settings(ensemble=stage, **common)
+
+
+PROLONGED = ("gas", "npt", "nvt", "nve")  # the stages that may grow, in the order they run in
+
+
+# --- Running ---------------------------------------------------------------------------------
+
+
+def run_protocol(
+    calculator: Calculator,
+    protocol: Protocol,
+    folder: str | os.PathLike,
+    name: str,
+    stages: Sequence[str] = PROLONGED,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Run `stages` in `folder`, or go on with them; what exploded, by stage, with the reason.
+
+    What they start from is run before them. An exploded stage ends there, and the others still run;
+    in the box none can without its equilibration. Raises MDError for a folder of another protocol
+    or name, and for a model that cannot run a stage (no stress, no constant pressure).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder / "protocol.json", protocol, name)
+    exploded: dict[str, str] = {}
+
+    def stage(what: str, atoms: Atoms, by: Calculator, label: str) -> Atoms | None:
+        if progress:
+            print(f"{name}: {what}, {getattr(protocol, what) / 1000:g} ps", file=sys.stderr)
+        try:
+            return run_md(atoms, by, protocol.settings(what), folder / what, label, progress)
+        except Explosion as error:
+            exploded[what] = str(error).split(". Up to there")[0]
+            return None
+
+    if "gas" in stages:
+        single = Atoms("OH2", molecules(np.random.default_rng(protocol.seed), 1)[0])
+        single.info |= {"charge": 0, "spin": 1}
+        stage("gas", single, calculator, name)
+    boxed = [what for what in PROLONGED if what in stages and what != "gas"]
+    if boxed:
+        box = water_box(protocol.waters, protocol.density, protocol.seed)
+        box.info |= {"charge": 0, "spin": 1}
+        prepared = stage("prepare", box, SPCFw(), TEACHER)
+        start = prepared and stage("equilibrate", prepared, calculator, name)
+        if start:
+            for what in boxed:
+                stage(what, start, calculator, name)
+    return exploded
+
+
+def _claim(listing: Path, protocol: Protocol, name: str) -> None:
+    plan = {"name": name, **dataclasses.asdict(protocol)}
+    if listing.exists():
+        known = json.loads(listing.read_text())
+        fixed = {*plan, *known} - {*PROLONGED}
+        changed = sorted(key for key in fixed if plan.get(key) != known.get(key))
+        if changed:
+            raise MDError(
+                f"{listing.parent} holds a protocol with another {', '.join(changed)}: choose "
+                "another folder"
+            )
+    partial = listing.with_name(listing.name + ".partial")
+    partial.write_text(json.dumps(plan, indent=1))
+    os.replace(partial, listing)
+
+
+# --- Reading ---------------------------------------------------------------------------------
+
+
+def average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Estimate:
+    """Mean of a series, its error the larger of two: from block means, and from the correlation.
+
+    Of a run of few correlation times each of the two may by chance come out too small.
+    """
+    series = np.asarray(series, float)
+    scattered = block_average(series, blocks)
+    steps = max(0.5, correlation_time(series))
+    correlated = series.std() * np.sqrt(2 * steps / len(series))
+    return Estimate(scattered.value, float(max(scattered.error, correlated)))
+
+
+def collect(folder: str | os.PathLike) -> dict[str, Any]:
+    """Every observable of the stages in `folder`, ready for JSON; estimates are [value, error].
+
+    Absent is what no stage gives yet: a stage that has not run, exploded at once, or is too short.
+    The folder may be one that is still being written.
+    """
+    folder = Path(folder)
+    plan = json.loads((folder / "protocol.json").read_text())
+    name = plan.pop("name")
+    settle = plan["settle"] / 1000
+    temperature = plan["temperature"]
+    found: dict[str, Estimate] = {}
+    result: dict[str, Any] = {
+        "name": name,
+        "protocol": {key: value for key, value in plan.items() if key not in PROLONGED},
+        "lengths_ps": {},
+        "hours": {},
+        "observables": found,
+        "correlation_ps": {},
+        "distributions": {},
+        "series": {},
+        "exploded": [
+            stage
+            for stage in ("equilibrate", *PROLONGED)
+            if (folder / stage / "exploded.extxyz").exists()
+        ],
+        "machine": machine(),
+    }
+    runs: dict[str, Run] = {}
+    for what in ("gas", "equilibrate", "npt", "nvt", "nve"):
+        try:
+            runs[what] = read_run(folder / what, settle if what == "npt" else 0.0)
+        except (FileNotFoundError, ObservableError):
+            continue
+        result["lengths_ps"][what] = round(float(runs[what].log["time_ps"][-1]), 6)
+        with np.load(folder / what / "state.npz") as state:
+            result["hours"][what] = round(float(state["seconds"]) / 3600, 4)
+
+    def keep(key: str, measure: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            found[key] = measure(*arguments, **options)
+        except ObservableError:
+            pass  # too short for this one
+
+    gas = None
+    if "gas" in runs:
+        gas = runs["gas"].log["potential_eV"][10:]  # of 10 fs each; it starts at rest
+        keep("gas_energy_kJ_mol", lambda: _per_mole(average(gas)))
+    if "npt" in runs:
+        run = runs["npt"]
+        potential = run.log["potential_eV"] / run.molecules
+        keep("density_g_cm3", average, run.log["density_g_cm3"])
+        keep("temperature_npt_K", average, run.log["temperature_K"])
+        keep("liquid_energy_kJ_mol", lambda: _per_mole(average(potential)))
+        for key, vapour in (("vaporisation_kJ_mol", gas), ("vaporisation_unstrained_kJ_mol", 0.0)):
+            if vapour is not None:
+                keep(key, _vaporisation, potential, vapour, temperature)
+        result["correlation_ps"]["density"] = _correlation(run, run.log["density_g_cm3"])
+        result["series"]["npt"] = _thinned(run, "density_g_cm3", "temperature_K", "potential_eV")
+    if "nvt" in runs:
+        run = runs["nvt"]
+        keep("temperature_nvt_K", average, run.log["temperature_K"])
+        try:
+            motions = temperatures_by_motion(folder / "nvt")
+            found["temperature_centres_K"], found["temperature_bonds_K"] = motions
+        except ObservableError:
+            pass
+        if np.isfinite(run.log["pressure_bar"]).all():
+            keep("pressure_nvt_bar", average, run.log["pressure_bar"])
+            if name != TEACHER:
+                pressure, energy = beside_teacher(folder / "nvt")
+                keep("pressure_beside_bar", average, pressure)
+                keep("energy_beside_kJ_mol", lambda: _per_mole(average(energy)))
+        for first, second in ("OO", "OH", "HH"):
+            try:
+                pairs = radial_distribution(run.universe, first, second)
+                result["distributions"][first + second] = {
+                    key: np.round(column, 4).tolist() for key, column in pairs._asdict().items()
+                }
+                if first == second == "O":
+                    found["OO_peak_A"], found["OO_height"] = first_peak(pairs)
+            except ObservableError:
+                pass  # too short, or without a peak
+        keep("HH_closest_A", closest_contact, run.universe)
+        length = float(run.log["time_ps"][-1])
+        blocks = int(length / DIFFUSION_BLOCK)
+        if blocks >= 2:
+            options = {"window": DIFFUSION_WINDOW, "blocks": blocks}
+            keep("diffusion_box_1e-9_m2_s", self_diffusion, run.universe, **options)
+        if "diffusion_box_1e-9_m2_s" in found:
+            plain = found["diffusion_box_1e-9_m2_s"]
+            edge = float(run.log["volume_A3"][0]) ** (1 / 3)
+            viscosity = EXPERIMENT["viscosity_mPa_s"][0]
+            added = size_correction(temperature, edge, viscosity)
+            found["diffusion_1e-9_m2_s"] = Estimate(plain.value + added, plain.error)
+        keep("dielectric", dielectric_constant, run)
+        result["correlation_ps"]["dipole"] = _correlation(run, _dipole(run), run.universe)
+        result["series"]["nvt"] = _thinned(run, "temperature_K", "potential_eV")
+    if "nve" in runs:
+        run = runs["nve"]
+        keep("drift_meV_atom_ps", energy_drift, run)
+        keep("temperature_nve_K", average, run.log["temperature_K"])
+        result["series"]["nve"] = _thinned(run, "conserved_eV", "temperature_K")
+    return result
+
+
+def beside_teacher(folder: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Model less teacher on the very structures of a run: pressures in bar, energies in eV.
+
+    The energies are those a molecule; both of shape (frames,). What structures have in common
+    cancels, so short runs give sharp means: to first order, how much too high the pressure of the
+    model's liquid is. Its density is off by minus the compressibility (4.5e-5 a bar) times that.
+    """
+    folder = Path(folder)
+    log = read_log(folder)
+    row = {step: index for index, step in enumerate(log["step"].astype(int))}
+    plan = json.loads((folder / "settings.json").read_text())
+    every = round(plan["save_every"] / plan["timestep"])
+    pressures, energies = [], []
+    with Trajectory(folder / "trajectory.traj") as trajectory:
+        for number in range(len(trajectory)):
+            frame, here = trajectory[number], row.get(number * every)
+            if here is None:  # structures are saved more often than the log is written
+                continue
+            frame.calc = SPCFw()
+            pressure = -frame.get_stress(include_ideal_gas=True)[:3].mean() / units.bar
+            pressures.append(log["pressure_bar"][here] - pressure)
+            energy = log["potential_eV"][here] - frame.get_potential_energy()
+            energies.append(energy / (len(frame) // 3))
+    return np.array(pressures), np.array(energies)
+
+
+def _per_mole(energy: Estimate) -> Estimate:
+    return Estimate(energy.value / KJ_PER_MOL, energy.error / KJ_PER_MOL)
+
+
+def _vaporisation(liquid: np.ndarray, gas: np.ndarray | float, temperature: float) -> Estimate:
+    """`heat_of_vaporisation` with the errors of `average`."""
+    value = heat_of_vaporisation(liquid, gas, temperature).value
+    errors = [_per_mole(average(part)).error for part in (liquid, gas) if np.ndim(part)]
+    return Estimate(value, float(np.hypot.reduce(errors)))
+
+
+def _dipole(run: Run) -> np.ndarray:
+    """One component of the box's dipole in e Å, (T,); molecules are whole."""
+    positions = run.universe.trajectory.timeseries(order="fac")
+    return positions[:, :, 0] @ run.universe.atoms.charges
+
+
+def _correlation(run: Run, series: np.ndarray, universe: Any = None) -> float:
+    """Correlation time in ps of a series of the log, or of the universe's structures."""
+    spacing = universe.trajectory.dt if universe else float(np.diff(run.log["time_ps"][:2])[0])
+    return float(f"{correlation_time(series) * spacing:.3g}")
+
+
+def _thinned(run: Run, *names: str) -> dict[str, list[float]]:
+    length = len(run.log["time_ps"])
+    chosen = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
+    return {
+        name: [float(f"{value:.7g}") for value in run.log[name][chosen]]
+        for name in ("time_ps", *names)
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads that were used, and versions."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":")[1].strip()
+                break
+    versions = {"python": platform.python_version(), "allscaip-lite": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+# --- Comparing -------------------------------------------------------------------------------
+
+MARKS = ("<!-- made by allscaip_lite.protocol table -->", "<!-- end -->")
+ROWS = {  # observable: what the table calls it, with its unit
+    "density_g_cm3": "density, g/cm³",
+    "vaporisation_kJ_mol": "heat of vaporisation, kJ/mol",
+    "vaporisation_unstrained_kJ_mol": "the same, vapour at rest, kJ/mol",
+    "gas_energy_kJ_mol": "energy of a molecule in vacuum, kJ/mol",
+    "liquid_energy_kJ_mol": "energy of a molecule in the liquid, kJ/mol",
+    "pressure_nvt_bar": "pressure at 0.997 g/cm³, bar",
+    "pressure_beside_bar": "pressure less the teacher's on its structures, bar",
+    "energy_beside_kJ_mol": "energy less the teacher's on its structures, kJ/mol",
+    "OO_peak_A": "first peak of g_OO at, Å",
+    "OO_height": "its height",
+    "HH_closest_A": "closest hydrogens of two molecules, Å",
+    "diffusion_box_1e-9_m2_s": "self-diffusion in the box, 1e-9 m²/s",
+    "diffusion_1e-9_m2_s": "self-diffusion, corrected for its size, 1e-9 m²/s",
+    "dielectric": "dielectric constant",
+    "drift_meV_atom_ps": "drift of the energy, meV/atom/ps",
+    "temperature_centres_K": "temperature of the molecules' centres, K",
+    "temperature_bonds_K": "temperature along the bonds, K",
+}
+
+
+class Target(NamedTuple):
+    """How far a model may be from its teacher: a share of the teacher's value, or an amount.
+
+    A drift is measured from zero.
+    """
+
+    amount: float
+    relative: bool
+
+
+TARGETS = {
+    "density_g_cm3": Target(0.02, True),
+    "vaporisation_kJ_mol": Target(0.03, True),
+    "OO_peak_A": Target(0.05, False),
+    "OO_height": Target(0.05, True),
+    "drift_meV_atom_ps": Target(0.05, False),
+}
+
+
+def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float, str]:
+    """How far `model` is from `teacher`, the standard error of that, and a word.
+
+    In the target's own measure (a share or an amount); the word is `met`, `missed`, or `open` where
+    one standard error reaches across the target.
+    """
+    target = TARGETS[key]
+    if key.startswith("drift"):
+        teacher = Estimate(0.0, 0.0)
+    away, error = model.value - teacher.value, math.hypot(model.error, teacher.error)
+    if target.relative:
+        away, error = away / teacher.value, error / abs(teacher.value)
+    if abs(abs(away) - target.amount) < error:
+        word = "open"
+    else:
+        word = "met" if abs(away) <= target.amount else "missed"
+    return away, error, word
+
+
+def read_result(file: str | os.PathLike) -> dict[str, Any]:
+    """A file of `collect`, its estimates as such. Raises ObservableError for another file."""
+    found = json.loads(Path(file).read_text())
+    try:
+        found["observables"] = {
+            key: Estimate(*(math.nan if x is None else x for x in pair))
+            for key, pair in found["observables"].items()
+        }
+    except (KeyError, TypeError) as error:
+        raise ObservableError(f"{file} was not written by the protocol") from error
+    return found
+
+
+def write_number(estimate: Estimate) -> str:
+    """Value and error, to the digits that the error leaves: 0.997 ± 0.012."""
+    value, error = estimate
+    if not (math.isfinite(error) and error > 0):
+        return f"{value:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def compare(results: Sequence[dict[str, Any]]) -> str:
+    """Tables in Markdown: observables, distances to the targets, lengths and hours.
+
+    The teacher, if it is among the results, comes last before the experiment.
+    """
+    results = sorted(results, key=lambda result: result["name"] == TEACHER)
+    names = [_title(result["name"]) for result in results]
+    lines = [_row(["", *names, "experiment"]), _row(["---", *["---:"] * (len(names) + 1)])]
+    for key, title in ROWS.items():
+        cells = [
+            write_number(result["observables"][key]) if key in result["observables"] else "–"
+            for result in results
+        ]
+        known = f"{EXPERIMENT[key][0]:g}" if key in EXPERIMENT else ""
+        if any(cell != "–" for cell in cells):
+            lines.append(_row([title, *cells, known]))
+
+    if results[-1]["name"] == TEACHER and len(results) > 1:
+        teacher, models = results[-1]["observables"], results[:-1]
+        lines += ["", _row(["from the teacher", "target", *names[:-1]])]
+        lines.append(_row(["---", "---:", *["---:"] * len(models)]))
+        for key, target in TARGETS.items():
+            scale, unit = (100, " %") if target.relative else (1, "")
+            cells = []
+            for result in models:
+                if key in result["observables"] and key in teacher:
+                    away, error, word = verdict(key, result["observables"][key], teacher[key])
+                    number = write_number(Estimate(scale * away, scale * error))
+                    cells.append(f"{number}{unit}: {word}")
+                else:
+                    cells.append("–")
+            lines.append(_row([ROWS[key], f"{scale * target.amount:g}{unit}", *cells]))
+
+    lines += ["", _row(["picoseconds (hours)", *names]), _row(["---", *["---:"] * len(names)])]
+    for stage in PROLONGED:
+        cells = [
+            f"{result['lengths_ps'][stage]:g} ({result['hours'][stage]:.2f})"
+            if stage in result["lengths_ps"]
+            else "–"
+            for result in results
+        ]
+        lines.append(_row([stage, *cells]))
+    for result in results:
+        for stage in result.get("exploded", ()):
+            reached = result["lengths_ps"].get(stage, 0)
+            lines += ["", f"{_title(result['name'])}: {stage} exploded after {reached:g} ps."]
+    return "\n".join(lines) + "\n"
+
+
+def _title(name: str) -> str:
+    return "teacher, SPC/Fw" if name == TEACHER else f"`{name}`"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def insert_table(page: Path, table: str) -> None:
+    """Put the table into a page, between its two marks; what stands around them stays.
+
+    A new page gets nothing but the table. Raises ObservableError for a page without marks.
+    """
+    text = page.read_text() if page.exists() else "\n".join(MARKS) + "\n"
+    begin, end = (text.find(mark) for mark in MARKS)
+    if begin < 0 or end < begin:
+        raise ObservableError(
+            f"{page} has no place for a table: write the lines {MARKS[0]} and {MARKS[1]} into it"
+        )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"{text[: begin + len(MARKS[0])]}\n\n{table}\n{text[end:]}")
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def _make_calculator(model: str, compiled: bool) -> Calculator:
+    if model == TEACHER:
+        return SPCFw()
+    from allscaip_lite.calculator import AllScAIPCalculator
+
+    return AllScAIPCalculator(model, "cpu" if compiled else None, compile=compiled)
+
+
+def _run(args: argparse.Namespace) -> int:
+    chosen = {key: getattr(args, key) for key in ("waters", *PROLONGED, "equilibrate", "prepare")}
+    protocol = Protocol(**{key: value for key, value in chosen.items() if value is not None})
+    name = args.name or Path(args.model).stem
+    folder = args.folder or Path("runs/observables") / name
+    exploded: dict[str, str] = {}
+    if not args.collect:
+        calculator = _make_calculator(args.model, args.compile)
+        try:
+            exploded = run_protocol(calculator, protocol, folder, name, args.stages, not args.quiet)
+        except KeyboardInterrupt:
+            print("\nprotocol: stopped; the same command goes on from here", file=sys.stderr)
+            return 130
+    result = collect(folder)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(_compact(result))
+    for key, estimate in result["observables"].items():
+        known = EXPERIMENT.get(key)
+        beside = f"   experiment {known[0]:g}" if known else ""
+        print(f"{key:32s} {estimate.value:10.4g} ± {estimate.error:.2g}{beside}")
+    for stage, reason in exploded.items():
+        print(f"{stage}: {reason}")
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    insert_table(args.out, compare([read_result(file) for file in args.files]))
+    return 0
+
+
+def _compact(result: dict[str, Any]) -> str:
+    """JSON in lines that a person can read, long lists in one line each."""
+    text = json.dumps(result, indent=1)
+    lines, inside = [], 0
+    for line in text.splitlines():
+        bare = line.strip()
+        if inside and lines:
+            lines[-1] += bare + (" " if bare.endswith(",") else "")
+        else:
+            lines.append(line)
+        inside += bare.endswith("[") - bare.startswith("]")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m allscaip_lite.protocol",
+        description="Observables of liquid water, by one protocol for every model.",
+    )
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="run the protocol, or go on with it")
+    run.set_defaults(run=_run)
+    run.add_argument("model", help=f"a name, a file, or {TEACHER}")
+    run.add_argument("--out", type=Path, required=True, help="the .json to write")
+    run.add_argument("--name", help="what the files call the model (default: from its name)")
+    run.add_argument("--folder", type=Path, help="of the runs (default: runs/observables/NAME)")
+    run.add_argument("--waters", type=int, help="molecules in the box (default: 32)")
+    for stage in ("prepare", "equilibrate", *PROLONGED):
+        default = getattr(Protocol, stage) / 1000
+        run.add_argument(
+            f"--{stage}", type=femtoseconds, metavar="TIME", help=f"default: {default:g}ps"
+        )
+    run.add_argument(
+        "--stages", nargs="+", choices=PROLONGED, default=PROLONGED, help="default: all"
+    )
+    run.add_argument("--compile", action="store_true", help="faster on a CPU (needs gcc or clang)")
+    run.add_argument(
+        "--collect", action="store_true", help="only write what the folder holds by now"
+    )
+    run.add_argument("--quiet", action="store_true", help="without progress")
+    table = commands.add_parser("table", help="compare what was run, in Markdown")
+    table.set_defaults(run=_table)
+    table.add_argument("files", type=Path, nargs="+", help="what `run` wrote")
+    table.add_argument("--out", type=Path, required=True, help="the page that has the table")
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (MDError, ObservableError, OSError, ValueError) as error:
+        print(f"protocol: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""One protocol for every model: what it runs, how it goes on, and what its numbers say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import units
+from ase.calculators.calculator import Calculator, all_changes
+
+pytest.importorskip("MDAnalysis")
+
+from allscaip_lite import protocol as room  # noqa: E402
+from allscaip_lite.md import MDError, read_log  # noqa: E402
+from allscaip_lite.observables import Estimate, ObservableError  # noqa: E402
+from allscaip_lite.protocol import (  # noqa: E402
+    MARKS,
+    TARGETS,
+    Protocol,
+    average,
+    beside_teacher,
+    collect,
+    compare,
+    insert_table,
+    main,
+    read_result,
+    run_protocol,
+    verdict,
+    write_number,
+)
+from allscaip_lite.water import SPCFw  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SHORT = Protocol(
+    waters=8,
+    prepare=80.0,
+    equilibrate=80.0,
+    settle=40.0,
+    npt=160.0,
+    nvt=200.0,
+    nve=160.0,
+    gas=400.0,
+)
+OPTIONS = "--waters 8 --prepare 80fs --equilibrate 80fs --nve 160fs --gas 400fs --quiet".split()
+
+
+class Pushed(SPCFw):
+    """The teacher with a force too much, which no energy stands behind."""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        positions = self.atoms.positions - self.atoms.positions.mean(0)
+        turned = np.cross([0.0, 0.0, 0.02], positions)  # eV/Å
+        self.results["forces"] = self.results["forces"] + turned - turned.mean(0)
+
+
+class Dropped(Calculator):
+    """A model that holds nothing together: atoms are pushed apart by a constant force."""
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        away = self.atoms.positions - self.atoms.positions.mean(0)
+        self.results = dict.fromkeys(("energy", "free_energy"), 0.0)
+        self.results |= {"forces": 1e3 * away, "stress": np.zeros(6)}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spcfw")
+    assert run_protocol(SPCFw(), SHORT, folder, "spcfw", progress=False) == {}
+    return folder
+
+
+def test_every_stage_runs_in_its_ensemble_from_one_start(teacher):
+    for stage, ensemble in (("npt", "npt"), ("nvt", "nvt"), ("nve", "nve"), ("gas", "nvt")):
+        plan = json.loads((teacher / stage / "settings.json").read_text())
+        assert plan["ensemble"] == ensemble and plan["temperature"] == 298.15
+    first = {
+        stage: read_log(teacher / stage)["potential_eV"][0]
+        for stage in ("equilibrate", "npt", "nvt", "nve")
+    }
+    last = read_log(teacher / "equilibrate")["potential_eV"][-1]
+    assert all(first[stage] == pytest.approx(last, abs=1e-9) for stage in ("npt", "nvt", "nve"))
+    assert first["equilibrate"] == pytest.approx(read_log(teacher / "prepare")["potential_eV"][-1])
+
+
+def test_all_that_short_runs_allow_is_collected(teacher):
+    found = collect(teacher)
+    keys = set(found["observables"])
+    assert {"density_g_cm3", "vaporisation_kJ_mol", "pressure_nvt_bar", "dielectric"} <= keys
+    assert {"gas_energy_kJ_mol", "drift_meV_atom_ps", "OO_height"} <= keys
+    assert "diffusion_1e-9_m2_s" not in keys  # 0.2 ps
+    assert found["lengths_ps"]["npt"] == pytest.approx(0.16)
+    gas, liquid, heat, bare = (
+        found["observables"][f"{name}_kJ_mol"].value
+        for name in ("gas_energy", "liquid_energy", "vaporisation", "vaporisation_unstrained")
+    )
+    rt = 8.314462618e-3 * 298.15
+    assert heat == pytest.approx(gas - liquid + rt, abs=1e-4)
+    assert bare == pytest.approx(-liquid + rt, abs=1e-4)
+    log = read_log(teacher / "npt")
+    counted = log["density_g_cm3"][log["time_ps"] > 0.0399]  # past `settle`
+    blocks = len(counted) // 5 * 5
+    assert found["observables"]["density_g_cm3"].value == pytest.approx(counted[-blocks:].mean())
+    json.dumps(found)
+
+
+def test_a_stopped_or_prolonged_run_is_the_uninterrupted_one(teacher, tmp_path):
+    shorter = Protocol(**{**vars(SHORT), "npt": 80.0, "nvt": 40.0, "nve": 40.0, "gas": 80.0})
+    run_protocol(SPCFw(), shorter, tmp_path, "spcfw", ("nvt",), progress=False)
+    assert not (tmp_path / "npt").exists() and not (tmp_path / "gas").exists()
+    assert "density_g_cm3" not in collect(tmp_path)["observables"]
+    run_protocol(SPCFw(), shorter, tmp_path, "spcfw", progress=False)
+    run_protocol(SPCFw(), SHORT, tmp_path, "spcfw", progress=False)
+    for stage in ("npt", "nvt", "nve", "gas"):
+        ours, whole = read_log(tmp_path / stage), read_log(teacher / stage)
+        assert np.array_equal(ours["potential_eV"], whole["potential_eV"]), stage
+
+
+def test_a_folder_belongs_to_one_protocol_and_one_model(teacher):
+    with pytest.raises(MDError, match="another name"):
+        run_protocol(SPCFw(), SHORT, teacher, "student", progress=False)
+    with pytest.raises(MDError, match="another timestep"):
+        changed = Protocol(**{**vars(SHORT), "timestep": 0.5})
+        run_protocol(SPCFw(), changed, teacher, "spcfw", progress=False)
+
+
+def test_what_explodes_is_told_and_does_not_stop_the_rest(tmp_path):
+    exploded = run_protocol(Dropped(), SHORT, tmp_path, "bad", progress=False)
+    assert set(exploded) == {"gas", "equilibrate"}
+    assert "exploded at step" in exploded["gas"]
+    found = collect(tmp_path)  # what there is
+    assert "density_g_cm3" not in found["observables"]
+    assert found["exploded"] == ["equilibrate", "gas"]
+    assert "`bad`: gas exploded after" in compare([found])
+
+
+def test_forces_without_an_energy_show_in_the_drift(teacher, tmp_path):
+    run_protocol(Pushed(), SHORT, tmp_path, "pushed", ("nve",), progress=False)
+    drift = collect(tmp_path)["observables"]["drift_meV_atom_ps"]
+    sound = collect(teacher)["observables"]["drift_meV_atom_ps"]
+    assert abs(drift.value) > 20 * abs(sound.value)
+
+
+class Swollen(SPCFw):
+    """The teacher with 500 bar more, and 0.01 eV more for each molecule."""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.results["energy"] += 0.01 * len(self.atoms) / 3
+        self.results["free_energy"] = self.results["energy"]
+        if "stress" in self.results:
+            self.results["stress"] = self.results["stress"] - 500 * units.bar * np.eye(3, 6).sum(0)
+
+
+def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(teacher, tmp_path):
+    run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("nvt",), progress=False)
+    pressure, energy = beside_teacher(tmp_path / "nvt")
+    assert len(pressure) == 6  # every 40 fs of 200
+    assert pressure == pytest.approx(500 * np.ones(6), abs=1e-3)
+    assert energy == pytest.approx(0.01 * np.ones(6), abs=1e-9)
+    found = collect(tmp_path)["observables"]
+    assert found["pressure_beside_bar"].value == pytest.approx(500, abs=1e-3)
+    assert "pressure_beside_bar" not in collect(teacher)["observables"]
+
+
+def test_the_error_of_an_average_is_not_made_small_by_short_blocks():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=1000)
+    slow = np.convolve(noise, np.ones(50) / np.sqrt(50), mode="valid")
+    found = average(slow, blocks=900)
+    assert found.error > 3 * slow.std() / np.sqrt(len(slow))
+    white = average(noise)
+    assert white.value == pytest.approx(noise.mean()) and 0.5 < white.error * 1000**0.5 < 2.5
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def made_up(name: str, **values: tuple[float, float]) -> dict:
+    return {
+        "name": name,
+        "observables": {key: Estimate(*pair) for key, pair in values.items()},
+        "lengths_ps": {"npt": 10.0},
+        "hours": {"npt": 0.5},
+        "exploded": [],
+    }
+
+
+def test_a_verdict_knows_its_error():
+    teacher = Estimate(1.0, 0.003)
+    away, error, word = verdict("density_g_cm3", Estimate(1.01, 0.004), teacher)
+    assert (away, error, word) == (pytest.approx(0.01), pytest.approx(0.005), "met")
+    assert verdict("density_g_cm3", Estimate(0.95, 0.004), teacher)[2] == "missed"
+    assert verdict("density_g_cm3", Estimate(0.981, 0.004), teacher)[2] == "open"
+    # a drift is far from zero or not, whatever the teacher's
+    assert verdict("drift_meV_atom_ps", Estimate(0.3, 0.01), Estimate(0.3, 0.01))[2] == "missed"
+    assert set(TARGETS) <= set(room.ROWS)
+
+
+def test_numbers_are_written_to_the_digits_of_their_error():
+    assert write_number(Estimate(0.99712, 0.0123)) == "0.997 ± 0.012"
+    assert write_number(Estimate(47.21, 0.31)) == "47.21 ± 0.31"
+    assert write_number(Estimate(-250.4, 91.0)) == "-250 ± 91"
+    assert write_number(Estimate(12.3456, math.nan)) == "12.3"
+
+
+def test_tables_have_model_teacher_and_experiment():
+    table = compare(
+        [
+            made_up("spcfw", density_g_cm3=(1.0, 0.001), OO_peak_A=(2.75, 0.01)),
+            made_up("student", density_g_cm3=(1.05, 0.001)),
+        ]
+    )
+    head, _, line = table.splitlines()[:3]
+    assert head == "|  | `student` | teacher, SPC/Fw | experiment |"
+    assert line == "| density, g/cm³ | 1.0500 ± 0.0010 | 1.0000 ± 0.0010 | 0.997 |"
+    assert "5.00 ± 0.14 %: missed" in table
+    assert "| npt | 10 (0.50) | 10 (0.50) |" in table
+    assert "dielectric" not in table  # nobody has it
+
+
+def test_a_page_keeps_what_stands_around_its_table(tmp_path):
+    page = tmp_path / "docs" / "water.md"
+    insert_table(page, "| one |\n")
+    assert page.read_text() == f"{MARKS[0]}\n\n| one |\n\n{MARKS[1]}\n"
+    page.write_text("Before.\n" + page.read_text() + "After.\n")
+    insert_table(page, "| two |\n")
+    text = page.read_text()
+    assert text.startswith("Before.\n") and text.endswith("After.\n")
+    assert "| two |" in text and "| one |" not in text
+    page.write_text("no marks")
+    with pytest.raises(ObservableError, match="no place for a table"):
+        insert_table(page, "")
+
+
+def test_the_command_writes_files_that_the_table_reads(tmp_path, capsys):
+    out, page = tmp_path / "spcfw.json", tmp_path / "water.md"
+    plain = [*OPTIONS, "--folder", str(tmp_path / "runs"), "--out", str(out)]
+    assert main(["run", "spcfw", *plain, "--stages", "nve", "gas"]) == 0
+    assert "drift_meV_atom_ps" in capsys.readouterr().out
+    found = read_result(out)
+    assert found["name"] == "spcfw" and isinstance(
+        found["observables"]["drift_meV_atom_ps"], Estimate
+    )
+    assert found["machine"]["threads"] >= 1 and "torch" in found["machine"]["versions"]
+    assert max(map(len, out.read_text().splitlines())) > 200  # a list is one line
+    again = tmp_path / "again.json"
+    plain[plain.index(str(out))] = str(again)
+    assert main(["run", "spcfw", *plain, "--collect"]) == 0  # nothing new is run
+    assert read_result(again)["lengths_ps"] == found["lengths_ps"]
+    assert main(["table", str(out), "--out", str(page)]) == 0
+    assert "drift of the energy" in page.read_text()
+    assert main(["run", "spcfw", *plain, "--waters", "9"]) == 2
+    assert "another waters" in capsys.readouterr().err
+    out.write_text("{}")
+    assert main(["table", str(out), "--out", str(page)]) == 2
+    assert "not written by the protocol" in capsys.readouterr().err
+
+
+# --- what the lesson opens ------------------------------------------------------------------------
+
+
+def test_the_lesson_s_model_is_lite_water_unless_another_is_named(monkeypatch, capsys):
+    from allscaip_lite.lessons import open_model
+
+    monkeypatch.delenv("ALLSCAIP_MODEL", raising=False)
+    model = open_model("conservative", default="lite-water", device="cpu")
+    assert capsys.readouterr().out.startswith("lite-water: 690,160 parameters")
+    assert model.config.conservative and model.config.stress
+    monkeypatch.setenv("ALLSCAIP_MODEL", "lite")
+    open_model("conservative", default="lite-water", device="cpu")
+    assert capsys.readouterr().out.startswith("lite: ")
+
+
+def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
+    from allscaip_lite.checkpoint import read_card
+
+    card = read_card("lite-water")
+    assert card["trained"].startswith("conservative from the start")
+    assert card["errors"]["water_npt"]["force_mae"] < 25  # meV/Å
+
+
+def test_the_page_s_table_is_that_of_the_files_beside_it(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    written = root / "docs" / "water.md"
+    files = sorted((root / "data" / "water" / "observables").glob("*.json"))
+    page = tmp_path / "water.md"
+    page.write_text(written.read_text())
+    insert_table(page, compare([read_result(file) for file in files]))
+    assert page.read_text() == written.read_text()
