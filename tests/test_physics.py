@@ -161,3 +161,26 @@ def test_commands(teacher, tmp_path, capsys, monkeypatch):
     for task in (*list(physics._MAKERS)[:-1], "short_range", "long_range"):
         assert f"| {task} | 1 |" in text
     assert "GFN2-xTB" not in text  # its own error against itself is none
+
+
+def test_dft_labels_the_same_structures_and_gfn2_xtb_stands_beside(
+    teacher, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("pyscf")
+    pytest.importorskip("numba")
+    candidates = {"molecule": ["[H][H]"], "complex": []}
+    monkeypatch.setattr(physics, "_candidates", lambda seed: candidates)
+    assert main(["data", "physics", "--out", str(tmp_path), "--groups", "1", "--dft"]) == 0
+    data = Dataset(tmp_path / "test.aselmdb")
+    tasks = [atoms.info["data_id"] for atoms in data]
+    assert sorted(tasks) == ["ionisation"] * 3 + ["spin_gap"] * 2
+    assert all("wb97m_v" in atoms.info["label"] for atoms in data)
+    assert main(["evaluate", "lite", str(tmp_path / "test.aselmdb"), "--physics"]) == 0
+    assert "GFN2-xTB's MAE" in capsys.readouterr().out
+    singlet, triplet = (atoms for atoms in data if atoms.info["data_id"] == "spin_gap")
+    gap = triplet.get_potential_energy() - singlet.get_potential_energy()
+    assert 9 < gap < 11.5  # H2's lowest triplet at the bond length of the singlet, about 10.6 eV
+    positive = data[tasks.index("ionisation") + 1]
+    neutral = data[tasks.index("ionisation")]
+    ionisation = positive.get_potential_energy() - neutral.get_potential_energy()
+    assert ionisation == pytest.approx(16.4, abs=0.4)  # measured, vertical: about 16.4 eV
