@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 import platform
 import statistics
 import sys
@@ -33,8 +32,9 @@ from scipy.optimize import minimize_scalar
 from allscaip_lite import __version__
 from allscaip_lite.batches import in_order
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.data import Dataset, checksum
+from allscaip_lite.data import Dataset, checksum, store_text
 from allscaip_lite.evaluation import residuals
+from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.training import Stage, fit_units, train
 
@@ -372,7 +372,7 @@ def run_study(
     stored = folder / "plan.json"
     if stored.exists() and json.loads(stored.read_text()) != json.loads(plan):
         raise AblationError(f"{folder} holds another study or other data: give another --out")
-    _store(stored, plan)
+    store_text(stored, plan)
     wanted = [c for c in study.cells() if any(fnmatch.fnmatch(c.name, p) for p in cells)]
     if not wanted:
         raise AblationError(f"no cell is named {' or '.join(cells)}; {study.cells()[0].name} is")
@@ -386,7 +386,7 @@ def run_study(
         number = len(wanted) - len(waiting) + finished + 1
         print(f"{cell.name}: {number} of {len(wanted)}", flush=True)
         row = run_cell(study, cell, data, folder / cell.name)
-        _store(folder / f"{cell.name}.json", json.dumps(row))
+        store_text(folder / f"{cell.name}.json", json.dumps(row))
         finished += 1
         pace = (time.monotonic() - started) / finished
         whole = row["errors"]["all"]
@@ -442,7 +442,7 @@ def machine() -> dict[str, str | int]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "accelerator": accelerator,
         "python": platform.python_version(),
@@ -451,22 +451,13 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def write_table(table: Mapping[str, Any], path: Path) -> None:
     """Store a table as JSON, a cell a line, so that a difference can be read."""
     head = {key: value for key, value in table.items() if key != "cells"}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     cells = ",\n".join(json.dumps(row) for row in table["cells"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    _store(path, "{\n" + ",\n".join(lines) + f',\n"cells": [\n{cells}\n]\n}}\n')
+    store_text(path, "{\n" + ",\n".join(lines) + f',\n"cells": [\n{cells}\n]\n}}\n')
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
@@ -491,13 +482,6 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             cells.append(f"{statistics.mean(energies):.0f}{spread} / {forces:.0f}")
         lines.append("| " + " | ".join([*map(str, key), str(len(seeds)), *cells]) + " |")
     return "\n".join(lines)
-
-
-def _store(path: Path, text: str) -> None:
-    """Write a text file at once: whoever stops the run leaves no half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 # --- The command -----------------------------------------------------------------------------

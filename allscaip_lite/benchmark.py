@@ -33,6 +33,7 @@ from scipy.spatial.transform import Rotation
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoint import load_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
+from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.official import save_official
 
@@ -306,12 +307,7 @@ def exponents(rows: list[dict], sides: list[str]) -> dict[str, float]:
 
 def machine(args: argparse.Namespace) -> str:
     """What the numbers were measured on, in a line."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [s for s in information.read_text().splitlines() if s.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
-    parts = [processor, f"{args.threads} thread(s)"]
+    parts = [processor_name(), f"{args.threads} thread(s)"]
     if args.device == "cuda":
         parts.append(torch.cuda.get_device_name())
     parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]

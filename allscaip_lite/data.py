@@ -260,6 +260,13 @@ def split_by_molecule(
     return splits
 
 
+def store_text(path: Path, text: str) -> None:
+    """Write a text file at once: whoever stops the run leaves no half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 def checksum(structures: Iterable[Atoms]) -> str:
     """SHA-256 of elements, positions, energies and forces, in order, to the last bit.
 

@@ -25,8 +25,6 @@ from allscaip_lite.data import SPLITS, DataError, Dataset, checksum
 class Summary:
     """What one split holds; counts are of structures."""
 
-    structures: int = 0
-    atoms: int = 0
     sizes: Counter[int] = field(default_factory=Counter)  # by number of atoms
     systems: set[tuple[str, int, int]] = field(default_factory=set)  # molecule, charge, spin
     domains: Counter[str] = field(default_factory=Counter)  # by `data_id`
@@ -36,11 +34,17 @@ class Summary:
     forces: list[np.ndarray] = field(default_factory=list)  # (atoms, 3) each, eV/Å
     checksum: str = ""
 
+    @property
+    def structures(self) -> int:
+        return self.sizes.total()
+
+    @property
+    def atoms(self) -> int:
+        return sum(size * count for size, count in self.sizes.items())
+
     def add(self, atoms: Atoms) -> None:
         info = atoms.info
         charge, spin = int(info.get("charge", 0)), int(info.get("spin", 1))
-        self.structures += 1
-        self.atoms += len(atoms)
         self.sizes[len(atoms)] += 1
         name = info.get("molecule") or atoms.get_chemical_formula("hill")
         self.systems.add((name, charge, spin))
@@ -92,12 +96,11 @@ def to_markdown(splits: dict[str, Summary]) -> str:
     def together(name: str) -> Counter:
         return sum((getattr(column, name) for column in columns), Counter())
 
-    systems = [len(column.systems) for column in columns]
     lines = [
         "| | " + " | ".join(names) + " |",
         "|---|" + "---:|" * len(names),
         row("structures", (column.structures for column in columns)),
-        row("systems", systems),
+        row("systems", (len(column.systems) for column in columns)),
         row("atoms", (column.atoms for column in columns)),
         "",
         "| `data_id` | " + " | ".join(names) + " |",
@@ -115,7 +118,7 @@ def to_markdown(splits: dict[str, Summary]) -> str:
         "Charges: " + listed(together("charges"), int) + ".",
         "Multiplicities: " + listed(together("multiplicities"), int) + ".",
         f"Atoms a structure: {min(sizes)} to {max(sizes)}, "
-        f"{sum(n * count for n, count in sizes.items()) / sum(sizes.values()):.1f} in the mean.",
+        f"{sum(c.atoms for c in columns) / sizes.total():.1f} in the mean.",
         f"Forces: root mean square {np.sqrt((forces**2).mean()):.2f} eV/Å a component, "
         f"99 % of the atoms below {np.quantile(lengths, 0.99):.1f} eV/Å, "
         f"none above {lengths.max():.1f}.",

@@ -32,7 +32,7 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite.data import SPLITS, Dataset, checksum, write_aselmdb
+from allscaip_lite.data import SPLITS, Dataset, checksum, store_text, write_aselmdb
 
 # --- One label -------------------------------------------------------------------------------
 
@@ -163,8 +163,7 @@ def _in_two_steps(kind, molecule, level: Level):
     """The converged state, by way of one on coarse grids, whose result is a good start."""
     coarse = _method(kind, molecule, _coarse(level))
     coarse.kernel()
-    state = _method(kind, molecule, level)
-    state.with_df = coarse.with_df  # the same integrals
+    state = _method(kind, molecule, level, coarse.with_df)
     return _converged(state, coarse.make_rdm1() if coarse.converged else None)
 
 
@@ -172,8 +171,11 @@ def _coarse(level: Level) -> Level:
     return replace(COARSE, functional=level.functional, basis=level.basis)
 
 
-def _method(kind, molecule, level: Level):
+def _method(kind, molecule, level: Level, integrals=None):
+    """`integrals`: `with_df` of another state of these atoms in this basis, to be used again."""
     state = kind(molecule, xc=level.functional).density_fit()
+    if integrals is not None:
+        state.with_df = integrals
     state.grids.level = level.grid
     state.nlcgrids.level = level.nonlocal_grid
     state.conv_tol = level.convergence
@@ -209,13 +211,11 @@ def _diradical(restricted, level: Level) -> np.ndarray | None:
     from pyscf import dft
 
     rough = replace(_coarse(level), convergence=1e-4)
-    low = _method(dft.RKS, restricted.mol, rough)
-    low.with_df = restricted.with_df
+    low = _method(dft.RKS, restricted.mol, rough, restricted.with_df)
     low = _converged(low, restricted.make_rdm1())
     molecule = restricted.mol.copy()
     molecule.spin = 2
-    triplet = _method(dft.UKS, molecule, rough)
-    triplet.with_df = restricted.with_df
+    triplet = _method(dft.UKS, molecule, rough, restricted.with_df)
     orbitals = np.arange(restricted.mo_occ.size)
     promoted = [(orbitals < count).astype(float) for count in molecule.nelec]
     triplet = _converged(triplet, triplet.make_rdm1([restricted.mo_coeff] * 2, promoted))
@@ -345,6 +345,8 @@ def label_all(
             f"a worker died (exit status {codes}; −9 is often too little memory); "
             "the same command goes on from here"
         )
+    for stem in filter(is_done, stems):  # of workers killed between the label and the claim
+        stem.with_suffix(".claim").unlink(missing_ok=True)
 
 
 def job_file(folder: str | os.PathLike, entry: Entry, level: Level = OMOL25) -> Path:
@@ -411,13 +413,6 @@ def _do(entry: Entry, stem: Path, level: Level) -> None:
     except (ArithmeticError, RuntimeError, ValueError) as error:
         # One odd structure must not end a run of days; a full disk or a missing library does.
         store_text(stem.with_suffix(".failed"), f"{entry.name}\n{type(error).__name__}: {error}\n")
-
-
-def store_text(path: Path, text: str) -> None:
-    """Write a text file at once: whoever stops the run leaves no half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 # --- The data set ----------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from tqdm import tqdm
 
-from allscaip_lite import physics
 from allscaip_lite.batches import in_order
 from allscaip_lite.checkpoint import load_model, read_card, save_model
 from allscaip_lite.data import Dataset
@@ -389,6 +388,8 @@ def run(args: argparse.Namespace) -> None:
         return
     data = Dataset(args.data)
     if args.physics:
+        from allscaip_lite import physics  # its optimisers take long to load
+
         print(physics.table(physics.summary(physics.differences(model, data))))
         return
     found, described = residuals(model, data, progress=True), describe(data)

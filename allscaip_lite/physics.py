@@ -341,13 +341,14 @@ def _embedded(smiles: str, seed: int, number: int) -> list[Atoms]:
         raise NoGroup(str(error)) from error
 
 
+@cache
 def _lowest(smiles: str, seed: int) -> Atoms:
-    """The lowest of a few minima."""
+    """The lowest of a few minima; several tasks start from it, so copy it before a change."""
     minima = [_minimum(start) for start in _embedded(smiles, seed, 4)]
     found = [(energy, index) for index, (atoms, energy) in enumerate(minima) if atoms is not None]
     if not found:
         raise NoGroup(f"no minimum of {smiles}")
-    return minima[min(found)[1]][0].copy()
+    return minima[min(found)[1]][0]
 
 
 def _minimum(start: Atoms) -> tuple[Atoms | None, float]:

@@ -34,6 +34,8 @@ from ase.calculators.calculator import Calculator
 from ase.io.trajectory import Trajectory
 
 from allscaip_lite import __version__
+from allscaip_lite.data import store_text
+from allscaip_lite.machine import processor_name
 from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
 from allscaip_lite.observables import (
     EXPERIMENT,
@@ -175,9 +177,7 @@ def _claim(listing: Path, protocol: Protocol, name: str) -> None:
                 f"{listing.parent} holds a protocol with another {', '.join(changed)}: choose "
                 "another folder"
             )
-    partial = listing.with_name(listing.name + ".partial")
-    partial.write_text(json.dumps(plan, indent=1))
-    os.replace(partial, listing)
+    store_text(listing, json.dumps(plan, indent=1))
 
 
 # --- Reading ---------------------------------------------------------------------------------
@@ -361,13 +361,6 @@ def _thinned(run: Run, *names: str) -> dict[str, list[float]]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, threads that were used, and versions."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":")[1].strip()
-                break
     versions = {"python": platform.python_version(), "allscaip-lite": __version__}
     for package in PACKAGES:
         try:
@@ -375,7 +368,7 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             pass
     return {
-        "processor": processor,
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions,

@@ -36,7 +36,14 @@ from ase.md.langevin import Langevin
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
-from allscaip_lite.data import SPLITS, Dataset, checksum, split_by_molecule, write_aselmdb
+from allscaip_lite.data import (
+    SPLITS,
+    Dataset,
+    checksum,
+    split_by_molecule,
+    store_text,
+    write_aselmdb,
+)
 
 # --- The teacher -----------------------------------------------------------------------------
 
@@ -791,7 +798,7 @@ def generate(
     listing = folder / "plan.json"
     if listing.exists() and listing.read_text() != text:
         raise ValueError(f"{folder} holds another data set (its plan.json): choose a new --out")
-    _store(listing, text)
+    store_text(listing, text)
 
     tasks = [(job, seed, store / f"{index:05d}") for index, job in enumerate(jobs)]
     waiting = [task for task in tasks if not any(_outcomes(task[2]))]
@@ -815,7 +822,7 @@ def generate(
         for job, (_, bad) in zip(jobs, results, strict=True)
         if bad
     }
-    _store(folder / "failed.json", json.dumps(failed, indent=1))
+    store_text(folder / "failed.json", json.dumps(failed, indent=1))
     elements: set[str] = set()
     checksums = {}
     for split in SPLITS:
@@ -833,18 +840,11 @@ def generate(
             file=sys.stderr,
         )
     references = free_atom_energies(sorted(elements, key=atomic_numbers.get))
-    _store(folder / "references.json", json.dumps(references, indent=1))
-    _store(folder / "checksums.json", json.dumps(checksums, indent=1))
+    store_text(folder / "references.json", json.dumps(references, indent=1))
+    store_text(folder / "checksums.json", json.dumps(checksums, indent=1))
     if failed:
         message = f"{len(failed)} of {len(jobs)} systems failed: see {folder / 'failed.json'}"
         print(message, file=sys.stderr)
-
-
-def _store(path: Path, text: str) -> None:
-    """Write a text file at once: whoever stops the run leaves no half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _outcomes(stem: Path) -> tuple[Path | None, Path | None]:
@@ -873,7 +873,7 @@ def _work(task: tuple[Job, int, Path]) -> None:
         write_aselmdb(stem.with_suffix(".aselmdb"), sample(job, seed))
     except (ArithmeticError, RuntimeError, ValueError) as error:
         # One odd system must not end a run of hundreds; a full disk or a missing library does.
-        _store(stem.with_suffix(".failed"), f"{type(error).__name__}: {error}")
+        store_text(stem.with_suffix(".failed"), f"{type(error).__name__}: {error}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

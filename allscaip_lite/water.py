@@ -33,7 +33,7 @@ from scipy.special import erfc
 from tqdm import tqdm
 from vesin import NeighborList
 
-from allscaip_lite.data import SPLITS, Dataset, write_aselmdb
+from allscaip_lite.data import SPLITS, Dataset, store_text, write_aselmdb
 
 # --- The teacher -----------------------------------------------------------------------------
 
@@ -533,7 +533,7 @@ def generate(
     listing = folder / "plan.json"
     if listing.exists() and listing.read_text() != text:
         raise WaterError(f"{folder} holds another data set (its plan.json): choose a new --out")
-    _store(listing, text)
+    store_text(listing, text)
 
     files = [store / f"{trajectory.name}.aselmdb" for trajectory in trajectories]
     waiting = [
@@ -556,15 +556,8 @@ def generate(
             for atoms in Dataset(file)
         ]
         counts[split] = write_aselmdb(folder / f"{split}.aselmdb", structures, overwrite=True)
-    _store(folder / "references.json", json.dumps({"H": 0.0, "O": 0.0}, indent=1))
+    store_text(folder / "references.json", json.dumps({"H": 0.0, "O": 0.0}, indent=1))
     return counts
-
-
-def _store(path: Path, text: str) -> None:
-    """Write a text file at once: whoever stops the run leaves no half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _each(tasks: list[tuple[Trajectory, int, Path]], workers: int) -> Iterator[int]:
