@@ -59,9 +59,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        parts = [self.variant, "lae" if self.angular else "plain", self.size]
-        parts += [str(self.structures)] if self.structures else []
+        parts = [self.kind, str(self.structures)] if self.structures else [self.kind]
         return "-".join([*parts, f"seed{self.seed}"])
+
+    @property
+    def kind(self) -> str:
+        """The model, whatever its data and seed, as in "rotary-lae-small"."""
+        return "-".join([self.variant, "lae" if self.angular else "plain", self.size])
 
     @property
     def variant(self) -> str:
@@ -238,14 +242,10 @@ def run_cell(study: Study, cell: Cell, data: Path, folder: Path) -> dict[str, An
     if curves.exists():
         row["curves"] = pull(model, Selection(Dataset(curves)))
     row["seconds"] = round(seconds, 1)
-    if study.throughput:
-        row["throughput"] = throughput(model, test, study.max_atoms)
     return row
 
 
-def errors(
-    model: AllScAIP, test: Selection, bins: Sequence[float]
-) -> dict[str, dict[str, float]]:
+def errors(model: AllScAIP, test: Selection, bins: Sequence[float]) -> dict[str, dict[str, float]]:
     """Mean absolute errors of all, by `data_id`, and by gap: energies in meV a structure and
     meV/atom, forces in meV/Å. A bin's name is its two ends, as in "4-8"."""
     found = residuals(model, test)
@@ -337,16 +337,24 @@ def tail_exponent(
 
 
 @torch.no_grad()
-def throughput(model: AllScAIP, test: Selection, max_atoms: int, repeats: int = 5) -> float:
-    """Atoms a second, energies and forces of the first batch of the test set; the median."""
-    batch = next(in_order(test, max_atoms)).to(model.device)
-    model.eval()
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        started = time.perf_counter()
-        model(batch.structures, create_graph=False).forces.cpu()
-        times.append(time.perf_counter() - started)
-    return _round(len(batch.forces) / statistics.median(times[1:]))
+def throughput(study: Study, test: Selection, rounds: int = 9) -> dict[str, float]:
+    """Atoms a second of every kind of model (`Cell.kind`): energies and forces of the first batch
+    of the test set, the median of all rounds. Weights do not matter, so they are random. Models
+    take turns, so that what else the machine does slows them all alike."""
+    kinds = {cell.kind: study.config(cell) for cell in study.cells()}
+    models = {kind: AllScAIP(config).eval() for kind, config in kinds.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = next(in_order(test, study.max_atoms)).to(device)
+    times: dict[str, list[float]] = {kind: [] for kind in models}
+    for _ in range(rounds + 1):  # the first warms up
+        for kind, model in models.items():
+            started = time.perf_counter()
+            model.to(device)(batch.structures, create_graph=False).forces.cpu()
+            times[kind].append(time.perf_counter() - started)
+    return {
+        kind: _round(len(batch.forces) / statistics.median(taken[1:]))
+        for kind, taken in times.items()
+    }
 
 
 # --- All cells -------------------------------------------------------------------------------
@@ -397,6 +405,10 @@ def run_study(
         )
         if results is not None:
             write_table(collect(study, data, folder), results)
+    if study.throughput:
+        test = Dataset(data / "test.aselmdb")
+        speeds = throughput(study, Selection(test, range(min(200, len(test)))))
+        store_text(folder / "throughput.json", json.dumps(speeds))
     table = collect(study, data, folder)
     if results is not None:
         write_table(table, results)
@@ -420,6 +432,9 @@ def collect(study: Study, data: Path, folder: Path) -> dict[str, Any]:
     curves = data / "curves.aselmdb"
     if curves.exists():
         table["truth"] = pull(None, Selection(Dataset(curves)))
+    speeds = folder / "throughput.json"
+    if speeds.exists():
+        table["throughput"] = json.loads(speeds.read_text())  # atoms a second
     return {**table, "cells": rows}
 
 
@@ -461,8 +476,11 @@ def write_table(table: Mapping[str, Any], path: Path) -> None:
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
-    """Errors by variant and `data_id`, mean over seeds: energy MAE (smallest–largest of the seeds)
-    in meV a structure, and force MAE in meV/Å."""
+    """Errors, mean over seeds (smallest–largest). One amount of data: energy MAE in meV a structure
+    and force MAE in meV/Å, by variant and `data_id`. Several: force MAE in meV/Å and energy MAE in
+    meV/atom of all structures, by variant and amount."""
+    if len({row["structures"] for row in table["cells"]}) > 1:
+        return _by_amount(table)
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in table["cells"]:
         variant = row["name"].split("-")[0]
@@ -481,6 +499,34 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             spread = f" ({min(energies):.0f}–{max(energies):.0f})" if len(seeds) > 1 else ""
             cells.append(f"{statistics.mean(energies):.0f}{spread} / {forces:.0f}")
         lines.append("| " + " | ".join([*map(str, key), str(len(seeds)), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _by_amount(table: Mapping[str, Any]) -> str:
+    groups: dict[tuple, dict[int, list[dict[str, float]]]] = {}
+    for row in table["cells"]:
+        cell = Cell(*(row[name] for name in ("node_attention", "rotary", "angular", "size")))
+        key = cell.variant, "yes" if cell.angular else "no", cell.size, cell.kind
+        of_amount = groups.setdefault(key, {}).setdefault(row["structures"], [])
+        of_amount.append(row["errors"]["all"])
+    amounts = sorted({amount for found in groups.values() for amount in found})
+    speeds = table.get("throughput", {})
+    lines = [
+        "| variant | LAE | size | " + " | ".join(map(str, amounts)) + " | atoms/s |",
+        "|---|---|---|" + "---:|" * (len(amounts) + 1),
+    ]
+    for (*head, kind), found in sorted(groups.items(), key=lambda item: item[0][2] != "small"):
+        cells = []
+        for amount in amounts:
+            forces = [row["force_mae"] for row in found.get(amount, [])]
+            energies = [row["energy_mae_per_atom"] for row in found.get(amount, [])]
+            if not forces:
+                cells.append("–")
+                continue
+            spread = f" ({min(forces):.0f}–{max(forces):.0f})" if len(forces) > 1 else ""
+            cells.append(f"{statistics.mean(forces):.0f}{spread} / {statistics.mean(energies):.1f}")
+        speed = f"{speeds[kind]:.0f}" if kind in speeds else "–"
+        lines.append("| " + " | ".join([*head, *cells, speed]) + " |")
     return "\n".join(lines)
 
 
@@ -517,9 +563,7 @@ def run(args: argparse.Namespace) -> int:
             done = (args.out / f"{cell.name}.json").exists()
             print(f"{cell.name}: {'done' if done else 'to do'}")
         return 0
-    table = run_study(
-        study, args.data, args.out, args.results, cells=args.cells, hours=args.hours
-    )
+    table = run_study(study, args.data, args.out, args.results, cells=args.cells, hours=args.hours)
     print(table["done"])
     return 0
 

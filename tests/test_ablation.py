@@ -40,8 +40,7 @@ def data(tmp_path_factory) -> Path:
 
 def timeless(table: dict) -> dict:
     """A table without what a clock said."""
-    clocked = ("seconds", "throughput")
-    cells = [{k: v for k, v in row.items() if k not in clocked} for row in table["cells"]]
+    cells = [{k: v for k, v in row.items() if k != "seconds"} for row in table["cells"]]
     return {**table, "cells": cells}
 
 
@@ -162,12 +161,24 @@ def test_another_study_does_not_mix_with_the_first(data, tmp_path):
 
 
 def test_the_table_study_measures_throughput(data, tmp_path):
-    study = dataclasses.replace(STUDIES["table"], structures=(10,), steps=2, max_atoms=40)
-    table = run_study(study, data, tmp_path / "run", cells=["rotary-lae-small-10-seed0"])
-    (row,) = table["cells"]
-    assert row["throughput"] > 0
-    assert row["structures"] == 10
-    assert Cell(True, True, True, "small", 10, 0).name == row["name"]
+    study = dataclasses.replace(STUDIES["table"], structures=(10, 20), steps=2, max_atoms=40)
+    cells = ["rotary-lae-small-*-seed0", "local-plain-medium-10-seed1"]
+    table = run_study(study, data, tmp_path / "run", cells=cells)
+    assert [row["structures"] for row in table["cells"]] == [10, 20, 10]
+    first = table["cells"][0]
+    assert Cell(True, True, True, "small", 10, 0).name == first["name"]
+    speeds = table["throughput"]
+    assert set(speeds) == {cell.kind for cell in study.cells()} and min(speeds.values()) > 0
+
+    lines = ablation.to_markdown(table).splitlines()
+    assert lines[0] == "| variant | LAE | size | 10 | 20 | atoms/s |"
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| rotary", "yes", "small"],
+        ["| local", "no", "medium"],
+    ]
+    whole = first["errors"]["all"]
+    assert f"| {whole['force_mae']:.0f} / {whole['energy_mae_per_atom']:.1f} |" in lines[2]
+    assert " | – | " in lines[3]
 
 
 def test_a_table_is_shown_by_variant_with_the_spread_of_its_seeds(tmp_path, capsys):
