@@ -88,6 +88,11 @@ COMMANDS = {
         "molecular dynamics at constant energy, volume or pressure",
         "the same command goes on from the last structure it saved",
     ),
+    "stability": Command(
+        "stability",
+        "whether molecules hold together in dynamics, and keep their energy when they are turned",
+        "the same command goes on from here",
+    ),
     "ablation": Command(
         "ablation",
         "train models that differ in one thing, and compare them",

@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,12 +222,17 @@ def heat_of_vaporisation(
 
 def energy_drift(run: Run) -> Estimate:
     """Slope of the conserved energy in meV/atom/ps, by a straight line through ten block means."""
+    return drift(run.log, len(run.universe.atoms))
+
+
+def drift(log: Mapping[str, np.ndarray], natoms: int) -> Estimate:
+    """`energy_drift` of a log (`md.read_log`)."""
     from scipy.stats import linregress
 
-    times = [part.mean() for part in _blocks(run.log["time_ps"], 10)]
-    energies = [part.mean() for part in _blocks(run.log["conserved_eV"], 10)]
+    times = [part.mean() for part in _blocks(log["time_ps"], 10)]
+    energies = [part.mean() for part in _blocks(log["conserved_eV"], 10)]
     line = linregress(times, energies)
-    factor = 1000 / len(run.universe.atoms)
+    factor = 1000 / natoms
     return Estimate(float(line.slope * factor), float(line.stderr * factor))
 
 

@@ -1,0 +1,266 @@
+"""Does a model hold molecules together: `allscaip-lite stability MODEL DATA`.
+
+In: a model, and a data set from which molecules are taken, one structure each, of sizes spread
+evenly. Each is relaxed and warmed by the model, and then moves at constant energy. Out: whether a
+bond broke or two atoms met that were none, and the drift of the energy, which conservative forces
+keep near zero. And, of each, how much its energy changes when it is turned: the model learns that
+space has no direction, it does not know it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.data import covalent_radii
+from ase.io.trajectory import Trajectory
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+from allscaip_lite.calculator import AllScAIPCalculator
+from allscaip_lite.data import Dataset, store_text
+from allscaip_lite.machine import processor_name
+from allscaip_lite.md import Explosion, Settings, read_log, run_md
+from allscaip_lite.model import AllScAIP
+from allscaip_lite.observables import drift
+
+BONDED = 1.25  # times the sum of covalent radii: the bonds of the relaxed start
+BROKEN = 1.5  # times its length in the start: far beyond any vibration at 300 K
+MET = 0.9  # times the sum of covalent radii: atoms that were no bond this close have made one
+
+
+class StabilityError(ValueError):
+    """Data without the molecules that are asked for; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is done with each molecule. Times in fs, temperature in K, sizes in atoms."""
+
+    molecules: int = 10
+    smallest: int = 9
+    largest: int = 40
+    temperature: float = 300.0
+    timestep: float = 0.5
+    warming: float = 1_000.0
+    duration: float = 20_000.0
+    rotations: int = 32
+    seed: int = 0
+
+    def warm(self) -> Settings:
+        """By noise, which reaches every vibration, from a minimum of the model's own."""
+        return Settings(
+            ensemble="nvt",
+            thermostat="langevin",
+            thermostat_time=100.0,
+            duration=self.warming,
+            temperature=self.temperature,
+            timestep=self.timestep,
+            relax=200,
+            seed=self.seed,
+        )
+
+    def free(self) -> Settings:
+        return replace(self.warm(), ensemble="nve", duration=self.duration, relax=0)
+
+
+# --- Molecules -------------------------------------------------------------------------------
+
+
+def choose(data: Dataset, trial: Trial) -> list[Atoms]:
+    """Single molecules without unpaired electrons, sizes spread evenly between the two ends.
+
+    One molecule is what its bonds hold together, and what its SMILES, where `info["molecule"]` has
+    one, calls one. Raises StabilityError where there are too few.
+    """
+    sizes: dict[str, tuple[int, int]] = {}  # of each formula, the first structure: atoms, index
+    for index in np.random.default_rng(trial.seed).permutation(len(data)):
+        atoms = data[int(index)]
+        fits = trial.smallest <= len(atoms) <= trial.largest and atoms.info.get("spin", 1) == 1
+        if fits and not atoms.pbc.any() and _single(atoms):
+            sizes.setdefault(atoms.get_chemical_formula(), (len(atoms), int(index)))
+    if len(sizes) < trial.molecules:
+        raise StabilityError(
+            f"the data have {len(sizes)} molecules of {trial.smallest} to {trial.largest} atoms, "
+            f"and {trial.molecules} are asked for: give other data, or ask for fewer (--molecules)"
+        )
+    left = list(sizes.values())
+    chosen = []
+    for size in np.linspace(trial.smallest, trial.largest, trial.molecules):
+        nearest = min(left, key=lambda entry: abs(entry[0] - size))
+        left.remove(nearest)
+        chosen.append(data[nearest[1]])
+    return chosen
+
+
+def _reach(atoms: Atoms) -> np.ndarray:
+    """Sums of covalent radii (N, N) in Å; infinite on the diagonal, where there is no pair."""
+    radii = covalent_radii[atoms.numbers]
+    reach = radii[:, None] + radii
+    np.fill_diagonal(reach, np.inf)
+    return reach
+
+
+def bonds(atoms: Atoms) -> np.ndarray:
+    """Which pairs are bonded, (N, N), by distance."""
+    found = atoms.get_all_distances() < BONDED * _reach(atoms)
+    np.fill_diagonal(found, False)
+    return found
+
+
+def _single(atoms: Atoms) -> bool:
+    named = "." not in str(atoms.info.get("molecule", ""))
+    return named and connected_components(bonds(atoms))[0] == 1
+
+
+def damage(start: Atoms, frame: Atoms) -> str | None:
+    """The first bond of `start` that is gone in `frame`, or the first that is new; else None."""
+    before, after, bonded = start.get_all_distances(), frame.get_all_distances(), bonds(start)
+    for what, wrong in (
+        ("broken", bonded & (after > BROKEN * before)),
+        ("made", ~bonded & (after < MET * _reach(start)) & (before > 0)),
+    ):
+        pairs = np.argwhere(np.triu(wrong))
+        if len(pairs):
+            i, j = (int(index) for index in pairs[0])
+            one, other = start.symbols[i], start.symbols[j]
+            return f"bond {what}: {one}{i}-{other}{j}, {before[i, j]:.2f} → {after[i, j]:.2f} Å"
+    return None
+
+
+# --- Measuring -------------------------------------------------------------------------------
+
+
+def turned(model: AllScAIP, atoms: Atoms, rotations: int, seed: int = 0) -> np.ndarray:
+    """Energies of `atoms` turned at random about their centre, (rotations,), in meV/atom, less
+    their mean."""
+    centred = atoms.positions - atoms.positions.mean(axis=0)
+    copies = []
+    for rotation in Rotation.random(rotations, rng=np.random.default_rng(seed)):
+        copy = atoms.copy()
+        copy.positions = rotation.apply(centred)
+        copies.append(copy)
+    energies = np.array([result.energy for result in model.predict(copies)])
+    return 1000 * (energies - energies.mean()) / len(atoms)
+
+
+def try_molecule(
+    calculator: Calculator, atoms: Atoms, trial: Trial, folder: Path, label: str = ""
+) -> dict[str, Any]:
+    """Warm one molecule and let it move, or go on with it; what came of it, ready for JSON."""
+    atoms = atoms.copy()
+    row = {"formula": atoms.get_chemical_formula(), "atoms": len(atoms), "broken": None}
+    try:
+        warm = run_md(atoms, calculator, trial.warm(), folder / "warm", label, progress=False)
+        run_md(warm, calculator, trial.free(), folder / "nve", label, progress=False)
+    except Explosion as error:
+        row["broken"] = str(error).split(". Up to there")[0]
+    with Trajectory(folder / "warm" / "trajectory.traj") as trajectory:
+        start = trajectory[0]
+        frames = [*trajectory]
+    if (folder / "nve" / "log.csv").exists():
+        with Trajectory(folder / "nve" / "trajectory.traj") as trajectory:
+            frames += [*trajectory]
+        log = read_log(folder / "nve")
+        row["picoseconds"] = float(log["time_ps"][-1])
+        row["temperature"] = float(log["temperature_K"].mean())
+        if row["broken"] is None:
+            slope = drift(log, len(atoms))
+            row["drift"], row["drift_error"] = slope.value, slope.error
+    row["broken"] = row["broken"] or next(filter(None, (damage(start, f) for f in frames)), None)
+    return row
+
+
+def run_trial(
+    model: AllScAIP,
+    molecules: Sequence[Atoms],
+    trial: Trial,
+    folder: Path,
+    label: str = "",
+    *,
+    compile: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """A row a molecule: formula, atoms, broken (None or what happened), drift in meV/atom/ps with
+    its error, temperature in K, rotation_rms and rotation_worst in meV/atom. A stopped run goes on.
+    """
+    calculator = AllScAIPCalculator(model, compile=compile)
+    rows = []
+    for number, atoms in enumerate(tqdm(molecules, unit="molecules", disable=not progress)):
+        row = try_molecule(calculator, atoms, trial, folder / f"{number:02d}", label)
+        by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
+        row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
+        row["rotation_worst"] = float(np.abs(by_turning).max())
+        rows.append(row)
+        if progress:
+            tqdm.write(_line(row), file=sys.stderr)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    held = row["broken"] or "holds"
+    moved = f"{row['drift']:+.3f} ± {row['drift_error']:.3f}" if "drift" in row else "–"
+    warm = f"{row['temperature']:.0f}" if "temperature" in row else "–"
+    turning = f"{row['rotation_rms']:.2f} | {row['rotation_worst']:.2f}"
+    return f"| {row['formula']} | {row['atoms']} | {held} | {warm} | {moved} | {turning} |"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A markdown table of the rows."""
+    return "\n".join(
+        [
+            "| molecule | atoms | bonds | T (K) | drift (meV/atom/ps) "
+            "| turned: RMS | worst (meV/atom) |",
+            "|---|---:|---|---:|---:|---:|---:|",
+            *map(_line, rows),
+        ]
+    )
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite stability`."""
+    trial = Trial()
+    parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
+    parser.add_argument("data", type=Path, help="structures to choose molecules from (.aselmdb)")
+    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument("--molecules", type=int, default=trial.molecules)
+    parser.add_argument("--smallest", type=int, default=trial.smallest, help="atoms")
+    parser.add_argument("--largest", type=int, default=trial.largest, help="atoms")
+    parser.add_argument("--warming", type=float, default=trial.warming, help="fs, before")
+    parser.add_argument("--duration", type=float, default=trial.duration, help="fs")
+    parser.add_argument("--timestep", type=float, default=trial.timestep, help="fs")
+    parser.add_argument("--temperature", type=float, default=trial.temperature, help="K")
+    parser.add_argument("--compile", action="store_true", help="kernels in C, on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite stability`: run or go on; the exit status is 0 however it ends."""
+    from allscaip_lite.checkpoint import load_model
+
+    given = vars(args).keys() & {field.name for field in fields(Trial)}
+    trial = Trial(**{name: getattr(args, name) for name in given})
+    rows = run_trial(
+        load_model(args.model),
+        choose(Dataset(args.data), trial),
+        trial,
+        args.out,
+        str(args.model),
+        compile=args.compile,
+    )
+    result = {"model": str(args.model), "trial": asdict(trial), "machine": processor_name()}
+    store_text(args.out / "stability.json", json.dumps({**result, "rows": rows}, indent=1))
+    print(table(rows))
+    return 0

@@ -1,0 +1,164 @@
+"""Stability: molecules that hold and that do not, the drift of the energy, and turning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import molecule
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
+from allscaip_lite.cli import main
+from allscaip_lite.data import Dataset, write_aselmdb
+from allscaip_lite.stability import (
+    StabilityError,
+    Trial,
+    choose,
+    damage,
+    run_trial,
+    table,
+    try_molecule,
+    turned,
+)
+from allscaip_lite.water import SPCFw
+
+SHORT = Trial(
+    molecules=2, smallest=3, largest=9, warming=50.0, duration=200.0, timestep=0.5, rotations=4
+)
+NAMES = ("H2O", "CH4", "CH3OH", "C2H6", "CH3CH2OH")
+
+
+@pytest.fixture(scope="module")
+def model() -> AllScAIP:
+    torch.manual_seed(0)
+    config = AllScAIPConfig(hidden_size=16, num_layers=1, num_heads=2, angular_channels=(4, 2, 2))
+    model = AllScAIP(config)
+    model.energy_scale.fill_(1e-3)  # so weak that atoms hardly notice
+    return model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Five molecules, and three structures that are none."""
+    structures = [molecule(name) for name in NAMES]
+    apart = molecule("H2O") + Atoms("Ar", [[8.0, 0, 0]])
+    radical = molecule("CH3")
+    complex_ = molecule("CH3Cl")
+    for atoms in [*structures, apart, radical, complex_]:
+        atoms.info |= {"charge": 0, "spin": 2 if atoms is radical else 1}
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+    complex_.info["molecule"] = "[CH3+].[Cl-]"
+    file = tmp_path_factory.mktemp("data") / "test.aselmdb"
+    write_aselmdb(file, [*structures, apart, radical, complex_])
+    return file
+
+
+class Torn(Calculator):
+    """Atoms that push each other apart with a force of 5 eV/Å, and no end."""
+
+    implemented_properties = ("energy", "forces")
+
+    def calculate(self, atoms=None, properties=None, system_changes=()):
+        super().calculate(atoms, properties, system_changes)
+        away = self.atoms.positions - self.atoms.positions.mean(axis=0)
+        lengths = np.linalg.norm(away, axis=1, keepdims=True)
+        self.results = {"energy": -5.0 * lengths.sum(), "forces": 5.0 * away / lengths}
+
+
+# --- molecules ----------------------------------------------------------------------------------
+
+
+def test_single_closed_shell_molecules_are_chosen_by_size(data):
+    chosen = choose(Dataset(data), dataclasses.replace(SHORT, molecules=5))
+    assert [len(atoms) for atoms in chosen] == [3, 5, 6, 8, 9]
+    assert [len(atoms) for atoms in choose(Dataset(data), SHORT)] == [3, 9]
+    with pytest.raises(StabilityError, match="5 molecules of 3 to 9 atoms, and 6"):
+        choose(Dataset(data), dataclasses.replace(SHORT, molecules=6))
+
+
+def test_a_stretched_bond_and_a_new_contact_are_damage():
+    start = molecule("CH3CH2OH")
+    assert damage(start, start) is None
+    shaken = start.copy()
+    shaken.rattle(0.05, seed=1)
+    assert damage(start, shaken) is None
+    torn, closed = start.copy(), start.copy()
+    carbons = [atom.index for atom in start if atom.symbol == "C"]
+    torn.positions[carbons[0]] += 3 * (start.positions[carbons[0]] - start.positions[carbons[1]])
+    assert damage(start, torn).startswith("bond broken")
+    hydrogens = [atom.index for atom in start if atom.symbol == "H"]
+    closed.positions[hydrogens[-1]] = closed.positions[hydrogens[0]] + [0.5, 0, 0]
+    lost = damage(start, closed)
+    assert lost is not None and "H" in lost
+    near = Atoms("He2", [[0, 0, 0], [0, 0, 3.0]])
+    met = Atoms("He2", [[0, 0, 0], [0, 0, 0.4]])
+    assert damage(near, met) == "bond made: He0-He1, 3.00 → 0.40 Å"
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def test_turning_is_measured_against_the_mean(model):
+    atoms = molecule("CH3OH")
+    changes = turned(model, atoms, rotations=6)
+    assert changes.shape == (6,)
+    assert changes.mean() == pytest.approx(0, abs=1e-6)
+    assert np.abs(changes).max() > 0
+    single = Atoms("Ne", info={"charge": 0, "spin": 1})
+    assert np.abs(turned(model, single, rotations=3)).max() < 1e-12
+    shifted = atoms.copy()
+    shifted.positions += 5.0
+    assert turned(model, shifted, 6) == pytest.approx(changes, abs=1e-3)
+
+
+def test_water_by_its_force_field_holds_and_keeps_its_energy(tmp_path):
+    trial = dataclasses.replace(SHORT, duration=500.0)
+    row = try_molecule(SPCFw(), molecule("H2O"), trial, tmp_path)
+    assert row["broken"] is None
+    assert row["picoseconds"] == pytest.approx(0.5)
+    assert 30 < row["temperature"] < 1500  # six vibrating and turning degrees of freedom
+    assert abs(row["drift"]) < 20 and row["drift_error"] > 0
+    again = try_molecule(SPCFw(), molecule("H2O"), trial, tmp_path)
+    assert again == row
+
+
+def test_what_flies_apart_is_said_to(tmp_path):
+    row = try_molecule(Torn(), molecule("H2O"), SHORT, tmp_path)
+    assert row["broken"] is not None
+    assert "drift" not in row
+    turning = {"rotation_rms": 0.0, "rotation_worst": 0.0}
+    assert row["broken"] in table([row | turning])
+
+
+def test_the_command_goes_on_and_writes_its_rows(model, data, tmp_path, capsys):
+    save_model(model, tmp_path / "tiny.safetensors")
+    command = ["stability", str(tmp_path / "tiny.safetensors"), str(data)]
+    command += ["--out", str(tmp_path / "run"), "--molecules", "2", "--smallest", "3"]
+    command += ["--largest", "9", "--warming", "20", "--duration", "100"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "stability.json").read_text())
+    assert [row["atoms"] for row in result["rows"]] == [3, 9]
+    assert result["rows"][1]["rotation_worst"] >= result["rows"][1]["rotation_rms"] > 0
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    assert main([*command, "--timestep", "0.25"]) == 2
+    assert "another folder" in capsys.readouterr().err
+    assert main([*command[:3], "--out", str(tmp_path / "b"), "--largest", "12"]) == 2
+    assert "ask for fewer" in capsys.readouterr().err
+
+
+def test_rows_are_those_of_the_molecules(model, data, tmp_path):
+    molecules = choose(Dataset(data), SHORT)
+    rows = run_trial(model, molecules, SHORT, tmp_path, progress=False)
+    assert [row["formula"] for row in rows] == [a.get_chemical_formula() for a in molecules]
+    warm = SHORT.warm()
+    assert warm.temperature * units.kB == pytest.approx(0.025852, rel=1e-4)
+    assert SHORT.free().ensemble == "nve" and SHORT.free().relax == 0
