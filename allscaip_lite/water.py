@@ -249,19 +249,30 @@ def _waves(positions: np.ndarray, cell: np.ndarray) -> Terms:
 
 # --- What is sampled -------------------------------------------------------------------------
 
-KINDS = {  # share of the structures, structures a trajectory
-    "npt": (0.42, 28),
-    "nvt": (0.28, 28),
-    "cluster": (0.15, 15),
-    "dimer": (0.075, 20),
-    "molecule": (0.075, 20),
+KINDS = {  # of 4,600 structures how many; structures a trajectory
+    "npt": (1680, 28),
+    "nvt": (1120, 28),
+    "cluster": (600, 15),
+    "dimer": (300, 20),
+    "molecule": (300, 20),
+    "contact": (200, 20),
+    "squeezed": (400, 20),
+}
+SIZES = {
+    "cluster": tuple(range(2, 21)),
+    "dimer": (2,),
+    "molecule": (1,),
+    "contact": (2,),
+    "squeezed": (16, 24, 32),
 }
 BOX_SIZES = (16, 24, 32, 48, 64)
-CLUSTER_SIZES = tuple(range(2, 21))
 TEMPERATURES = {"cluster": (150.0, 350.0)}  # K, of others 280 to 360
 PRESSURES = (-1000.0, 3000.0)  # bar
 DENSITIES = (0.90, 1.12)  # g/cm³, of boxes of constant volume
 MAX_FORCE = 15.0  # eV/Å: harder collisions teach little
+# What a model may meet in dynamics of its own and the teacher's hardly show: atoms of two molecules
+# this close, in Å. A model that has seen none may take them for a minimum.
+CONTACTS = {("H", "H"): (0.4, 2.0), ("O", "H"): (1.2, 1.9), ("O", "O"): (2.2, 2.7)}
 STRAINED_EVERY = 7  # of a box's structures, one in so many is strained and displaced
 STEP, STEPS_BETWEEN, STEPS_BEFORE = 1.0, 200, 2500  # fs; two structures are 0.2 ps apart
 
@@ -294,10 +305,11 @@ def plan(structures: int) -> list[Trajectory]:
             f"{structures} structures: give 100 or more, so that every split gets some"
         )
     trajectories = []
+    whole = sum(share for share, _ in KINDS.values())
     for kind, (share, frames) in KINDS.items():
-        sizes = {"cluster": CLUSTER_SIZES, "dimer": (2,), "molecule": (1,)}.get(kind, BOX_SIZES)
-        frames = min(frames, max(1, int(share * structures / 3)))
-        for index in range(round(share * structures / frames)):
+        sizes = SIZES.get(kind, BOX_SIZES)
+        frames = min(frames, max(1, share * structures // (3 * whole)))
+        for index in range(round(share * structures / whole / frames)):
             # multiples of these irrational numbers fill the square evenly (the R2 sequence)
             x, y = (0.5 + (index + 1) * np.array([0.7548776662466927, 0.5698402909980532])) % 1
             low, high = TEMPERATURES.get(kind, (280.0, 360.0))
@@ -325,12 +337,16 @@ def sample(trajectory: Trajectory, seed: int) -> list[Atoms]:
     rng = np.random.default_rng([seed, *trajectory.name.encode()])
     if trajectory.kind in ("dimer", "molecule"):
         frames = _random(trajectory, rng)
+    elif trajectory.kind == "contact":
+        frames = (_contact(rng) for _ in range(trajectory.frames))
     else:
         frames = _dynamics(trajectory, rng)
     kept = []
     for number, frame in enumerate(frames):
         data_id = f"water_{trajectory.kind}"
-        if frame.pbc.any() and number % STRAINED_EVERY == STRAINED_EVERY - 1:
+        if trajectory.kind == "squeezed":
+            frame = _squeezed(frame, rng)
+        elif frame.pbc.any() and number % STRAINED_EVERY == STRAINED_EVERY - 1:
             frame, data_id = _strained(frame, rng), "water_strained"
         labelled = _label(frame)
         if np.abs(labelled.get_forces()).max() < MAX_FORCE:
@@ -406,6 +422,55 @@ def _random(trajectory: Trajectory, rng: np.random.Generator) -> Iterator[Atoms]
                 continue
         made += 1
         yield Atoms("OH2" * trajectory.waters, placed.reshape(-1, 3))
+
+
+def _closest() -> np.ndarray:
+    """The least distance in Å of two molecules' atoms, (3, 3), that any contact has."""
+    names = ("O", "H", "H")
+    pairs = [[tuple(sorted((one, other), reverse=True)) for other in names] for one in names]
+    return np.array([[CONTACTS[pair][0] for pair in row] for row in pairs])
+
+
+def _touching(rng: np.random.Generator) -> tuple[int, int, float]:
+    """Which atom of one molecule comes how close (Å) to which atom of another; half are H and H."""
+    kinds = list(CONTACTS)
+    kind = kinds[rng.choice(3, p=(0.5, 0.25, 0.25))]
+    first, second = (0 if name == "O" else int(rng.integers(1, 3)) for name in kind)
+    return first, second, float(rng.uniform(*CONTACTS[kind]))
+
+
+def _contact(rng: np.random.Generator) -> Atoms:
+    """Two waters in vacuum, turned at random, that touch."""
+    while True:
+        placed = molecules(rng, 2, rng.choice([0.01, 0.03]))
+        first, second, distance = _touching(rng)
+        direction = rng.normal(size=3)
+        direction *= distance / np.linalg.norm(direction)
+        placed[1] += placed[0, first] + direction - placed[1, second]
+        if (np.linalg.norm(placed[0][:, None] - placed[1], axis=2) > _closest() - 1e-9).all():
+            return Atoms("OH2OH2", placed.reshape(-1, 3))
+
+
+def _squeezed(frame: Atoms, rng: np.random.Generator) -> Atoms:
+    """A box in which one molecule is moved along the line of two atoms until they touch."""
+    waters = len(frame) // 3
+    while True:
+        first, second, distance = _touching(rng)
+        still = int(rng.integers(waters))
+        others = np.delete(np.arange(waters), still)
+        apart = frame.get_distances(3 * still + first, 3 * others + second, mic=True, vector=True)
+        nearest = int(np.linalg.norm(apart, axis=1).argmin())
+        line, moving = apart[nearest], int(others[nearest])
+        squeezed = frame.copy()
+        squeezed.positions[3 * moving : 3 * moving + 3] += line * (
+            distance / np.linalg.norm(line) - 1
+        )
+        rest = np.delete(np.arange(len(frame)), range(3 * moving, 3 * moving + 3))
+        around = np.stack(
+            [squeezed.get_distances(3 * moving + k, rest, mic=True) for k in range(3)]
+        )
+        if (around > np.tile(_closest(), waters - 1) - 1e-9).all():
+            return squeezed
 
 
 def _strained(frame: Atoms, rng: np.random.Generator) -> Atoms:
@@ -582,7 +647,7 @@ def _work(task: tuple[Trajectory, int, Path]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite data water`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--structures", type=int, default=4000, help="about how many")
+    parser.add_argument("--structures", type=int, default=4600, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
 

@@ -188,8 +188,8 @@ def test_a_cluster_has_no_stress():
 
 
 def test_the_plan_covers_its_ranges_in_every_split():
-    trajectories = plan(4000)
-    assert sum(t.frames for t in trajectories) == pytest.approx(4000, rel=0.02)
+    trajectories = plan(4600)
+    assert sum(t.frames for t in trajectories) == pytest.approx(4600, rel=0.02)
     assert len({t.name for t in trajectories}) == len(trajectories)
     boxes = [t for t in trajectories if t.kind in ("npt", "nvt")]
     for split in SPLITS:
@@ -201,7 +201,7 @@ def test_the_plan_covers_its_ranges_in_every_split():
     ):
         assert low <= min(values) < low + 0.1 * (high - low)
         assert high >= max(values) > high - 0.1 * (high - low)
-    assert 0.7 < sum(t.frames for t in trajectories if t.split == "train") / 4000 < 0.9
+    assert 0.7 < sum(t.frames for t in trajectories if t.split == "train") / 4600 < 0.9
 
 
 def test_too_few_structures_for_three_splits_are_refused():
@@ -255,6 +255,40 @@ def test_molecules_and_pairs_need_no_sampler():
     apart = np.array([pair.get_distance(0, 3) for pair in pairs])
     assert apart.min() > 2.3 and apart.max() < 9.1
     assert apart.max() - apart.min() > 4
+
+
+def closest(frames: list, one: str, other: str) -> np.ndarray:
+    """Of each frame, the least distance of such atoms of two molecules."""
+    found = []
+    for frame in frames:
+        apart = frame.get_all_distances(mic=True)
+        owner = np.arange(len(frame)) // 3
+        symbols = np.array(frame.get_chemical_symbols())
+        rows, columns = np.flatnonzero(symbols == one), np.flatnonzero(symbols == other)
+        between = owner[rows][:, None] != owner[columns]
+        found.append(apart[np.ix_(rows, columns)][between].min())
+    return np.array(found)
+
+
+def test_contacts_are_closer_than_the_liquid_s_and_never_closer_than_said(quick):
+    pairs = sample(short("c", "contact", 2, "train", 40), 0)
+    boxes = sample(short("s", "squeezed", 16, "train", 12), 0)
+    liquid = sample(short("l", "nvt", 16, "train", 6), 0)
+    usual = closest(liquid, "H", "H").min()
+    for frames in (pairs, boxes):
+        assert {frame.info["data_id"] for frame in frames} <= {"water_contact", "water_squeezed"}
+        for (one, other), (low, _) in water.CONTACTS.items():
+            assert closest(frames, one, other).min() > low - 1e-6
+        assert (closest(frames, "H", "H") < usual).mean() > 0.3
+        assert max(np.abs(frame.get_forces()).max() for frame in frames) < water.MAX_FORCE
+    assert not any(frame.pbc.any() for frame in pairs) and all(f.pbc.all() for f in boxes)
+
+
+def test_older_kinds_stay_as_they_were_when_kinds_are_added(monkeypatch):
+    names = {trajectory.name for trajectory in plan(4600)}
+    few = {kind: water.KINDS[kind] for kind in ("npt", "nvt", "cluster", "dimer", "molecule")}
+    monkeypatch.setattr(water, "KINDS", few)
+    assert names > {trajectory.name for trajectory in plan(4000)}
 
 
 LISTED = [
