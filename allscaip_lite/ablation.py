@@ -336,6 +336,19 @@ def tail_exponent(
     return float(minimize_scalar(misfit, bounds=bounds, method="bounded").x)
 
 
+def tail_misfit(
+    distance: Sequence[float],
+    energy: Sequence[float],
+    truth: Sequence[float],
+    window: tuple[float, float],
+) -> float:
+    """How far a curve's shape is from the truth's inside `window` (Å), in meV: the mean absolute
+    difference of the two, each less its mean there. A flat curve has the truth's own spread."""
+    distance, shape = np.asarray(distance, float), np.asarray(energy) - np.asarray(truth)
+    shape = shape[(distance >= window[0]) & (distance <= window[1])]
+    return float(1000 * np.abs(shape - shape.mean()).mean())
+
+
 @torch.no_grad()
 def throughput(study: Study, test: Selection, rounds: int = 9) -> dict[str, float]:
     """Atoms a second of every kind of model (`Cell.kind`): energies and forces of the first batch
@@ -502,6 +515,36 @@ def to_markdown(table: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tails_to_markdown(table: Mapping[str, Any]) -> str:
+    """By curve, the steepest first: exponent of the truth's tail, `tail_misfit` of a flat line, and
+    of the models, mean over seeds (smallest–largest), in meV."""
+    window = tuple(table["study"]["window"])
+    kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in table["cells"]:
+        kinds.setdefault((row["name"].split("-")[0], row["angular"]), []).append(row["curves"])
+    names = [f"{variant}{', LAE' if angular else ''}" for variant, angular in kinds]
+    lines = [
+        "| curve | exponent | flat | " + " | ".join(names) + " |",
+        "|---|---:|---:|" + "---:|" * len(names),
+    ]
+    found = []
+    for curve, truth in table["truth"].items():
+        distance, energy = truth["distance"], truth["energy"]
+        if max(distance) < window[1]:
+            continue  # opposite ions that meet as neutral atoms further out
+        flat = tail_misfit(distance, [0.0] * len(energy), energy, window)
+        cells = [curve, f"{tail_exponent(distance, energy, window):.1f}", f"{flat:.0f}"]
+        for seeds in kinds.values():
+            misfits = [
+                tail_misfit(distance, curves[curve]["energy"], energy, window) for curves in seeds
+            ]
+            least, most = f"{min(misfits):.0f}", f"{max(misfits):.0f}"
+            spread = f" ({least}–{most})" if least != most else ""
+            cells.append(f"{statistics.mean(misfits):.0f}{spread}")
+        found.append((-flat, "| " + " | ".join(cells) + " |"))
+    return "\n".join([*lines, *(line for _, line in sorted(found))])
+
+
 def _by_amount(table: Mapping[str, Any]) -> str:
     groups: dict[tuple, dict[int, list[dict[str, float]]]] = {}
     for row in table["cells"]:
@@ -555,6 +598,8 @@ def run(args: argparse.Namespace) -> int:
             raise AblationError("--show: which table? As in --results data/long-range/ions.json")
         table = json.loads(args.results.read_text())
         print(f"{table['done']}\n\n{to_markdown(table)}")
+        if args.study in ("ions", "pairs"):  # of a chain, longer means other atoms
+            print(f"\n{tails_to_markdown(table)}")
         return 0
     if args.data is None or args.out is None:
         raise AblationError("say where the data are, with --data, and the runs, with --out")

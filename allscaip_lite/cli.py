@@ -88,6 +88,11 @@ COMMANDS = {
         "molecular dynamics at constant energy, volume or pressure",
         "the same command goes on from the last structure it saved",
     ),
+    "leaderboard": Command(
+        "leaderboard",
+        "predictions for an evaluation of OMol25's leaderboard, from its input file",
+        "the same command goes on from here",
+    ),
     "stability": Command(
         "stability",
         "whether molecules hold together in dynamics, and keep their energy when they are turned",

@@ -420,6 +420,7 @@ CHARGED = {"NH3+": ("[NH3+]", 1), "NH2": ("[NH3+]", 0), "S-": ("S", -1), "SH": (
 ENDS = {"OH": "O", "F": "F", "Cl": "Cl", "CN": "C#N"}
 LENGTHS = tuple(range(3, 16))  # CH2 groups between
 TRAINED_LENGTH = 10  # longer chains are in `test` alone
+DISPLACEMENT = 0.01  # Å: strain is to stay small beside what the charge does
 UNSEEN_END = "Cl"  # with a charge at the other end, this one is in `test` alone
 
 
@@ -452,12 +453,12 @@ def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int
 
 
 def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator | None) -> Atoms:
-    """A labelled chain; with `rng`, atoms displaced by 0.03 Å. `info` as in `together`, with the
+    """A labelled chain; with `rng`, atoms displaced a little. `info` as in `together`, with the
     end group as the probe; StateError where the SCF fails."""
     atoms, heavy, group = _stretched(start, groups, end)
     atoms = atoms.copy()
     if rng is not None:
-        atoms.positions += 0.03 * rng.normal(size=atoms.positions.shape)
+        atoms.positions += DISPLACEMENT * rng.normal(size=atoms.positions.shape)
     axis = atoms.positions[heavy] - atoms.positions[0]
     distance = float(np.linalg.norm(axis))
     charge = int(atoms.info["charge"])

@@ -23,6 +23,7 @@ from allscaip_lite.ablation import (
     pull,
     run_study,
     tail_exponent,
+    tail_misfit,
 )
 from allscaip_lite.cli import main
 from allscaip_lite.data import Dataset
@@ -87,6 +88,46 @@ def test_the_exponent_of_a_power_law_is_found(power):
 def test_a_flat_tail_has_no_exponent():
     r = np.arange(2, 30, 0.5)
     assert np.isnan(tail_exponent(r, np.where(r < 5, 1 / r, 0.2), (6, 20)))
+
+
+def test_the_misfit_of_a_tail_is_its_shape_s_and_no_shift_s():
+    distance = np.arange(2.0, 20.5, 0.5)
+    truth = 14.4 / distance
+    window = (6.0, 20.0)
+    assert tail_misfit(distance, truth + 3.0, truth, window) == pytest.approx(0, abs=1e-9)
+    inside = truth[distance >= 6]
+    spread = 1000 * np.abs(inside - inside.mean()).mean()
+    assert tail_misfit(distance, np.zeros_like(truth), truth, window) == pytest.approx(spread)
+    near = np.where(distance < 6, 100.0, truth)  # what is outside does not count
+    assert tail_misfit(distance, near, truth, window) == pytest.approx(0, abs=1e-9)
+
+
+def test_tails_are_shown_steepest_first_and_only_where_they_reach(tmp_path, capsys):
+    distance = np.arange(2.0, 20.5, 0.5)
+    curve = {
+        "ions": {"distance": list(distance), "energy": list(14.4 / distance)},
+        "weak": {"distance": list(distance), "energy": list(14.4 / distance**2)},
+        "short": {"distance": [2.0, 4.0], "energy": [1.0, 0.5]},
+    }
+    known = {name: {**values, "energy": [0.0] * 37} for name, values in curve.items()}
+    whole = {"structures": 5, "energy_mae": 1.0, "force_mae": 1.0}
+
+    def row(name, curves):
+        same = {"angular": False, "size": "small", "structures": 9, "errors": {"all": whole}}
+        return {"name": name, "curves": curves, **same}
+
+    cells = [row("local-plain-small-seed0", known), row("rotary-plain-small-seed0", curve)]
+    study = dataclasses.asdict(STUDIES["ions"])
+    table = {"done": "2 of 18 cells", "study": study, "truth": curve, "cells": cells}
+    ablation.write_table(table, tmp_path / "a.json")
+    assert main(["ablation", "ions", "--show", "--results", str(tmp_path / "a.json")]) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("| curve") :].splitlines()
+    assert lines[0] == "| curve | exponent | flat | local | rotary |"
+    (ions, weak) = lines[2:]
+    flat = tail_misfit(distance, np.zeros(37), 14.4 / distance, (6.0, 20.0))
+    assert ions == f"| ions | 1.0 | {flat:.0f} | {flat:.0f} | 0 |"
+    assert weak.startswith("| weak | 2.0 |") and weak.endswith("| 0 |")
 
 
 def test_errors_of_a_model_without_knowledge_are_the_labels(data):
@@ -190,7 +231,7 @@ def test_a_table_is_shown_by_variant_with_the_spread_of_its_seeds(tmp_path, caps
     cells = [row("local-lae-small-seed0", 10, 1), row("local-lae-small-seed1", 20, 3)]
     table = {"done": "3 of 18 cells", "cells": [*cells, row("rotary-lae-small-seed0", 4, 5)]}
     ablation.write_table(table, tmp_path / "a.json")
-    assert main(["ablation", "ions", "--show", "--results", str(tmp_path / "a.json")]) == 0
+    assert main(["ablation", "chain", "--show", "--results", str(tmp_path / "a.json")]) == 0
     text = capsys.readouterr().out
     assert "3 of 18 cells" in text
     assert "| local | yes | small | 9 | 2 | 15 (10–20) / 2 |" in text
