@@ -8,8 +8,8 @@ apart in steps.
 - `ions`: point charges ±1 and dipoles with a soft core. The truth is a formula: labels are exact.
 - `pairs`: ions and polar molecules at GFN2-xTB, 2 to 15 Å apart; some pairs are in `test` alone,
   others are trained on up to 9 Å only.
-- `chain`: molecules with a charge at one end and a polar group at the other, 5 to 20 Å away, at
-  GFN2-xTB.
+- `chain`: molecules with a charge at one end and a polar group, or another such charge, at the
+  other, 5 to 20 Å away, at GFN2-xTB.
 
 A model that sees only so far cannot tell two structures apart that differ only in a wider gap
 (paper, arXiv 2603.06567, on all-to-all node attention): these are the structures that show it.
@@ -417,11 +417,12 @@ def _pair_curve(first: str, second: str, rng: np.random.Generator) -> list[Atoms
 
 # SMILES of one end and its charge; -NH2 and -S- are made from the SMILES by taking a proton away
 CHARGED = {"NH3+": ("[NH3+]", 1), "NH2": ("[NH3+]", 0), "S-": ("S", -1), "SH": ("S", 0)}
-ENDS = {"OH": "O", "F": "F", "Cl": "Cl", "CN": "C#N"}
+# SMILES of the other end and its charge
+ENDS = {"OH": ("O", 0), "F": ("F", 0), "CN": ("C#N", 0), "NH3+": ("[NH3+]", 1), "S-": ("[S-]", -1)}
 LENGTHS = tuple(range(3, 16))  # CH2 groups between
 TRAINED_LENGTH = 10  # longer chains are in `test` alone
 DISPLACEMENT = 0.01  # Å: strain is to stay small beside what the charge does
-UNSEEN_END = "Cl"  # with a charge at the other end, this one is in `test` alone
+UNSEEN_END = "F"  # with a charge at the other end, this one is in `test` alone
 
 
 @cache
@@ -430,7 +431,7 @@ def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int
     from rdkit import Chem
     from rdkit.Chem import AllChem, rdMolTransforms
 
-    smiles = CHARGED[start][0] + "C" * groups + ENDS[end]
+    smiles = CHARGED[start][0] + "C" * groups + ENDS[end][0]
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     if AllChem.EmbedMolecule(molecule, randomSeed=1) != 0:
         raise LongRangeError(f"no conformer of {smiles}")
@@ -448,7 +449,7 @@ def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int
         proton = max(index for index in bound if numbers[index] == 1)
         group = {index - (index > proton) for index in group}
         del atoms[proton]
-    atoms.info = {"charge": CHARGED[start][1], "spin": 1}
+    atoms.info = {"charge": CHARGED[start][1] + ENDS[end][1], "spin": 1}
     return atoms, heavy, tuple(sorted(group))
 
 
@@ -481,14 +482,16 @@ def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator
 def chains(structures: int, seed: int) -> dict[str, list[Atoms]]:
     """About that many structures by file: {train, val, test, curves}.
 
-    Chains of 3 to 15 CH2 groups with -NH3+, -NH2, -S- or -SH at one end and -OH, -F, -Cl or -CN at
-    the other. `test` has a tenth of what is trained on (`chain_seen`), chains of more than 10
-    groups (`chain_unseen_length`), and -Cl opposite a charge (`chain_unseen_end`). Both states of a
-    curve share one geometry: their difference is what the charge does.
+    Chains of 3 to 15 CH2 groups with -NH3+, -NH2, -S- or -SH at one end and -OH, -F, -CN, -NH3+ or
+    -S- at the other, but not two opposite charges, between which an electron would cross. `test`
+    has a tenth of what is trained on (`chain_seen`), chains of more than 10 groups
+    (`chain_unseen_length`), and -F opposite a charge (`chain_unseen_end`). Both states of a curve
+    share one geometry: their difference is what the charge does.
     """
     found: dict[str, list[Atoms]] = {name: [] for name in FILES}
-    each = max(2, structures // (len(CHARGED) * len(ENDS) * len(LENGTHS)))
-    plan = [(s, n, e) for s in CHARGED for n in LENGTHS for e in ENDS]
+    ends = [(s, e) for s in CHARGED for e in ENDS if CHARGED[s][1] * ENDS[e][1] >= 0]
+    each = max(2, structures // (len(ends) * len(LENGTHS)))
+    plan = [(start, groups, end) for groups in LENGTHS for start, end in ends]
     for start, groups, end in tqdm(plan, "chains", disable=not sys.stderr.isatty()):
         rng = np.random.default_rng([seed, groups, *f"{start}{end}".encode()])
         for index in range(each):

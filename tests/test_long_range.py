@@ -94,9 +94,7 @@ def test_ions_are_two_groups_across_the_gap_they_state():
     for atoms in found:
         probe = atoms.info["probe"]
         first = [i for i in range(len(atoms)) if i not in probe]
-        between = np.linalg.norm(
-            atoms.positions[first][:, None] - atoms.positions[probe], axis=2
-        )
+        between = np.linalg.norm(atoms.positions[first][:, None] - atoms.positions[probe], axis=2)
         assert between.min() == pytest.approx(atoms.info["gap"])
         assert 2.0 <= atoms.info["gap"] <= 20.05
         assert atoms.info["charge"] == round(sum(CHARGES[s] for s in atoms.symbols))
@@ -229,12 +227,31 @@ def test_long_chains_and_the_unseen_end_are_in_test_alone():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_range, "LENGTHS", (3, TRAINED_LENGTH, TRAINED_LENGTH + 1))
         patch.setattr(long_range, "CHARGED", {"S-": ("S", -1), "SH": ("S", 0)})
-        found = chains(4 * 2 * 4 * 3, seed=0)
+        found = chains(4 * 9 * 3, seed=0)
     for atoms in found["train"] + found["val"]:
         assert atoms.info["data_id"] == "chain_seen"
         assert (atoms.numbers == 6).sum() <= TRAINED_LENGTH + 1
-        assert not (17 in atoms.numbers and atoms.info["charge"])
+        assert not (9 in atoms.numbers and atoms.info["charge"])
     assert {"chain_unseen_length", "chain_unseen_end"} <= {a.info["data_id"] for a in found["test"]}
+    assert "S-...S-" in {a.info["source"] for a in found["curves"]}
+    assert "S-...NH3+" not in {a.info["source"] for a in found["curves"]}
+
+
+def test_two_charges_of_a_chain_push_each_other_apart():
+    pytest.importorskip("tblite")
+    pytest.importorskip("rdkit")
+
+    def energy(groups, start, end):
+        return chain(start, groups, end, "curve", None).get_potential_energy()
+
+    pushes = []
+    for groups in (4, 10):  # what both ends do together and none alone
+        both = energy(groups, "NH3+", "NH3+") + energy(groups, "NH2", "OH")
+        pushes.append(both - energy(groups, "NH3+", "OH") - energy(groups, "NH2", "NH3+"))
+    distances = [chain("NH3+", n, "NH3+", "curve", None).info["distance"] for n in (4, 10)]
+    assert chain("NH3+", 4, "NH3+", "curve", None).info["charge"] == 2
+    for push, distance in zip(pushes, distances, strict=True):
+        assert 0.4 < push * distance / COULOMB < 1.2  # Coulomb's law, screened by the chain
 
 
 def test_another_state_is_an_error_that_says_so():
