@@ -40,7 +40,7 @@ class Batch:
 def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
     """Labelled structures as one batch; with a seed, each turned by a random rotation."""
     systems = list(systems)
-    forces = [system.get_forces() for system in systems]
+    forces = [system.calc.results["forces"] for system in systems]
     stress = [_stress(system) for system in systems]
     if rotation_seed is not None:
         rotations = Rotation.random(len(systems), rng=np.random.default_rng(rotation_seed))

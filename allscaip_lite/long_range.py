@@ -428,9 +428,10 @@ UNSEEN_END = "F"  # with a charge at the other end, this one is in `test` alone
 @cache
 def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int, ...]]:
     """All-trans start–(CH2)n–end: atoms, the first heavy atom, and the end group's atoms."""
-    from rdkit import Chem
+    from rdkit import Chem, RDLogger
     from rdkit.Chem import AllChem, rdMolTransforms
 
+    RDLogger.DisableLog("rdApp.*")  # a complaint for each charged end
     smiles = CHARGED[start][0] + "C" * groups + ENDS[end][0]
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     if AllChem.EmbedMolecule(molecule, randomSeed=1) != 0:
