@@ -157,11 +157,9 @@ STUDIES = {
     "table": Study(
         sizes=("small", "medium"),
         structures=(250, 1000, 4000, 16000),
-        steps=2000,
-        max_atoms=350,
-        learning_rate=1e-3,
+        steps=1200,
+        max_atoms=100,
         weights=(10.0, 10.0),
-        conservative=False,
         throughput=True,
         bins=(),
     ),
