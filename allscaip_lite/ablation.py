@@ -205,7 +205,9 @@ def make_model(config: AllScAIPConfig, data: Dataset | Selection, seed: int) -> 
     return model
 
 
-def run_cell(study: Study, cell: Cell, data: Path, folder: Path) -> dict[str, Any]:
+def run_cell(
+    study: Study, cell: Cell, data: Path, folder: Path, compile: bool = False
+) -> dict[str, Any]:
     """Train one cell and measure it; `folder` keeps what it takes to go on, and the weights.
 
     `data` is a folder with `{train,val,test}.aselmdb`, and `curves.aselmdb` where there are any.
@@ -226,6 +228,7 @@ def run_cell(study: Study, cell: Cell, data: Path, folder: Path) -> dict[str, An
         seed=cell.seed,
         validate_every=max(1, study.steps // 2),
         save_every=200,
+        compile=compile,
         fabric=lightning_fabric.Fabric(accelerator="auto", devices=1),
     )
     seconds = time.monotonic() - started
@@ -379,11 +382,12 @@ def run_study(
     *,
     cells: Sequence[str] = ("*",),
     hours: float = float("inf"),
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Run the cells that are not done yet, store each, and return `collect`'s table.
 
     `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
-    was stopped goes on where it was. The table is written to `results` after every cell. Raises
+    was stopped goes on where it was. `compile` is `train`'s. The table is written to `results` after every cell. Raises
     AblationError where `folder` holds another study or other data, or no cell has such a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -404,7 +408,7 @@ def run_study(
             break
         number = len(wanted) - len(waiting) + finished + 1
         print(f"{cell.name}: {number} of {len(wanted)}", flush=True)
-        row = run_cell(study, cell, data, folder / cell.name)
+        row = run_cell(study, cell, data, folder / cell.name, compile)
         store_text(folder / f"{cell.name}.json", json.dumps(row))
         finished += 1
         pace = (time.monotonic() - started) / finished
@@ -584,6 +588,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'rotary-*-seed0'"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="train faster on a CPU, by kernels in C (needs gcc)"
+    )
     parser.add_argument("--show", action="store_true", help="only print the table --results holds")
     parser.add_argument("--list", action="store_true", help="only say which cells are done")
 
@@ -606,7 +613,15 @@ def run(args: argparse.Namespace) -> int:
             done = (args.out / f"{cell.name}.json").exists()
             print(f"{cell.name}: {'done' if done else 'to do'}")
         return 0
-    table = run_study(study, args.data, args.out, args.results, cells=args.cells, hours=args.hours)
+    table = run_study(
+        study,
+        args.data,
+        args.out,
+        args.results,
+        cells=args.cells,
+        hours=args.hours,
+        compile=args.compile,
+    )
     print(table["done"])
     return 0
 

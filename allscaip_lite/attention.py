@@ -37,12 +37,13 @@ def angular_logits(q: Tensor, k: Tensor, legendre: Tensor | None, groups: list[s
     legendre (l, N, K, K) starts at l = 1. The reference repeats every channel 2l+1 times and
     multiplies by Y_lm on both sides; by the addition theorem that is this sum.
     """
-    first = groups[0]
-    logits = q[..., first] @ k[..., first].transpose(-1, -2)
-    for l, group in enumerate(groups[1:]):
-        if group.stop > group.start:
-            product = q[..., group] @ k[..., group].transpose(-1, -2)
-            logits = logits + legendre[l, :, : q.shape[2]] * product
+    sizes = [group.stop - group.start for group in groups]
+    # split and unbind, not slices: the derivative of a slice is as large as what it was cut from
+    first, *others = zip(q.split(sizes, -1), k.split(sizes, -1), strict=True)
+    logits = first[0] @ first[1].transpose(-1, -2)
+    for (q_l, k_l), p in zip(others, () if legendre is None else legendre.unbind(), strict=True):
+        if q_l.shape[-1]:
+            logits = logits + p[:, : q.shape[2]] * (q_l @ k_l.transpose(-1, -2))
     return logits
 
 

@@ -224,21 +224,53 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         qkv = qkv.contiguous()
         mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        ctx.arguments = (rows, state, log_weight.detach(), direction.detach(), num_heads, widths)
-        ctx.save_for_backward(qkv)
-        _call(load_kernels(qkv.dtype).attention_forward, *ctx.arguments, qkv, mixed)
+        ctx.save_for_backward(qkv, log_weight, direction)
+        ctx.shape = (rows, state, num_heads, widths)
+        kernel = load_kernels(qkv.dtype).attention_forward
+        _call(kernel, rows, state, log_weight, direction, num_heads, widths, qkv, mixed)
         return mixed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv,) = ctx.saved_tensors
-        kernel = load_kernels(qkv.dtype).attention_backward
-        d_qkv = torch.empty_like(qkv)
-        d_log_weight, d_direction = (torch.empty_like(x) for x in ctx.arguments[2:4])
+        derivatives = _AttentionDerivative.apply(gradient, *ctx.saved_tensors, *ctx.shape)
+        return *derivatives, None, None, None, None
+
+
+class _AttentionDerivative(torch.autograd.Function):
+    """What `_Attention` gives back, itself differentiable, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gradient: Tensor,
+        qkv: Tensor,
+        log_weight: Tensor,
+        direction: Tensor,
+        rows: Rows,
+        state: Tensor,
+        num_heads: int,
+        widths: list[int],
+    ) -> tuple[Tensor, ...]:
         gradient = gradient.contiguous()
-        _call(kernel, *ctx.arguments, qkv, gradient, d_qkv, d_log_weight, d_direction)
-        return d_qkv, d_log_weight, d_direction, None, None, None, None
+        ctx.save_for_backward(gradient, qkv, log_weight, direction)
+        ctx.shape = (rows, state, num_heads, widths)
+        results = tuple(torch.empty_like(x) for x in (qkv, log_weight, direction))
+        kernel = load_kernels(qkv.dtype).attention_backward
+        about = (rows, state, log_weight, direction, num_heads, widths)
+        _call(kernel, *about, qkv, gradient, *results)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *changes: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, qkv, log_weight, direction = ctx.saved_tensors
+        rows, state, num_heads, widths = ctx.shape
+        results = [torch.empty_like(x) for x in (qkv, gradient, log_weight, direction)]
+        kernel = load_kernels(qkv.dtype).attention_twice
+        about = (rows, state, log_weight, direction, num_heads, widths)
+        _call(kernel, *about, qkv, gradient, *(x.contiguous() for x in changes), *results)
+        d_qkv, d_gradient, d_log_weight, d_direction = results
+        return d_gradient, d_qkv, d_log_weight, d_direction, None, None, None, None
 
 
 class _PairSums(torch.autograd.Function):
@@ -246,15 +278,41 @@ class _PairSums(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, direction: Tensor, rows: Rows, degree: int) -> Tensor:
         weight = weight.contiguous()
         sums = weight.new_empty(len(rows.first) - 1, degree)
-        ctx.arguments = (rows, rows.source, weight, direction.detach(), 1, [1], degree, weight)
-        ctx.save_for_backward(weight)
-        _call(load_kernels(weight.dtype).order_forward, *ctx.arguments, sums)
+        ctx.save_for_backward(weight, direction)
+        ctx.shape = (rows, degree)
+        kernel = load_kernels(weight.dtype).order_forward
+        _call(kernel, rows, rows.source, weight, direction, 1, [1], degree, weight, sums)
         return sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kernel = load_kernels(gradient.dtype).order_backward
-        d_weight, d_direction = (torch.empty_like(x) for x in ctx.arguments[2:4])
-        _call(kernel, *ctx.arguments, gradient.contiguous(), d_weight, d_direction)
-        return d_weight, d_direction, None, None
+        derivatives = _PairSumsDerivative.apply(gradient, *ctx.saved_tensors, *ctx.shape)
+        return *derivatives, None, None
+
+
+class _PairSumsDerivative(torch.autograd.Function):
+    """What `_PairSums` gives back, itself differentiable, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, weight: Tensor, direction: Tensor, rows: Rows, degree: int
+    ) -> tuple[Tensor, ...]:
+        gradient = gradient.contiguous()
+        ctx.save_for_backward(gradient, weight, direction)
+        ctx.shape = (rows, degree)
+        results = torch.empty_like(weight), torch.empty_like(direction)
+        kernel = load_kernels(weight.dtype).order_backward
+        about = (rows, rows.source, weight, direction, 1, [1], degree)
+        _call(kernel, *about, weight, gradient, *results)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *changes: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, weight, direction = ctx.saved_tensors
+        rows, degree = ctx.shape
+        results = [torch.empty_like(x) for x in (gradient, weight, direction)]
+        kernel = load_kernels(weight.dtype).order_twice
+        about = (rows, rows.source, weight, direction, 1, [1], degree)
+        _call(kernel, *about, weight, gradient, *(x.contiguous() for x in changes), *results)
+        return *results, None, None

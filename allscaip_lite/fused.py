@@ -52,8 +52,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if _HAS_ONEDNN and on_cpu and x.numel() and weight.numel():
-        return _OneDNNLinear.apply(x.contiguous(), weight.contiguous(), bias)
+        return _OneDNNLinear.apply(_plain(x), _plain(weight), bias)
     return F.linear(x, weight, bias)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A matrix that oneDNN can read as it lies, also the transpose of one; others are copied."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 class Linear(nn.Linear):

@@ -87,9 +87,10 @@ static inline REAL exponential(REAL x)
 }
 
 /* legendre[l-1][e][f] = P_l(cos of e and f) for l = 1 .. degree, rows of `wide`; 0 for the
-   self-edge, which has no direction, and in the padding. slope, if it is there: P_l', which means
-   nothing in those places. */
-static void angles(size_t n, size_t wide, int degree, const REAL *direction, REAL *legendre, REAL *slope)
+   self-edge, which has no direction, and in the padding. slope and curvature, if they are there:
+   P_l' and P_l'', which mean nothing in those places. */
+static void angles(size_t n, size_t wide, int degree, const REAL *direction, REAL *legendre,
+                   REAL *slope, REAL *curvature)
 {
     size_t layer = (size_t)n * wide;
     if (degree < 1)
@@ -119,6 +120,12 @@ static void angles(size_t n, size_t wide, int degree, const REAL *direction, REA
         for (size_t ef = 0; ef < layer; ef++)
             now[ef] = (l ? (2 * l + 1) * p[ef] : 1) + (l > 1 ? before[ef] : 0);
     }
+    for (int l = 0; curvature && l < degree; l++) { /* and so the next: (2l+1) P_l' + P_(l-1)'' */
+        const REAL *p = slope + (l - 1) * layer, *before = curvature + (l - 2) * layer;
+        REAL *now = curvature + l * layer;
+        for (size_t ef = 0; ef < layer; ef++)
+            now[ef] = (l ? (2 * l + 1) * p[ef] : 0) + (l > 1 ? before[ef] : 0);
+    }
 }
 
 /* d_direction[e] += sum_f (pull[e][f] + pull[f][e]) direction[f], pull being dE/dcos */
@@ -130,6 +137,18 @@ static void turn(size_t n, size_t wide, const REAL *pull, const REAL *direction,
             for (int x = 0; x < 3; x++)
                 d_direction[3 * e + x] += both * direction[3 * f + x];
         }
+}
+
+/* change[e][f] = d(cos of e and f) where the directions change by d_direction; 0 as in `angles` */
+static void cosine_change(size_t n, size_t wide, const REAL *direction, const REAL *d_direction,
+                          REAL *change)
+{
+    memset(change, 0, n * wide * sizeof(REAL));
+    for (size_t e = 1; e < n; e++)
+        for (size_t f = 1; f < n; f++)
+            for (int x = 0; x < 3; x++)
+                change[e * wide + f] += d_direction[3 * e + x] * direction[3 * f + x] +
+                                        direction[3 * e + x] * d_direction[3 * f + x];
 }
 
 /* --- neighbourhood attention ------------------------------------------------------------------ */
@@ -209,7 +228,7 @@ int attention_forward(const Rows *rows, int begin, int end, const REAL *qkv, REA
         for (size_t e = 0; e < n; e++)
             memcpy(local + e * 3 * hidden, qkv + state[e] * 3 * hidden, 3 * hidden * sizeof(REAL));
         pad_bias(n, wide, rows->log_weight + rows->first[i], bias);
-        angles(n, wide, degrees, rows->direction + 3 * rows->first[i], legendre, NULL);
+        angles(n, wide, degrees, rows->direction + 3 * rows->first[i], legendre, NULL, NULL);
         for (int head = 0; head < rows->heads; head++) {
             const REAL *q = local + head * size, *k = q + hidden, *v = k + hidden;
             transpose(n, size, k, 3 * hidden, keys, wide);
@@ -256,7 +275,7 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
         memset(d_bias, 0, n * sizeof(REAL));
         memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
         pad_bias(n, wide, rows->log_weight + rows->first[i], bias);
-        angles(n, wide, degrees, direction, legendre, slope);
+        angles(n, wide, degrees, direction, legendre, slope, NULL);
         for (int head = 0; head < rows->heads; head++) {
             const REAL *q = local + head * size, *k = q + hidden, *v = k + hidden;
             transpose(n, size, k, 3 * hidden, keys, wide);
@@ -310,6 +329,195 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
     return 0;
 }
 
+/* The derivative's derivative, for training on forces. `change`_qkv, _log_weight and _direction are
+   what comes back to the three results of attention_backward; out go, all written, the derivatives
+   by its four inputs: d_qkv, d_gradient (M, heads*size), d_log_weight and d_direction.
+
+   Those three results, each times its change, add up to how far `gradient . attention` moves when
+   qkv, log_weight and direction move by the changes. That is what is written down here, forwards,
+   and then differentiated. Names: d_x is a derivative by x, x_change the movement of x. */
+int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const REAL *gradient,
+                    const REAL *change_qkv, const REAL *change_log_weight,
+                    const REAL *change_direction, REAL *d_qkv, REAL *d_gradient,
+                    REAL *d_log_weight, REAL *d_direction)
+{
+    size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
+    size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
+    size_t step = padded(size + W), tall = longest * step;
+    size_t layers = 8 * degrees + 2 + 13; /* square matrices */
+    REAL *memory = numbers(layers * square + (4 * size + 1) * wide + 7 * tall +
+                           8 * longest * hidden);
+    if (!memory)
+        return 1;
+    REAL *next = memory;
+#define TAKE(name, count) REAL *name = next; next += (count)
+    TAKE(legendre, degrees * square);
+    TAKE(slope, degrees * square);
+    TAKE(curvature, degrees * square);
+    TAKE(turned, degrees * square); /* how far P_l moves */
+    TAKE(d_legendre, degrees * square);
+    TAKE(d_turned, degrees * square);
+    TAKE(score, (degrees + 1) * square);
+    TAKE(moved, (degrees + 1) * square); /* how far score moves */
+    TAKE(other, square);
+    TAKE(cosine, square); /* how far cosines move */
+    TAKE(weight, square);
+    TAKE(d_weight, square);
+    TAKE(logit, square); /* how far logits move; in the end dE/dlogit */
+    TAKE(weight_change, square);
+    TAKE(d_weight_2, square);
+    TAKE(d_change, square); /* dE/d(logit's movement), which is dE/dlogit of the first derivative */
+    TAKE(first, square);
+    TAKE(second, square);
+    TAKE(d_cosine, square);
+    TAKE(d_cosine_change, square);
+    next += square;
+    TAKE(keys, size * wide);
+    TAKE(values, size * wide);
+    TAKE(key_changes, size * wide);
+    TAKE(value_changes, size * wide);
+    TAKE(bias, wide);
+    TAKE(dq, tall);
+    TAKE(dq_2, tall);
+    TAKE(dk, tall);
+    TAKE(dk_2, tall);
+    TAKE(dv, tall);
+    TAKE(out, tall);
+    TAKE(out_2, tall);
+    TAKE(local, longest * 3 * hidden);
+    TAKE(change, longest * 3 * hidden);
+    TAKE(g, longest * hidden);
+#undef TAKE
+    REAL scale = 1 / sqrt((double)rows->size);
+    for (int i = begin; i < end; i++) {
+        const long *state = rows->state + rows->first[i], from = rows->first[i];
+        const REAL *direction = rows->direction + 3 * from, *d_u = change_direction + 3 * from;
+        const REAL *bias_change = change_log_weight + from;
+        size_t n = rows->first[i + 1] - from, layer = n * padded(n), inside = 3 * hidden;
+        wide = padded(n);
+        for (size_t e = 0; e < n; e++) {
+            memcpy(local + e * inside, qkv + state[e] * inside, inside * sizeof(REAL));
+            memcpy(change + e * inside, change_qkv + state[e] * inside, inside * sizeof(REAL));
+            memcpy(g + e * hidden, gradient + state[e] * hidden, hidden * sizeof(REAL));
+        }
+        memset(d_legendre, 0, degrees * layer * sizeof(REAL));
+        memset(d_turned, 0, degrees * layer * sizeof(REAL));
+        memset(d_log_weight + from, 0, n * sizeof(REAL));
+        memset(d_direction + 3 * from, 0, 3 * n * sizeof(REAL));
+        pad_bias(n, wide, rows->log_weight + from, bias);
+        angles(n, wide, degrees, direction, legendre, slope, curvature);
+        if (degrees)
+            cosine_change(n, wide, direction, d_u, cosine);
+        for (size_t l = 0; l < degrees; l++)
+            for (size_t ef = 0; ef < layer; ef++)
+                turned[l * layer + ef] = slope[l * layer + ef] * cosine[ef];
+        for (int head = 0; head < rows->heads; head++) {
+            const REAL *q = local + head * size, *k = q + hidden, *v = k + hidden;
+            const REAL *qc = change + head * size, *kc = qc + hidden, *vc = kc + hidden;
+            const REAL *go = g + head * size;
+            transpose(n, size, k, inside, keys, wide);
+            transpose(n, size, v, inside, values, wide);
+            transpose(n, size, kc, inside, key_changes, wide);
+            transpose(n, size, vc, inside, value_changes, wide);
+            attend(n, wide, rows, bias, q, inside, keys, legendre, score, weight);
+
+            /* forwards: how far products, logits and weights move */
+            for (size_t e = 0; e < n; e++)
+                for (size_t f = 0; f < wide; f++)
+                    logit[e * wide + f] = 0;
+            for (int l = 0, d = 0; l < rows->groups; d += rows->width[l++]) {
+                REAL *m = moved + l * layer;
+                if (!rows->width[l])
+                    continue;
+                product(n, wide, rows->width[l], qc + d, inside, 1, keys + d * wide, wide, m, wide);
+                product(n, wide, rows->width[l], q + d, inside, 1, key_changes + d * wide, wide,
+                        other, wide);
+                const REAL *s = score + l * layer, *p = legendre + (l - 1) * layer;
+                const REAL *t = turned + (l - 1) * layer;
+                for (size_t ef = 0; ef < layer; ef++) {
+                    m[ef] += other[ef];
+                    logit[ef] += scale * (l ? p[ef] * m[ef] + t[ef] * s[ef] : m[ef]);
+                }
+            }
+            product(n, wide, size, go, hidden, 1, values, wide, d_weight, wide);
+            product(n, wide, size, go, hidden, 1, value_changes, wide, d_weight_2, wide);
+            for (size_t e = 0; e < n; e++) {
+                REAL *w = weight + e * wide, *dw = d_weight + e * wide, *dl = logit + e * wide;
+                REAL *dc = d_change + e * wide, *wc = weight_change + e * wide;
+                REAL *b = d_weight_2 + e * wide, mean = 0, drift = 0, total = 0;
+                for (size_t f = 0; f < n; f++) {
+                    dl[f] += bias_change[f];
+                    mean += w[f] * dw[f];
+                    drift += w[f] * dl[f];
+                }
+                for (size_t f = 0; f < n; f++) {
+                    dc[f] = w[f] * (dw[f] - mean);
+                    wc[f] = w[f] * (dl[f] - drift);
+                    b[f] += dw[f] * (dl[f] - drift) - mean * dl[f];
+                    total += w[f] * b[f];
+                }
+                for (size_t f = 0; f < n; f++) { /* backwards, from weights to logits */
+                    dl[f] = w[f] * (b[f] - total);
+                    d_log_weight[from + f] += dl[f];
+                    dl[f] *= scale;
+                    dc[f] *= scale;
+                }
+                for (size_t f = n; f < wide; f++)
+                    dl[f] = dc[f] = wc[f] = w[f] = 0;
+            }
+            product(n, size, n, weight_change, wide, 1, v, inside, out, step);
+            product(n, size, n, weight, wide, 1, vc, inside, out_2, step);
+            product(n, size, n, weight_change, 1, wide, go, hidden, dv, step);
+            for (int l = 0, d = 0; l < rows->groups; d += rows->width[l++]) {
+                const REAL *by_change = d_change, *by_value = logit;
+                if (!rows->width[l])
+                    continue;
+                if (l) {
+                    const REAL *p = legendre + (l - 1) * layer, *t = turned + (l - 1) * layer;
+                    const REAL *s = score + l * layer, *m = moved + l * layer;
+                    REAL *dp = d_legendre + (l - 1) * layer, *dt = d_turned + (l - 1) * layer;
+                    for (size_t ef = 0; ef < layer; ef++) {
+                        first[ef] = d_change[ef] * p[ef];
+                        second[ef] = d_change[ef] * t[ef] + logit[ef] * p[ef];
+                        dp[ef] += d_change[ef] * m[ef] + logit[ef] * s[ef];
+                        dt[ef] += d_change[ef] * s[ef];
+                    }
+                    by_change = first, by_value = second;
+                }
+                product(n, rows->width[l], n, by_change, wide, 1, kc + d, inside, dq + d, step);
+                product(n, rows->width[l], n, by_value, wide, 1, k + d, inside, dq_2 + d, step);
+                product(n, rows->width[l], n, by_change, 1, wide, qc + d, inside, dk + d, step);
+                product(n, rows->width[l], n, by_value, 1, wide, q + d, inside, dk_2 + d, step);
+            }
+            for (size_t e = 0; e < n; e++) {
+                REAL *y = d_qkv + state[e] * inside + head * size;
+                REAL *z = d_gradient + state[e] * hidden + head * size;
+                for (size_t d = 0; d < size; d++) {
+                    y[d] = dq[e * step + d] + dq_2[e * step + d];
+                    y[hidden + d] = dk[e * step + d] + dk_2[e * step + d];
+                    y[2 * hidden + d] = dv[e * step + d];
+                    z[d] = out[e * step + d] + out_2[e * step + d];
+                }
+            }
+        }
+        memset(d_cosine, 0, layer * sizeof(REAL));
+        memset(d_cosine_change, 0, layer * sizeof(REAL));
+        for (size_t l = 0; l < degrees; l++)
+            for (size_t ef = 0; ef < layer; ef++) {
+                size_t lef = l * layer + ef;
+                d_cosine[ef] += d_legendre[lef] * slope[lef] +
+                                d_turned[lef] * curvature[lef] * cosine[ef];
+                d_cosine_change[ef] += d_turned[lef] * slope[lef];
+            }
+        if (degrees) {
+            turn(n, wide, d_cosine, direction, d_direction + 3 * from);
+            turn(n, wide, d_cosine_change, d_u, d_direction + 3 * from);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
 /* --- bond-orientational order ------------------------------------------------------------------ */
 
 /* sum[i][l-1] = sum_ef weight[e] weight[f] P_l(cos of e and f), l = 1 .. degree, for begin .. end */
@@ -321,7 +529,7 @@ int order_forward(const Rows *rows, int begin, int end, int degree, const REAL *
         REAL *legendre = numbers((size_t)degree * n * wide);
         if (!legendre)
             return 1;
-        angles(n, wide, degree, rows->direction + 3 * rows->first[i], legendre, NULL);
+        angles(n, wide, degree, rows->direction + 3 * rows->first[i], legendre, NULL, NULL);
         for (int l = 0; l < degree; l++) {
             REAL total = 0;
             for (int e = 0; e < n; e++) {
@@ -350,7 +558,7 @@ int order_backward(const Rows *rows, int begin, int end, int degree, const REAL 
         if (!legendre)
             return 1;
         REAL *slope = legendre + degree * layer, *pull = slope + degree * layer;
-        angles(n, wide, degree, direction, legendre, slope);
+        angles(n, wide, degree, direction, legendre, slope, NULL);
         for (int e = 0; e < n; e++) {
             REAL total = 0;
             for (int f = 0; f < wide; f++)
@@ -367,6 +575,49 @@ int order_backward(const Rows *rows, int begin, int end, int degree, const REAL 
         }
         memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
         turn(n, wide, pull, direction, d_direction + 3 * rows->first[i]);
+        free(legendre);
+    }
+    return 0;
+}
+
+/* The derivative's derivative: see attention_twice. d_d_sum (rows, degree), d_weight, d_direction. */
+int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *weight,
+                const REAL *d_sum, const REAL *change_weight, const REAL *change_direction,
+                REAL *d_d_sum, REAL *d_weight, REAL *d_direction)
+{
+    for (int i = begin; i < end; i++) {
+        int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
+        size_t layer = (size_t)n * wide;
+        const REAL *w = weight + rows->first[i], *direction = rows->direction + 3 * rows->first[i];
+        const REAL *wc = change_weight + rows->first[i], *d_u = change_direction + 3 * rows->first[i];
+        REAL *legendre = numbers((3 * degree + 3) * layer);
+        if (!legendre)
+            return 1;
+        REAL *slope = legendre + degree * layer, *curvature = slope + degree * layer;
+        REAL *cosine = curvature + degree * layer, *d_cosine = cosine + layer;
+        REAL *d_cosine_change = d_cosine + layer;
+        angles(n, wide, degree, direction, legendre, slope, curvature);
+        cosine_change(n, wide, direction, d_u, cosine);
+        memset(d_weight + rows->first[i], 0, n * sizeof(REAL));
+        memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
+        for (int l = 0; l < degree; l++) {
+            REAL d = d_sum[i * degree + l], sum = 0;
+            for (int e = 0; e < n; e++) {
+                REAL total = 0;
+                for (int f = 0; f < n; f++) {
+                    size_t ef = e * wide + f, lef = l * layer + ef;
+                    REAL turned = slope[lef] * cosine[ef], both = wc[e] * w[f] + w[e] * wc[f];
+                    sum += both * legendre[lef] + w[e] * w[f] * turned;
+                    total += wc[f] * legendre[lef] + w[f] * turned;
+                    d_cosine[ef] += d * (both * slope[lef] + w[e] * w[f] * curvature[lef] * cosine[ef]);
+                    d_cosine_change[ef] += d * w[e] * w[f] * slope[lef];
+                }
+                d_weight[rows->first[i] + e] += 2 * d * total;
+            }
+            d_d_sum[i * degree + l] = sum;
+        }
+        turn(n, wide, d_cosine, direction, d_direction + 3 * rows->first[i]);
+        turn(n, wide, d_cosine_change, d_u, d_direction + 3 * rows->first[i]);
         free(legendre);
     }
     return 0;

@@ -309,7 +309,7 @@ class AllScAIP(nn.Module):
         """Energy, forces and, for a conservative model with periodic systems, stress.
 
         `create_graph` keeps forces differentiable (default: in training mode); otherwise the fused
-        kernels run, which can be differentiated once.
+        kernels run, which can be differentiated once. The compiled ones serve for both.
         """
         create_graph = self.training if create_graph is None else create_graph
         structures = structures.to(self.device, self.dtype)
@@ -344,7 +344,8 @@ class AllScAIP(nn.Module):
     ) -> Tensor:
         """(N, H): the states of the atoms after the last block, before the heads' norms."""
         graph, atoms, rows = build_graph(structures, self.config), None, None
-        if fused and self.compiled:
+        dropout = self.training and self.config.attention_dropout > 0
+        if self.compiled and record is None and not dropout:
             rows = compiled.Rows.make(graph)
         elif fused:
             structures, graph, atoms = by_count(structures, graph)

@@ -147,7 +147,7 @@ def test_fused_neighborhood_attention_is_the_formula(
 def test_compiled_neighborhood_attention_is_the_formula(
     graph: Graph, channels: tuple[int, ...] | None, which: str, threads: int, kernels: None
 ) -> None:
-    """And its derivatives: of queries, keys, values, envelopes and directions."""
+    """And its derivatives, first and second: of queries, keys, values, envelopes and directions."""
     directions = graph.slot_directions.detach().requires_grad_()
     graph = replace(graph, slot_directions=directions)
     case = make_case(graph, channels, which)
@@ -161,15 +161,24 @@ def test_compiled_neighborhood_attention_is_the_formula(
         torch.set_num_threads(threads)
         fast = compiled.neighborhood_attention(case.qkv, rows, which, case.groups, HEADS)
         leaves = [case.qkv, case.log_weight, directions]
-        pull = random(*plain.shape, seed=1)
-        found = torch.autograd.grad(fast, leaves, pull, materialize_grads=True)
+        pull = random(*plain.shape, seed=1).requires_grad_()
+        found = twice(fast, leaves, pull)
     finally:
         torch.set_num_threads(before)
     assert torch.allclose(fast, plain, rtol=0, atol=1e-12)
-    expected = torch.autograd.grad(plain, leaves, pull, materialize_grads=True)
+    expected = twice(plain, leaves, pull)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-11)
     assert degrees <= 0 or expected[2].abs().max() > 1e-3
+    assert all(x.abs().max() > 1e-3 for x in expected[3:6])
+
+
+def twice(value: Tensor, leaves: list[Tensor], pull: Tensor) -> list[Tensor]:
+    """By all leaves; and, of those pulled in turn at random, by all leaves and by the pull."""
+    first = torch.autograd.grad(value, leaves, pull, create_graph=True, materialize_grads=True)
+    along = sum((x * random(*x.shape, seed=2)).sum() for x in first)
+    options = {"materialize_grads": True, "retain_graph": True}
+    return [*first, *torch.autograd.grad(along, [*leaves[:2], pull, *leaves[2:]], **options)]
 
 
 def test_compiled_attention_in_float32(make_graph: Callable[..., Graph], kernels: None) -> None:
@@ -204,10 +213,14 @@ def test_pair_sums_are_the_formula(graph: Graph, form: str, kernels: None) -> No
     else:
         found = compiled.pair_sums(weights, compiled.Rows.make(graph), 9)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
-    pull = random(*expected.shape, seed=1)
+    pull = random(*expected.shape, seed=1).requires_grad_()
+    if form == "compiled":
+        leaves = [weights, directions]
+        pairs = zip(twice(found, leaves, pull), twice(expected, leaves, pull), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in pairs)
     for a, b in zip(
-        torch.autograd.grad(found, (weights, directions), pull),
-        torch.autograd.grad(expected, (weights, directions), pull),
+        torch.autograd.grad(found, (weights, directions), pull.detach(), retain_graph=True),
+        torch.autograd.grad(expected, (weights, directions), pull.detach(), retain_graph=True),
         strict=True,
     ):
         full = graph.log_weight.isfinite()

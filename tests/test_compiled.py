@@ -75,18 +75,49 @@ def test_compiled_answers_in_float32(make_model: ModelMaker, cluster: Atoms) -> 
 
 
 @needs_compiler
-def test_the_model_itself_can_still_be_trained(make_model: ModelMaker, cluster: Atoms) -> None:
-    """The calculator compiles its own copy, and a training pass never uses the kernels."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"angular_channels": None}, {"node_attention": False}, {"smooth_bond_order": True}],
+    ids=str,
+)
+def test_a_compiled_training_step_is_the_eager_one(
+    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, options: dict
+) -> None:
+    """A loss on energies, forces and stress moves every weight alike."""
+    model = make_model(**options)
+    batch = _structures([cluster, crystal, Atoms("He", info={"charge": 0, "spin": 1})])
+    gradients = []
+    for model.compiled in (False, True):
+        energy, forces, stress = model(batch, create_graph=True)
+        (energy.sum() + forces.pow(3).sum() + stress.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    for name, eager in gradients[0].items():
+        found = gradients[1][name]
+        assert (eager is None) == (found is None), name
+        if eager is not None:
+            assert (found - eager).abs().max() <= 1e-9 * (1 + eager.abs().max()), name
+
+
+@needs_compiler
+def test_attention_with_dropout_trains_as_ever(make_model: ModelMaker, cluster: Atoms) -> None:
+    """The kernels draw no random numbers: where attention has dropout, they do not serve."""
+    model = make_model(attention_dropout=0.5).train()
+    forces = []
+    for model.compiled in (False, True):
+        torch.manual_seed(0)
+        forces.append(model(_structures(cluster)).forces.detach())
+    assert torch.equal(*forces)
+
+
+@needs_compiler
+def test_the_calculator_compiles_its_own_copy(make_model: ModelMaker) -> None:
     model = make_model()
     AllScAIPCalculator(model, compile=True)
     assert not model.compiled
-    model.compiled = True
-    plain = model(_structures(cluster), create_graph=True)
-    plain.forces.square().sum().backward()
-    assert model.blocks[0].source_attention.query.weight.grad.abs().max() > 0
 
 
-def _structures(atoms: Atoms):  # type: ignore[no-untyped-def]
+def _structures(atoms: Atoms | list[Atoms]):  # type: ignore[no-untyped-def]
     from allscaip_lite.structures import structures_from_atoms
 
     return structures_from_atoms(atoms, torch.float64)
