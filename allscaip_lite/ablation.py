@@ -387,8 +387,9 @@ def run_study(
     """Run the cells that are not done yet, store each, and return `collect`'s table.
 
     `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
-    was stopped goes on where it was. `compile` is `train`'s. The table is written to `results` after every cell. Raises
-    AblationError where `folder` holds another study or other data, or no cell has such a name.
+    was stopped goes on where it was. `compile` is `train`'s. The table is written to `results`
+    after every cell. Raises AblationError where `folder` holds another study or other data, or no
+    cell has such a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"study": asdict(study), "models": _models(study), "data": _sums(data)})

@@ -32,18 +32,17 @@ def channel_groups(channels: tuple[int, ...] | None, head_size: int) -> list[sli
 
 
 def angular_logits(q: Tensor, k: Tensor, legendre: Tensor | None, groups: list[slice]) -> Tensor:
-    """(h, N, Q, D), (h, N, K, D) → (h, N, Q, K): Σ_l P_l(cos θ) q_l·k_l, P_0 = 1.
+    """(h, N, K, D), (h, N, K, D) → (h, N, K, K): Σ_l P_l(cos θ) q_l·k_l, P_0 = 1.
 
     legendre (l, N, K, K) starts at l = 1. The reference repeats every channel 2l+1 times and
     multiplies by Y_lm on both sides; by the addition theorem that is this sum.
     """
-    sizes = [group.stop - group.start for group in groups]
-    # split and unbind, not slices: the derivative of a slice is as large as what it was cut from
+    sizes = [group.stop - group.start for group in groups]  # split: slices' derivatives are large
     first, *others = zip(q.split(sizes, -1), k.split(sizes, -1), strict=True)
     logits = first[0] @ first[1].transpose(-1, -2)
-    for (q_l, k_l), p in zip(others, () if legendre is None else legendre.unbind(), strict=True):
+    for (q_l, k_l), p in zip(others, () if legendre is None else legendre, strict=True):
         if q_l.shape[-1]:
-            logits = logits + p[:, : q.shape[2]] * (q_l @ k_l.transpose(-1, -2))
+            logits = logits + p * (q_l @ k_l.transpose(-1, -2))
     return logits
 
 

@@ -1,4 +1,4 @@
-"""`allscaip-lite bench`: time and memory of the model, beside fairchem's calculator.
+"""`allscaip-lite bench`: time and memory of the model, beside fairchem's calculator; of training.
 
 In: sizes of water clusters, a preset or the small benchmark model, a device. Out: a table. All
 sides read the same official-format file with random weights. Each has a process of its own for
@@ -28,14 +28,18 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from scipy.spatial.transform import Rotation
 
+from allscaip_lite.batches import collate
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoint import load_model
+from allscaip_lite.compiled import load_kernels
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.official import save_official
+from allscaip_lite.training import conservative_stage, loss, make_optimizer
 
 WATERS_PER_CUBIC_ANGSTROM = 0.0334  # 0.997 g/cm³
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
@@ -413,6 +417,58 @@ def profile(molecules: int, checkpoint: Path, args: argparse.Namespace) -> str:
     return "\n".join([title, *lines(kinds, len(kinds)), "", *lines(operators, 12)])
 
 
+TRAINED = 7  # molecules of a structure in `training_seconds`
+
+
+def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespace) -> dict:
+    """Seconds of a step of conservative training, for each side the times of its rounds.
+
+    A batch of clusters of seven waters, of `atoms` atoms or a few less: forward, the loss on
+    energies and forces, its derivatives, the optimiser. Both sides in this process, in turn.
+    """
+    torch.set_num_threads(args.threads)
+    clusters = [water_cluster(TRAINED, seed) for seed in range(max(1, atoms // (3 * TRAINED)))]
+    for cluster in clusters:
+        zeros = np.zeros((len(cluster), 3))
+        cluster.calc = SinglePointCalculator(cluster, energy=0.0, forces=zeros)
+    batch = collate(clusters).to(torch.device(args.device))
+    model = random_model(config.replace(conservative=True)).to(args.device).train()
+    stage = conservative_stage(1)
+    optimizer = make_optimizer(model, stage)
+    sides = [side for side in args.sides if side != THEIRS]
+    if COMPILED in sides:
+        load_kernels(model.dtype)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(WARM_UP + args.rounds):
+        for side in sides:
+            model.compiled = side == COMPILED
+            started = time.perf_counter()
+            value = loss(model(batch.structures), batch, model, stage)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            value.item()  # a GPU has done all of it by then
+            if number >= WARM_UP:
+                seconds[side].append(time.perf_counter() - started)
+    return {"atoms": sum(map(len, clusters)), **seconds}
+
+
+def training_table(rows: list[dict]) -> str:
+    """Markdown: the median of each side's rounds, and how many times as fast compiled is."""
+    sides = [name for name in rows[0] if name != "atoms"]
+    lines = ["| atoms of a batch | " + " | ".join(f"{side}, s a step" for side in sides) + " |"]
+    lines[0] += " times |" if len(sides) > 1 else ""
+    lines.append("|" + "---:|" * (lines[0].count("|") - 1))
+    for row in rows:
+        medians = [statistics.median(row[side]) for side in sides]
+        cells = [str(row["atoms"]), *(f"{median:.3f}" for median in medians)]
+        if len(sides) > 1:
+            ratios = [a / b for a, b in zip(*(row[side] for side in sides), strict=True)]
+            cells.append(f"{statistics.median(ratios):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--atoms", type=int, nargs="+", default=[63, 189, 600])
     parser.add_argument("--preset", choices=sorted(PRESETS), help="default: hidden 128, 4 blocks")
@@ -421,6 +477,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled model")
     parser.add_argument("--alone", action="store_true", help="without fairchem")
+    parser.add_argument(
+        "--training", action="store_true", help="measure steps of training, without fairchem"
+    )
     parser.add_argument("--profile", action="store_true", help="also print where time goes")
     parser.add_argument("--json", type=Path, help="write the rows here, after each size")
     parser.add_argument("--markdown", type=Path, help="write the table here, after each size")
@@ -443,6 +502,15 @@ def run(args: argparse.Namespace) -> int:
     """`allscaip-lite bench`; 1 if a measurement of this package's own failed."""
     check_arguments(args)
     args.sides = [OURS, COMPILED] if args.compile else [OURS]
+    config = PRESETS[args.preset] if args.preset else BENCHMARK
+    if args.training:
+        steps = [training_seconds(atoms, config, args) for atoms in args.atoms]
+        print(f"{machine(args)}\n\n{training_table(steps)}")
+        if args.json:
+            args.json.write_text(json.dumps(steps))
+        if args.markdown:
+            args.markdown.write_text(f"{training_table(steps)}\n\n{machine(args)}\n")
+        return 0
     if not args.alone and importlib.util.find_spec("fairchem") is None:
         print("fairchem is skipped, it is not installed: pip install 'allscaip-lite[parity]'")
     elif not args.alone:
@@ -452,7 +520,6 @@ def run(args: argparse.Namespace) -> int:
     molecules = list(dict.fromkeys(round(atoms / 3) for atoms in args.atoms))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "benchmark.pt"
-        config = PRESETS[args.preset] if args.preset else BENCHMARK
         save_official(random_model(config.replace(max_num_elements=100, stress=False)), checkpoint)
         for count in molecules:
             rows.append(measure(count, args.sides, checkpoint, args))

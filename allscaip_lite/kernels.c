@@ -214,7 +214,7 @@ int attention_forward(const Rows *rows, int begin, int end, const REAL *qkv, REA
 {
     size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
-    REAL *memory = numbers((2 * degrees + 2) * square + (size + 1) * wide + longest * 3 * hidden +
+    REAL *memory = numbers((2 * degrees + 2) * square + (size + 1) * wide + (longest + TILE) * 3 * hidden +
                            longest * padded(size));
     if (!memory)
         return 1;
@@ -251,7 +251,7 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step; /* the last degree writes past `size` */
     REAL *memory = numbers((4 * degrees + 4) * square + (2 * size + 1) * wide + 3 * tall +
-                           4 * longest * hidden);
+                           (longest + TILE) * 4 * hidden);
     if (!memory)
         return 1;
     REAL *legendre = memory, *slope = legendre + degrees * square, *score = slope + degrees * square;
@@ -344,9 +344,8 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step;
-    size_t layers = 8 * degrees + 2 + 13; /* square matrices */
-    REAL *memory = numbers(layers * square + (4 * size + 1) * wide + 7 * tall +
-                           8 * longest * hidden);
+    REAL *memory = numbers((8 * degrees + 14) * square + (4 * size + 1) * wide + 7 * tall +
+                           (longest + TILE) * 7 * hidden);
     if (!memory)
         return 1;
     REAL *next = memory;
@@ -371,7 +370,6 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     TAKE(second, square);
     TAKE(d_cosine, square);
     TAKE(d_cosine_change, square);
-    next += square;
     TAKE(keys, size * wide);
     TAKE(values, size * wide);
     TAKE(key_changes, size * wide);

@@ -344,8 +344,7 @@ class AllScAIP(nn.Module):
     ) -> Tensor:
         """(N, H): the states of the atoms after the last block, before the heads' norms."""
         graph, atoms, rows = build_graph(structures, self.config), None, None
-        dropout = self.training and self.config.attention_dropout > 0
-        if self.compiled and record is None and not dropout:
+        if self.compiled and record is None and not any(block.dropout for block in self.blocks):
             rows = compiled.Rows.make(graph)
         elif fused:
             structures, graph, atoms = by_count(structures, graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,17 @@ def test_bench_beside_fairchem_agrees_with_it(tmp_path: Path) -> None:
     assert row["energy difference eV/atom"] < 2e-5
     assert row["force difference / largest force"] < 2e-4
     assert row["speed ratio"] == pytest.approx(row["fairchem s"] / row["allscaip-lite s"])
+
+
+def test_bench_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides of a batch of whole clusters, and how they compare."""
+    sides = ["--compile"] if shutil.which("cc") else []
+    rows = tmp_path / "rows.json"
+    asked = ["bench", "--training", "--atoms", "50", "--rounds", "2", "--json", str(rows), *sides]
+    assert cli.main(asked) == 0
+    (row,) = json.loads(rows.read_text())
+    assert row["atoms"] == 42
+    assert len(row) == 2 + len(sides)
+    assert all(len(times) == 2 and min(times) > 0 for name, times in row.items() if name != "atoms")
+    shown = capsys.readouterr().out
+    assert "| 42 | " in shown and ("times" in shown) == bool(sides)
