@@ -214,8 +214,8 @@ int attention_forward(const Rows *rows, int begin, int end, const REAL *qkv, REA
 {
     size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
-    REAL *memory = numbers((2 * degrees + 2) * square + (size + 1) * wide + (longest + TILE) * 3 * hidden +
-                           longest * padded(size));
+    REAL *memory = numbers((2 * degrees + 2) * square + (size + 1) * wide +
+                           (longest + TILE) * 3 * hidden + longest * padded(size));
     if (!memory)
         return 1;
     REAL *legendre = memory, *score = legendre + degrees * square;

@@ -41,7 +41,7 @@ from allscaip_lite.model import AllScAIP
 
 
 class PhysicsError(ValueError):
-    """Data without the groups of this room; the message says how to make them."""
+    """Data without the groups of this room, or a wrong command; the message says what to do."""
 
 
 # --- Measuring -------------------------------------------------------------------------------
@@ -401,15 +401,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="label by wB97M-V/def2-TZVPD: hours; a run that was stopped goes on",
     )
     parser.add_argument("--workers", type=int, default=1, help="with --dft: processes")
+    parser.add_argument(
+        "--collect",
+        action="store_true",
+        help="with --dft: label nothing, write the groups that are labelled so far",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data physics`: make the groups, or go on labelling; the exit status."""
+    if args.collect and not args.dft:
+        raise PhysicsError("--collect goes with --dft: GFN2-xTB labels all in two minutes")
     groups = plan(args.seed, args.groups, progress=True)
     if args.dft:
         from allscaip_lite import dft
 
-        dft.label_all(args.out, groups, workers=args.workers)
+        if not args.collect:
+            dft.label_all(args.out, groups, workers=args.workers)
         counts = dft.collect(args.out, groups)
         print(f"{counts['test']} structures")
         return 0

@@ -163,6 +163,11 @@ def test_commands(teacher, tmp_path, capsys, monkeypatch):
     assert "GFN2-xTB" not in text  # its own error against itself is none
 
 
+def test_nothing_to_collect_without_dft(tmp_path, capsys):
+    assert main(["data", "physics", "--out", str(tmp_path), "--collect"]) == 2
+    assert "--collect goes with --dft" in capsys.readouterr().err
+
+
 def test_dft_labels_the_same_structures_and_gfn2_xtb_stands_beside(
     teacher, tmp_path, capsys, monkeypatch
 ):
@@ -172,6 +177,9 @@ def test_dft_labels_the_same_structures_and_gfn2_xtb_stands_beside(
     monkeypatch.setattr(physics, "_candidates", lambda seed: candidates)
     assert main(["data", "physics", "--out", str(tmp_path), "--groups", "1", "--dft"]) == 0
     data = Dataset(tmp_path / "test.aselmdb")
+    partial = ["data", "physics", "--out", str(tmp_path), "--groups", "2", "--dft", "--collect"]
+    assert main(partial) == 0  # what is there of more groups
+    assert "5 structures" in capsys.readouterr().out
     tasks = [atoms.info["data_id"] for atoms in data]
     assert sorted(tasks) == ["ionisation"] * 3 + ["spin_gap"] * 2
     assert all("wb97m_v" in atoms.info["label"] for atoms in data)
