@@ -165,12 +165,16 @@ class NoGroup(RuntimeError):
 Made = list[tuple[str, Atoms]]  # task and structure, charge and spin in `info`
 
 
-def plan(seed: int = 0, groups: int = GROUPS, progress: bool = False) -> list[Group]:
-    """The first groups of every task that can be made, at most so many, the tasks in turn."""
+def plan(
+    seed: int = 0, groups: int = GROUPS, progress: bool = False, tasks: Sequence[str] = ()
+) -> list[Group]:
+    """The first groups that can be made of every task, or of `tasks`, at most so many, the tasks in
+    turn."""
     candidates = _candidates(seed)
     chosen: list[tuple[int, Group]] = []
-    with tqdm(total=groups * len(_MAKERS), unit="groups", disable=not progress) as bar:
-        for task in _MAKERS:
+    tasks = tasks or list(_MAKERS)
+    with tqdm(total=groups * len(tasks), unit="groups", disable=not progress) as bar:
+        for task in tasks:
             made = 0
             for molecule in candidates["complex" if task == "distance" else "molecule"]:
                 if made < groups and (group := Group(task, molecule, seed)).structures():
@@ -395,6 +399,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--groups", type=int, default=GROUPS, help="of each task, at most")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
+    parser.add_argument("--tasks", nargs="+", choices=list(_MAKERS), help="default: all")
     parser.add_argument(
         "--dft",
         action="store_true",
@@ -412,7 +417,7 @@ def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data physics`: make the groups, or go on labelling; the exit status."""
     if args.collect and not args.dft:
         raise PhysicsError("--collect goes with --dft: GFN2-xTB labels all in two minutes")
-    groups = plan(args.seed, args.groups, progress=True)
+    groups = plan(args.seed, args.groups, progress=True, tasks=args.tasks or ())
     if args.dft:
         from allscaip_lite import dft
 

@@ -161,6 +161,10 @@ def test_commands(teacher, tmp_path, capsys, monkeypatch):
     for task in (*list(physics._MAKERS)[:-1], "short_range", "long_range"):
         assert f"| {task} | 1 |" in text
     assert "GFN2-xTB" not in text  # its own error against itself is none
+    some = ["--groups", "1", "--tasks", "spin_gap", "conformers"]
+    assert main(["data", "physics", "--out", str(tmp_path / "some"), *some]) == 0
+    found = [atoms.info["data_id"] for atoms in Dataset(tmp_path / "some" / "test.aselmdb")]
+    assert found == ["spin_gap"] * 2 + ["conformers"] * (len(found) - 2)
 
 
 def test_nothing_to_collect_without_dft(tmp_path, capsys):
