@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,10 +19,10 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
+from allscaip_lite import AllScAIP, AllScAIPConfig, cli, compiled, load_model
 from allscaip_lite.batches import Batches, collate, in_order
 from allscaip_lite.config import PRESETS
-from allscaip_lite.data import DataError, Dataset, write_aselmdb
+from allscaip_lite.data import DataError, Dataset, Subset, write_aselmdb
 from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import Prediction
 from allscaip_lite.training import (
@@ -347,6 +348,27 @@ def test_training_is_the_recipe_by_hand(data: Dataset, tmp_path: Path) -> None:
             torch.testing.assert_close(weight.detach(), average[name], rtol=1e-3, atol=1e-5)
     saved = load_model(tmp_path / "direct.safetensors", device="cpu")
     assert_same_weights(saved, trained)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_compiled_training_reaches_the_same_weights(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the kernels are what does it."""
+    calls = []
+    make = compiled.Rows.make
+    monkeypatch.setattr(compiled.Rows, "make", lambda graph: calls.append(1) or make(graph))
+    ends = []
+    for compile in (False, True):
+        model = small_model(data, conservative=True).double()
+        stages = [conservative_stage(3, 1e-3)]
+        some, folder = Subset(data, range(12)), tmp_path / str(compile)
+        model = train(model, stages, some, some, folder, max_atoms=60, compile=compile)
+        assert not model.compiled and bool(calls) == compile
+        ends.append(dict(model.named_parameters()))
+    for name, weight in ends[0].items():
+        if not name.endswith("key.bias"):  # its gradient is rounding that Adam blows up
+            torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
