@@ -1,7 +1,8 @@
 """The third form of the sums over pairs of edges: a C file, compiled on the user's machine.
 
 In: a C compiler. Out: `Kernels`, and attention and bond-orientational order as autograd functions
-that call it, differentiable once, on a CPU. `AllScAIPCalculator(model, compile=True)` uses them.
+that call it, differentiable twice, on a CPU. `AllScAIPCalculator(model, compile=True)` uses them,
+and `train(..., compile=True)`, where forces are derivatives and the loss is derived once more.
 PyTorch's own operators work on padded tables, which they write and read many times; `kernels.c`
 keeps what belongs to one atom in the nearest cache. The formulas are those of `attention` and
 `encodings`, and tests hold all forms equal.
