@@ -39,7 +39,7 @@ from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.official import save_official
-from allscaip_lite.training import conservative_stage, loss, make_optimizer
+from allscaip_lite.training import conservative_stage, loss, make_optimizers
 
 WATERS_PER_CUBIC_ANGSTROM = 0.0334  # 0.997 g/cm³
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
@@ -434,7 +434,7 @@ def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespac
     batch = collate(clusters).to(torch.device(args.device))
     model = random_model(config.replace(conservative=True)).to(args.device).train()
     stage = conservative_stage(1)
-    optimizer = make_optimizer(model, stage)
+    (optimizer,) = make_optimizers(model, stage)
     sides = [side for side in args.sides if side != THEIRS]
     if COMPILED in sides:
         load_kernels(model.dtype)

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import lightning_fabric
@@ -54,6 +54,7 @@ class Stage:
     clip: float = 100.0
     ema_decay: float = 0.999
     stress_weight: float = 0.0  # for structures that have a stress; conservative models only
+    muon: float = 0.0  # Muon's rate for the blocks' matrices, over learning_rate; 0: AdamW for all
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_fraction`."""
@@ -154,19 +155,37 @@ def loss(prediction: Prediction, batch: Batch, model: AllScAIP, stage: Stage) ->
     return value
 
 
-def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
-    """AdamW; weight decay on the matrices of linear layers only, as in the reference."""
-    decayed, kept = [], []
+def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer]:
+    """AdamW; weight decay on the matrices of linear layers only, as in the reference.
+
+    With `stage.muon`, the matrices of the blocks are left to Muon (K. Jordan et al., 2024), whose
+    steps turn a matrix alike in all its directions, sized as AdamW's are (arXiv:2502.16982).
+    """
+    blocks = {id(parameter) for parameter in model.blocks.parameters()}
+    decayed, kept, turned = [], [], []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 matrix = isinstance(module, nn.Linear) and name == "weight"
-                (decayed if matrix else kept).append(parameter)
+                inside = stage.muon > 0 and id(parameter) in blocks
+                (turned if matrix and inside else decayed if matrix else kept).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": stage.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=stage.learning_rate)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=stage.learning_rate)]
+    if turned:
+        settings = {"weight_decay": stage.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(turned, lr=stage.learning_rate, **settings))
+        optimizers[1].param_groups[0]["times"] = stage.muon
+    return optimizers
+
+
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """The learning rate of all parameters; Muon's is a multiple of it."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("times", 1.0)
 
 
 def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
@@ -233,13 +252,14 @@ def train(
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(stage.ema_decay)
         ).to(fabric.device)
-        trained, optimizer = fabric.setup(model, make_optimizer(model, stage))
+        trained, *optimizers = fabric.setup(model, *make_optimizers(model, stage))
         first = 0
         if saved and saved["stage"] == index:
             first = saved["step"]
             model.load_state_dict(saved["model"])
             average.load_state_dict(saved["average"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             torch.set_rng_state(saved["random"])
 
         def save(step: int, stage_index: int = index) -> None:
@@ -252,7 +272,7 @@ def train(
                         "step": step,
                         "model": model.state_dict(),
                         "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "random": torch.get_rng_state(),
                     },
                     partial,
@@ -274,14 +294,13 @@ def train(
         started, losses = time.monotonic(), []
         for step, batch in enumerate(loader, start=first):
             batch = batch.to(fabric.device)
-            for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate_at(step)
+            set_rate(optimizers, stage.learning_rate_at(step))
             model.train()
             value = loss(trained(batch.structures), batch, model, stage)
-            optimizer.zero_grad()
+            trained.zero_grad()
             fabric.backward(value)
             norm = fabric.clip_gradients(
-                trained, optimizer, max_norm=stage.clip, error_if_nonfinite=False
+                trained, optimizers[0], max_norm=stage.clip, error_if_nonfinite=False
             )
             losses.append(value.item())
             done = step + 1
@@ -290,7 +309,8 @@ def train(
                     f"the loss is not finite at step {done}: lower the learning rate, and start "
                     f"again in a new folder (the last good state is {state_file})"
                 )
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             average.update_parameters(model)
             if watch is not None:
                 watch(stage, done, losses[-1])
@@ -390,6 +410,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="weight of the stress in the conservative stage, for data that have it",
     )
+    parser.add_argument(
+        "--muon",
+        type=float,
+        nargs="?",
+        const=3.0,
+        default=0.0,
+        metavar="TIMES",
+        help="Muon instead of AdamW for the matrices of the blocks, at so many times the learning "
+        "rate (3 if not given)",
+    )
     parser.add_argument("--max-atoms", type=int, default=350, help="atoms in a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=500, help="steps")
@@ -482,6 +512,7 @@ def run(args: argparse.Namespace) -> None:
     if conservative:
         weights = tuple(args.conservative_weights)
         stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
+    stages = [replace(stage, muon=args.muon) for stage in stages]
     if not stages:
         raise TrainingError("nothing to train: give --direct-steps or --conservative-steps")
     fabric.print(

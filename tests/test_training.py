@@ -33,7 +33,8 @@ from allscaip_lite.training import (
     fit_units,
     hold_out,
     loss,
-    make_optimizer,
+    make_optimizers,
+    set_rate,
     shift_references,
     start_stage,
     train,
@@ -106,12 +107,27 @@ def test_schedule_of_very_short_stages() -> None:
 
 def test_only_matrices_decay(data: Dataset) -> None:
     model = small_model(data)
-    decayed, kept = make_optimizer(model, direct_stage(10)).param_groups
+    (optimizer,) = make_optimizers(model, direct_stage(10))
+    decayed, kept = optimizer.param_groups
     assert decayed["weight_decay"] > 0 and kept["weight_decay"] == 0
     assert all(weight.ndim == 2 for weight in decayed["params"])
     ids = {id(weight) for weight in kept["params"]}
     assert id(model.input.atom_embedding.weight) in ids
     assert id(model.blocks[0].scale["source"]) in ids
+
+
+def test_muon_turns_the_matrices_of_the_blocks_and_adamw_the_rest(data: Dataset) -> None:
+    model, stage = small_model(data), replace(direct_stage(10, 1e-3), muon=4.0)
+    adamw, muon = make_optimizers(model, stage)
+    (turned,) = muon.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in turned["params"]}
+    assert "blocks.0.source_attention.query.weight" in found and all("blocks." in n for n in found)
+    others = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert not found & set(others) and len(found) + len(others) == len(names)
+    set_rate([adamw, muon], 1e-3)
+    assert turned["lr"] == pytest.approx(4e-3)
+    assert all(group["lr"] == 1e-3 for group in adamw.param_groups)
 
 
 def test_units_recover_known_references() -> None:
@@ -302,11 +318,16 @@ def test_a_stage_trains_what_the_model_lets_it_train(data: Dataset) -> None:
 
 
 def run(
-    data: Dataset, folder: Path, steps: tuple[int, int] = (9, 5), **changes: object
+    data: Dataset,
+    folder: Path,
+    steps: tuple[int, int] = (9, 5),
+    muon: float = 0.0,
+    **changes: object,
 ) -> AllScAIP:
+    stages = [direct_stage(steps[0]), conservative_stage(steps[1])]
     return train(
         small_model(data, **changes),
-        [direct_stage(steps[0]), conservative_stage(steps[1])],
+        [replace(stage, muon=muon) for stage in stages],
         data,
         data,
         folder,
@@ -328,7 +349,7 @@ def test_training_is_the_recipe_by_hand(data: Dataset, tmp_path: Path) -> None:
     trained = train(small_model(data), [stage], data, data, tmp_path, max_atoms=40, seed=5)
 
     model = small_model(data).train()
-    optimizer, batches = make_optimizer(model, stage), Batches(data, 40, 5)
+    (optimizer,), batches = make_optimizers(model, stage), Batches(data, 40, 5)
     average, clipped = None, 0
     for step in range(6):
         value = loss(model(batches[step].structures), batches[step], model, stage)
@@ -371,11 +392,11 @@ def test_compiled_training_reaches_the_same_weights(
             torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "muon"), [(0.0, 0.0), (0.2, 0.0), (0.0, 3.0)])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
-    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, muon: float
 ) -> None:
-    changes = {"ffn_dropout": dropout, "attention_dropout": dropout}
+    changes = {"ffn_dropout": dropout, "attention_dropout": dropout, "muon": muon}
     whole = run(data, tmp_path / "whole", **changes)
     get = Batches.__getitem__
     stops = {(5, False), (3, True)}  # once in the direct stage, once in the conservative one
@@ -485,7 +506,7 @@ def test_the_command_trains(
 
     again = command(twenty, tmp_path / "second", 0, 2)
     start = str(tmp_path / "both" / "direct.safetensors")
-    same = ["--from", start, "--keep-references", "--conservative-rate", "1e-9"]
+    same = ["--from", start, "--keep-references", "--conservative-rate", "1e-9", "--muon"]
     assert cli.main([*again, *same]) == 0
     tuned = load_model(tmp_path / "second" / "conservative.safetensors")
     assert tuned.config.conservative
