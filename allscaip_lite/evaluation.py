@@ -365,6 +365,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "distance; of data such as data/physics",
     )
     parser.add_argument(
+        "--proton",
+        type=float,
+        default=0.0,
+        metavar="EV",
+        help="with --physics, where model and labels are of different levels of theory: a bare "
+        "proton's energy at the model's (GFN2-xTB's is 6.2464 eV, that of DFT 0)",
+    )
+    parser.add_argument(
         "--save", type=Path, help="write the model here, with the errors in its card (.safetensors)"
     )
     parser.add_argument("--note", default="", help="a line for that card: how it was trained")
@@ -390,7 +398,8 @@ def run(args: argparse.Namespace) -> None:
     if args.physics:
         from allscaip_lite import physics  # its optimisers take long to load
 
-        print(physics.table(physics.summary(physics.differences(model, data))))
+        found = physics.differences(model, data, proton=args.proton)
+        print(physics.table(physics.summary(found)))
         return
     found, described = residuals(model, data, progress=True), describe(data)
     if args.fit_references:

@@ -6,8 +6,7 @@ against the first of its group; errors that all of them share cancel. Tasks are 
 evaluations (D. S. Levine et al., arXiv:2505.08762, section on evaluations), in small:
 
 - `conformers`: minima of one molecule, against the lowest;
-- `protonation`: a molecule with a proton more or less, against the neutral one (the free proton's
-  energy is zero);
+- `protonation`: a molecule with a proton more or less, against the neutral one and a bare proton;
 - `ionisation`: charge +1 and −1 at the geometry of the neutral molecule;
 - `spin_gap`: triplet and singlet at one geometry;
 - `short_range`, `long_range`: two molecules, closest atoms up to and beyond 6 Å apart, against
@@ -47,6 +46,9 @@ class PhysicsError(ValueError):
 # --- Measuring -------------------------------------------------------------------------------
 
 CUTOFF = 6.0  # Å between closest atoms: beyond it, `long_range`
+# eV, a bare proton's energy in GFN2-xTB, η/2 + Γ/3 of hydrogen (Bannwarth et al., 2019); without
+# electrons it is zero in DFT
+GFN2_PROTON = 6.2464
 
 
 class Difference(NamedTuple):
@@ -60,8 +62,14 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def differences(model: AllScAIP, data: Dataset, max_atoms: int = 400) -> list[Difference]:
+def differences(
+    model: AllScAIP, data: Dataset, max_atoms: int = 400, proton: float = 0.0
+) -> list[Difference]:
     """Of every structure of a data set but the first ones of their groups.
+
+    `proton`: the energy (eV) of a bare proton at the level of theory that the model has learned,
+    where it is another one than that of the labels: `GFN2_PROTON` for a model of GFN2-xTB against
+    labels by DFT. From GFN2-xTB's own energies beside such labels it is taken off in any case.
 
     Structures say where they belong: `info["data_id"]` (the task) and `info["group"]`; the first of
     a group is the one that the others are held against. Raises PhysicsError where they do not, or
@@ -72,6 +80,7 @@ def differences(model: AllScAIP, data: Dataset, max_atoms: int = 400) -> list[Di
     energies = [model(b.structures, create_graph=False).energy.cpu() for b in batches]
     predicted = torch.cat(energies).tolist()
     groups: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
+    sizes: dict[tuple[str, str], int] = {}
     for index, energy in enumerate(predicted):
         atoms = data[index]
         if not {"group", "data_id"} <= set(atoms.info):
@@ -80,8 +89,11 @@ def differences(model: AllScAIP, data: Dataset, max_atoms: int = 400) -> list[Di
                 "`allscaip-lite data physics --out FOLDER` makes data that do"
             )
         key = atoms.info["data_id"], atoms.info["group"]
-        xtb = atoms.info.get("xtb_energy", np.nan)
-        groups[key].append((atoms.get_potential_energy(), energy, xtb))
+        truth, xtb = atoms.get_potential_energy(), atoms.info.get("xtb_energy", np.nan)
+        protons = len(atoms) - sizes.setdefault(key, len(atoms))  # more than the first one has
+        if not np.isclose(xtb, truth, rtol=0, atol=1e-6):
+            xtb -= protons * GFN2_PROTON
+        groups[key].append((truth, energy - protons * proton, xtb))
     lonely = [group for (_, group), members in groups.items() if len(members) < 2]
     if lonely:
         raise PhysicsError(f"groups of one structure, nothing to compare: {', '.join(lonely[:5])}")

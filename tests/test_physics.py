@@ -196,3 +196,30 @@ def test_dft_labels_the_same_structures_and_gfn2_xtb_stands_beside(
     neutral = data[tasks.index("ionisation")]
     ionisation = positive.get_potential_energy() - neutral.get_potential_energy()
     assert ionisation == pytest.approx(16.4, abs=0.4)  # measured, vertical: about 16.4 eV
+
+
+def test_a_bare_proton_costs_energy_in_gfn2_xtb(model, tmp_path):
+    """H2 and H3+ by DFT: GFN2-xTB's own proton is taken off its proton affinity."""
+    pytest.importorskip("tblite")
+    from allscaip_lite.teacher import GFN2xTB
+
+    proton = Atoms("H", info={"charge": 1, "spin": 1})
+    proton.calc = GFN2xTB()
+    assert proton.get_potential_energy() == pytest.approx(physics.GFN2_PROTON, abs=1e-3)
+    side = 0.87
+    triangle = [[0, 0, 0], [side, 0, 0], [side / 2, side * 0.75**0.5, 0]]
+    structures = []
+    for positions, charge, energy in (([[0, 0, 0], [0.74, 0, 0]], 0, -31.9), (triangle, 1, -36.4)):
+        atoms = Atoms("H" * len(positions), positions)
+        atoms.info = {"charge": charge, "spin": 1, "data_id": "protonation", "group": "[H][H]"}
+        atoms.calc = GFN2xTB()
+        atoms.info["xtb_energy"] = atoms.get_potential_energy()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=0 * atoms.positions)
+        structures.append(atoms)
+    write_aselmdb(tmp_path / "a.aselmdb", structures)
+    data = Dataset(tmp_path / "a.aselmdb")
+    (plain,), (shifted,) = (
+        physics.differences(model, data, proton=value) for value in (0.0, physics.GFN2_PROTON)
+    )
+    assert plain.truth == pytest.approx(-4.5) and abs(plain.xtb + 4.5) < 2
+    assert shifted.predicted == pytest.approx(plain.predicted - physics.GFN2_PROTON)
