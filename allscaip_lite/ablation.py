@@ -115,6 +115,7 @@ class Study:
     learning_rate: float = 4e-3
     weights: tuple[float, float] = (20.0, 20.0)  # of energy and forces in the loss
     ema_decay: float = 0.99
+    muon: float = 0.0  # see `Stage`
     conservative: bool = True
     bins: tuple[float, ...] = (0.0, 4.0, 8.0, 12.0, 16.0, 20.0)
     window: tuple[float, float] = (6.0, 20.0)
@@ -147,13 +148,16 @@ class Study:
             *self.weights,
             warmup=0.05,
             ema_decay=self.ema_decay,
+            muon=self.muon,
         )
 
 
 STUDIES = {
     "ions": Study(),
     "pairs": Study(bins=(0.0, 3.0, 6.0, 9.0, 12.0, 15.0), window=(6.0, 15.0)),
-    "chain": Study(weights=(200.0, 20.0), bins=(4.0, 8.0, 12.0, 16.0, 22.0)),
+    "chain": Study(
+        steps=2400, weights=(200.0, 20.0), muon=3.0, bins=(4.0, 8.0, 12.0, 16.0, 22.0)
+    ),
     "table": Study(
         sizes=("small", "medium"),
         structures=(250, 1000, 4000, 16000),

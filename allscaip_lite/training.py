@@ -188,6 +188,21 @@ def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group.get("times", 1.0)
 
 
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Exponential moving average (EMA) of the weights, for torch's `AveragedModel`.
+
+    The decay climbs to `decay`, as (1 + n) / (10 + n) after n steps, so that a short run forgets
+    the weights it began with.
+    """
+
+    def update(averages: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+        n = int(steps)
+        now = min(decay, (1 + n) / (10 + n))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(now)(averages, weights, steps)
+
+    return update
+
+
 def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
     """The model as a stage trains it: same backbone, direct or conservative heads."""
     conservative = stage.name == "conservative"
@@ -250,7 +265,7 @@ def train(
         if saved and saved["stage"] > index:
             continue
         average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(stage.ema_decay)
+            model, multi_avg_fn=moving_average(stage.ema_decay)
         ).to(fabric.device)
         trained, *optimizers = fabric.setup(model, *make_optimizers(model, stage))
         first = 0
