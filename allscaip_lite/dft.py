@@ -16,7 +16,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import warnings
@@ -33,6 +32,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite.data import SPLITS, Dataset, checksum, store_text, write_aselmdb
+from allscaip_lite.workers import ignore_interrupt, one_thread_each
 
 # --- One label -------------------------------------------------------------------------------
 
@@ -322,8 +322,7 @@ def label_all(
     store = Path(folder) / "jobs"
     store.mkdir(parents=True, exist_ok=True)
     stems = [job_file(folder, entry, level) for entry in entries]
-    # The libraries read these when they are loaded; one thread each makes sums repeatable.
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    one_thread_each()
     context = multiprocessing.get_context("spawn")
     arguments = (list(entries), stems, level)
     crew = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
@@ -376,7 +375,7 @@ def _progress(stems: Sequence[Path], before: int, seconds: float) -> None:
 
 
 def _work(entries: Sequence[Entry], stems: Sequence[Path], level: Level) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    ignore_interrupt()
     parent = os.getppid()
     for entry, stem in zip(entries, stems, strict=True):
         if os.getppid() != parent:

@@ -19,12 +19,11 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import CalculatorError
 from ase.data import covalent_radii
-from ase.md.langevin import Langevin
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data import SPLITS
-from allscaip_lite.teacher import GFN2xTB, System, split_of
+from allscaip_lite.teacher import GFN2xTB, System, langevin, split_of
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
@@ -500,20 +499,9 @@ def _rattled(atoms: Atoms, size: float, rng: np.random.Generator) -> Atoms:
 
 def _snapshot(start: Atoms, temperature: float, rng: np.random.Generator) -> Atoms:
     """What 50 to 150 fs of Langevin dynamics make of a structure."""
-    atoms = start.copy()
-    atoms.calc = GFN2xTB()
-    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)  # Maxwell–Boltzmann, (N,)
-    atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * spread[:, None])
-    run = Langevin(
-        atoms,
-        1.0 * units.fs,
-        temperature_K=temperature,
-        friction=0.02 / units.fs,
-        fixcm=False,
-        rng=rng,
-    )
+    run = langevin(start, temperature, rng)
     run.run(int(rng.integers(50, 151)))
-    return _in_state(Atoms(atoms.numbers, atoms.positions), **_state_of(start))
+    return _in_state(Atoms(start.numbers, run.atoms.positions), **_state_of(start))
 
 
 def _state_of(atoms: Atoms) -> dict[str, int]:

@@ -15,13 +15,10 @@ import argparse
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -44,6 +41,7 @@ from allscaip_lite.data import (
     store_text,
     write_aselmdb,
 )
+from allscaip_lite.workers import in_processes
 
 # --- The teacher -----------------------------------------------------------------------------
 
@@ -655,17 +653,13 @@ def _relax(atoms: Atoms, steps: int) -> Atoms:
     return atoms
 
 
-def _langevin(
-    start: Atoms, rng: np.random.Generator, snapshots: int, system: System
-) -> Iterator[tuple[Atoms, float]]:
-    """Snapshots (structure, energy in eV) of one run; it ends early where the teacher fails."""
-    hot = len(system.parts) == 1
-    temperature = float(rng.choice([300, 500, 700, 1000] if hot else [200, 300, 400, 500]))
+def langevin(start: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:
+    """Dynamics at `temperature` (K) by the teacher, of a copy of `start`: steps of 1 fs."""
     atoms = start.copy()
     atoms.calc = GFN2xTB()
     spread = np.sqrt(atoms.get_masses() * units.kB * temperature)  # Maxwell–Boltzmann, (N,)
     atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * spread[:, None])
-    run = Langevin(
+    return Langevin(
         atoms,
         1.0 * units.fs,
         temperature_K=temperature,
@@ -673,12 +667,21 @@ def _langevin(
         fixcm=False,
         rng=rng,
     )
+
+
+def _langevin(
+    start: Atoms, rng: np.random.Generator, snapshots: int, system: System
+) -> Iterator[tuple[Atoms, float]]:
+    """Snapshots (structure, energy in eV) of one run; it ends early where the teacher fails."""
+    hot = len(system.parts) == 1
+    temperature = float(rng.choice([300, 500, 700, 1000] if hot else [200, 300, 400, 500]))
+    run = langevin(start, temperature, rng)
     for _ in range(snapshots):
         try:
             run.run(25)
         except CalculatorError:
             return
-        yield atoms.copy(), atoms.get_potential_energy()
+        yield run.atoms.copy(), run.atoms.get_potential_energy()
 
 
 def _shape(
@@ -803,7 +806,7 @@ def generate(
     tasks = [(job, seed, store / f"{index:05d}") for index, job in enumerate(jobs)]
     waiting = [task for task in tasks if not any(_outcomes(task[2]))]
     started = shown = time.monotonic()
-    for done, _ in enumerate(_each(waiting, workers), start=1):
+    for done, _ in enumerate(in_processes(_work, waiting, workers), start=1):
         now = time.monotonic()
         if sys.stderr.isatty() or now - shown > 30 or done == len(waiting):
             left = (now - started) / done * (len(waiting) - done)
@@ -818,9 +821,7 @@ def generate(
 
     results = [_outcomes(stem) for _, _, stem in tasks]
     failed = {
-        job.system.name: bad.read_text()
-        for job, (_, bad) in zip(jobs, results, strict=True)
-        if bad
+        job.system.name: bad.read_text() for job, (_, bad) in zip(jobs, results, strict=True) if bad
     }
     store_text(folder / "failed.json", json.dumps(failed, indent=1))
     elements: set[str] = set()
@@ -851,20 +852,6 @@ def _outcomes(stem: Path) -> tuple[Path | None, Path | None]:
     """The stored result of a job and the record of its failure, whichever is there."""
     files = stem.with_suffix(".aselmdb"), stem.with_suffix(".failed")
     return tuple(file if file.exists() else None for file in files)
-
-
-def _each(tasks: list[tuple[Job, int, Path]], workers: int) -> Iterator[None]:
-    # tblite's sums depend on its threads. One thread each makes a run repeatable, and is fastest
-    # here; the libraries read this when they are loaded, hence processes of our own, also for one.
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool:
-        yield from pool.map(_work, tasks)
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C goes to the whole group: workers finish their job, the parent says what to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _work(task: tuple[Job, int, Path]) -> None:

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from tqdm import tqdm
 from vesin import NeighborList
 
 from allscaip_lite.data import SPLITS, Dataset, store_text, write_aselmdb
+from allscaip_lite.workers import in_processes
 
 # --- The teacher -----------------------------------------------------------------------------
 
@@ -609,7 +607,7 @@ def generate(
     total = sum(trajectory.frames for trajectory in trajectories)
     done = total - sum(trajectory.frames for trajectory, *_ in waiting)
     with tqdm(total=total, initial=done, unit="structures", mininterval=1) as bar:
-        for frames in _each(waiting, workers):
+        for frames in in_processes(_work, waiting, workers):
             bar.update(frames)
 
     counts = {}
@@ -623,19 +621,6 @@ def generate(
         counts[split] = write_aselmdb(folder / f"{split}.aselmdb", structures, overwrite=True)
     store_text(folder / "references.json", json.dumps({"H": 0.0, "O": 0.0}, indent=1))
     return counts
-
-
-def _each(tasks: list[tuple[Trajectory, int, Path]], workers: int) -> Iterator[int]:
-    # One thread a process makes runs repeatable; the libraries read this when they are loaded.
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool:
-        yield from pool.map(_work, tasks)
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C goes to the whole group: workers finish their trajectory, the parent says the rest."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _work(task: tuple[Trajectory, int, Path]) -> int:

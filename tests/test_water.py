@@ -309,13 +309,13 @@ if __name__ == "__main__":
 def here(stop_after: int | None = None):
     """Stands for the worker processes; Ctrl-C comes after some trajectories."""
 
-    def each(tasks, workers):
+    def in_this_process(work, tasks, workers):
         for number, task in enumerate(tasks):
             if number == stop_after:
                 raise KeyboardInterrupt
-            yield water._work(task)
+            yield work(task)
 
-    return each
+    return in_this_process
 
 
 def contents(folder: Path) -> list[tuple]:
@@ -334,12 +334,12 @@ def test_a_stopped_run_goes_on_to_the_same_data(tmp_path, monkeypatch):
     subprocess.run([sys.executable, str(script), str(whole)], check=True, capture_output=True)
     assert json.loads((whole / "references.json").read_text()) == {"H": 0.0, "O": 0.0}
 
-    monkeypatch.setattr(water, "_each", here(stop_after=2))
+    monkeypatch.setattr(water, "in_processes", here(stop_after=2))
     with pytest.raises(KeyboardInterrupt):
         generate(stopped, LISTED)
     assert len(list(stopped.glob("trajectories/*.aselmdb"))) == 2
     assert not (stopped / "train.aselmdb").exists()
-    monkeypatch.setattr(water, "_each", here())
+    monkeypatch.setattr(water, "in_processes", here())
     assert generate(stopped, LISTED) == {"train": 4, "val": 2, "test": 2}
     assert contents(stopped) == contents(whole)
 
