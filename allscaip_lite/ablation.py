@@ -153,11 +153,9 @@ class Study:
 
 
 STUDIES = {
-    "ions": Study(),
-    "pairs": Study(bins=(0.0, 3.0, 6.0, 9.0, 12.0, 15.0), window=(6.0, 15.0)),
-    "chain": Study(
-        steps=2400, weights=(200.0, 20.0), muon=3.0, bins=(4.0, 8.0, 12.0, 16.0, 22.0)
-    ),
+    "ions": Study(steps=2400, muon=3.0),
+    "pairs": Study(steps=1600, muon=3.0, bins=(0.0, 3.0, 6.0, 9.0, 12.0, 15.0), window=(6.0, 15.0)),
+    "chain": Study(steps=2400, weights=(200.0, 20.0), muon=3.0, bins=(4.0, 8.0, 12.0, 16.0, 22.0)),
     "table": Study(
         sizes=("small", "medium"),
         structures=(250, 1000, 4000, 16000),

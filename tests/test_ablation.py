@@ -29,6 +29,7 @@ from allscaip_lite.cli import main
 from allscaip_lite.data import Dataset
 from allscaip_lite.long_range import write_ions
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 20.0))
 
 
@@ -57,6 +58,19 @@ def test_a_study_has_every_variant_with_and_without_lae(name):
     assert kinds == {(v, lae) for v in ("local", "node", "rotary") for lae in (False, True)}
     assert len(cells) == 6 * len(study.sizes) * len(study.structures) * len(study.seeds)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_the_tables_in_the_repository_are_of_these_studies(name):
+    """What the command makes now is what lesson 08 reads."""
+    folder = ROOT / "data" / ("ablation" if name == "table" else "long-range")
+    table, study = json.loads((folder / f"{name}.json").read_text()), STUDIES[name]
+    models = {size: MODELS[size].to_dict() for size in study.sizes}
+    now = json.loads(json.dumps({"study": dataclasses.asdict(study), "models": models}))
+    defaults = json.loads(json.dumps(dataclasses.asdict(Study())))
+    assert defaults | table["study"] == now["study"]  # a table may be older than a setting
+    assert table["models"] == now["models"]
+    assert {row["name"] for row in table["cells"]} <= {cell.name for cell in study.cells()}
 
 
 def test_a_cell_s_model_has_what_its_name_says():
