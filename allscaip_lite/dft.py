@@ -439,6 +439,7 @@ def collect(
             if isinstance(entry, FreeAtom):
                 references[entry.element] = atoms.get_potential_energy()
             else:
+                atoms.info["entry"] = entry.name
                 found[entry.split].append(atoms)
     checksums = {}
     for split, structures in found.items():
@@ -454,6 +455,47 @@ def collect(
     ):
         store_text(folder / f"{name}.json", json.dumps(table, indent=1))
     return {split: len(structures) for split, structures in found.items()}
+
+
+def take_over(
+    folder: str | os.PathLike,
+    entries: Sequence[Entry],
+    known: str | os.PathLike,
+    level: Level = OMOL25,
+) -> int:
+    """Put the labels of a data set that `collect` wrote into a queue; how many entries it spares.
+
+    `known` is the folder of the set. What the queue has already stays as it is.
+    Raises FileNotFoundError if there is no set, ValueError if it is of another level of theory.
+    """
+    known, store = Path(known), Path(folder) / "jobs"
+    found: dict[str, list[Atoms]] = {}
+    for path in (known / f"{split}.aselmdb" for split in SPLITS):
+        for atoms in Dataset(path) if path.exists() else ():
+            theirs = atoms.info.get("label", "nobody knows what")
+            if not theirs.startswith(f"{level.functional}/{level.basis} "):
+                raise ValueError(f"{path} is labelled by {theirs}: no labels for this queue")
+            name = atoms.info.get("entry") or atoms.info["source"]
+            found.setdefault(name, []).append(atoms)
+    if not found:
+        raise FileNotFoundError(
+            f"{known} has no train, val or test.aselmdb: --known takes the folder of a data set "
+            "that this command collected"
+        )
+    references = known / "references.json"
+    if references.exists():
+        for element, energy in json.loads(references.read_text()).items():
+            atom = FreeAtom(element).structures()[0]
+            atom.calc = SinglePointCalculator(atom, energy=energy, forces=np.zeros((1, 3)))
+            found[FreeAtom(element).name] = [atom]
+    store.mkdir(parents=True, exist_ok=True)
+    spared = 0
+    for entry in entries:
+        stem = job_file(folder, entry, level)
+        if entry.name in found and not is_done(stem):
+            write_aselmdb(stem.with_suffix(".aselmdb"), found[entry.name])
+            spared += 1
+    return spared
 
 
 # --- Free atoms ------------------------------------------------------------------------------
@@ -487,11 +529,15 @@ class FreeAtom:
 # --- The command -----------------------------------------------------------------------------
 
 
+KNOWN = "folder of a set this command made: its labels are taken, not made again"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite data dft`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
+    parser.add_argument("--known", type=Path, help=KNOWN)
     parser.add_argument(
         "--collect",
         action="store_true",
@@ -505,6 +551,8 @@ def run(args: argparse.Namespace) -> int:
 
     entries = [FreeAtom(element) for element in GROUND_STATES]
     entries += omol_mini.plan(args.seed)
+    if args.known:
+        print(f"{take_over(args.out, entries, args.known)} entries taken from {args.known}")
     if not args.collect:
         label_all(args.out, entries, workers=args.workers)
     for split, count in collect(args.out, entries).items():

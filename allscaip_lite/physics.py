@@ -419,6 +419,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=1, help="with --dft: processes")
     parser.add_argument(
+        "--known", type=Path, help="with --dft: folder of a set it made: its labels are taken"
+    )
+    parser.add_argument(
         "--collect",
         action="store_true",
         help="with --dft: label nothing, write the groups that are labelled so far",
@@ -427,12 +430,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data physics`: make the groups, or go on labelling; the exit status."""
-    if args.collect and not args.dft:
-        raise PhysicsError("--collect goes with --dft: GFN2-xTB labels all in two minutes")
+    if (args.collect or args.known) and not args.dft:
+        raise PhysicsError("--collect and --known go with --dft: GFN2-xTB takes two minutes")
     groups = plan(args.seed, args.groups, progress=True, tasks=args.tasks or ())
     if args.dft:
         from allscaip_lite import dft
 
+        if args.known:
+            print(f"{dft.take_over(args.out, groups, args.known)} groups taken from {args.known}")
         if not args.collect:
             dft.label_all(args.out, groups, workers=args.workers)
         counts = dft.collect(args.out, groups)

@@ -20,7 +20,7 @@ pytest.importorskip("pyscf")
 pytest.importorskip("numba")
 
 from allscaip_lite import dft  # noqa: E402
-from allscaip_lite.data import Dataset, checksum  # noqa: E402
+from allscaip_lite.data import Dataset, checksum, write_aselmdb  # noqa: E402
 from allscaip_lite.dft import FreeAtom, LabelFailed, Level, collect, job_file, label  # noqa: E402
 
 # The functional of the data set, at a price a test can pay.
@@ -249,6 +249,28 @@ def test_what_is_labelled_so_far_can_be_collected(tmp_path):
     dft.label_all(tmp_path, ENTRIES[:2], SMALL)
     assert collect(tmp_path, ENTRIES, SMALL) == {"train": 1, "val": 0, "test": 0}
     assert not (tmp_path / "val.aselmdb").exists()
+
+
+def test_a_queue_takes_over_a_set_that_was_collected(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    dft.label_all(first, ENTRIES[:3], SMALL)
+    collect(first, ENTRIES, SMALL)
+    assert dft.take_over(second, ENTRIES, first, SMALL) == 3
+    assert dft.take_over(second, ENTRIES, first, SMALL) == 0, "what is there stays"
+    collect(second, ENTRIES, SMALL)
+    for name in ("checksums.json", "references.json"):
+        assert (second / name).read_text() == (first / name).read_text()
+    assert [a.info["entry"] for a in Dataset(second / "train.aselmdb")] == ["H2 0.6", "H2 0.62"]
+
+
+def test_a_queue_refuses_what_is_not_its_own(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--known takes the folder"):
+        dft.take_over(tmp_path, ENTRIES, tmp_path / "none")
+    labelled = label(ENTRIES[1].structures()[0], SMALL)
+    labelled.info["entry"] = ENTRIES[1].name
+    write_aselmdb(tmp_path / "train.aselmdb", [labelled])
+    with pytest.raises(ValueError, match="no labels for this queue"):
+        dft.take_over(tmp_path, ENTRIES, tmp_path)
 
 
 def test_another_level_is_another_job(tmp_path):
