@@ -390,7 +390,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change the preset's configuration, as in --set node_attention=false (repeatable)",
+        help="change the configuration of the preset, or of --from, as in "
+        "--set node_attention=false (repeatable)",
     )
     parser.add_argument(
         "--from",
@@ -473,6 +474,28 @@ def changed(config: AllScAIPConfig, changes: Sequence[str]) -> AllScAIPConfig:
     return AllScAIPConfig.from_dict(values)
 
 
+def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
+    """A model with its configuration changed and its weights kept: another cutoff, or a part taken
+    out, as in "node_attention=false".
+
+    Raises `TrainingError` for a change that needs weights which the model does not have.
+    """
+    if not changes:
+        return model
+    other = AllScAIP(changed(model.config, changes))
+    theirs, ours = model.state_dict(), other.state_dict()
+    lacking = [
+        name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape
+    ]
+    if lacking:
+        raise TrainingError(
+            f"--set {' '.join(changes)} with --from: the model has no weights for {lacking[0]} and "
+            f"{len(lacking) - 1} more; what needs new weights is trained from the start"
+        )
+    other.load_state_dict({name: theirs[name] for name in ours})
+    return other
+
+
 _OPTIONAL = ("angular_channels", "max_neighbors")  # null, or another type
 
 
@@ -496,9 +519,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
     if args.start:
-        if args.changes:
-            raise TrainingError("--set changes a preset: with --from the configuration is fixed")
-        model = load_model(args.start, device="cpu")
+        model = reconfigured(load_model(args.start, device="cpu"), args.changes)
         if direct is None:
             direct = 0 if model.config.conservative else 20_000
         conservative = 2_000 if conservative is None else conservative

@@ -565,6 +565,27 @@ def test_fine_tuning_one_s_own_data_with_three_options(
     assert after["energy_mae"] < 0.01 * before["energy_mae"]
 
 
+def test_a_part_can_be_taken_out_of_a_model_and_none_put_in(
+    twenty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(PRESETS, "lite", SMALL)
+    assert cli.main(command(twenty, tmp_path / "whole", 0, 1)) == 0
+    whole = tmp_path / "whole" / "conservative.safetensors"
+    on = ["--keep-references", "--conservative-rate", "1e-9"]
+    without = ["--from", str(whole), "--set", "node_attention=false", *on]
+    assert cli.main([*command(twenty, tmp_path / "local", 0, 1), *without]) == 0
+    local = load_model(tmp_path / "local" / "conservative.safetensors")
+    weights = load_model(whole).state_dict()
+    assert not local.config.node_attention and len(local.state_dict()) < len(weights)
+    for name, weight in local.state_dict().items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-7)
+    back = ["--from", str(tmp_path / "local" / "conservative.safetensors"), *on]
+    for change in ("node_attention=true", "ffn_ratio=3"):
+        wrong = [*command(twenty, tmp_path / "back", 0, 1), *back, "--set", change]
+        assert cli.main(wrong) == 2
+        assert "has no weights for" in capsys.readouterr().err
+
+
 def test_what_is_held_out_is_not_trained_on(data: Dataset) -> None:
     training, validation = hold_out(data, seed=3)
     assert len(training) + len(validation) == len(data) and len(validation) == round(len(data) / 10)
