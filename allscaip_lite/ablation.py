@@ -390,8 +390,8 @@ def run_study(
 
     `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
     was stopped goes on where it was. `compile` is `train`'s. The table is written to `results`
-    after every cell. Raises AblationError where `folder` holds another study or other data, or no
-    cell has such a name.
+    after every cell; cells that it has already are taken from there. Raises AblationError where
+    `folder` or `results` holds another study or other data, or no cell has such a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"study": asdict(study), "models": _models(study), "data": _sums(data)})
@@ -399,6 +399,8 @@ def run_study(
     if stored.exists() and json.loads(stored.read_text()) != json.loads(plan):
         raise AblationError(f"{folder} holds another study or other data: give another --out")
     store_text(stored, plan)
+    if results is not None and results.exists():
+        _take_over(results, json.loads(plan), folder)
     wanted = [c for c in study.cells() if any(fnmatch.fnmatch(c.name, p) for p in cells)]
     if not wanted:
         raise AblationError(f"no cell is named {' or '.join(cells)}; {study.cells()[0].name} is")
@@ -431,6 +433,18 @@ def run_study(
     if results is not None:
         write_table(table, results)
     return table
+
+
+def _take_over(results: Path, plan: Mapping[str, Any], folder: Path) -> None:
+    """Put the cells of a table, such as the one in the repository, where `run_study` looks."""
+    table = json.loads(results.read_text())
+    settings = json.loads(json.dumps(asdict(Study()))) | table["study"]  # it may be older than one
+    if plan != {"study": settings, "models": table["models"], "data": table["data"]}:
+        raise AblationError(f"{results} is of another study or other data: give another --results")
+    for row in table["cells"]:
+        file = folder / f"{row['name']}.json"
+        if not file.exists():
+            store_text(file, json.dumps({k: v for k, v in row.items() if k != "name"}))
 
 
 def collect(study: Study, data: Path, folder: Path) -> dict[str, Any]:

@@ -202,6 +202,20 @@ def test_a_stopped_study_goes_on_to_the_same_table(data, tmp_path, monkeypatch):
     assert [cell.variant for cell in trained] == ["rotary"]
 
 
+def test_a_study_goes_on_from_a_table_alone(data, tmp_path):
+    table, other = tmp_path / "table.json", tmp_path / "other.json"
+    first = run_study(TINY, data, tmp_path / "run", table, cells=["local-plain-*"])
+    old = json.loads(table.read_text())
+    del old["study"]["muon"]  # written before there was such a setting
+    ablation.write_table(old, table)
+    again = run_study(TINY, data, tmp_path / "elsewhere", table, cells=["local-*"], hours=0)
+    assert timeless(again) == timeless(first)
+    ablation.write_table({**old, "data": {}}, other)
+    with pytest.raises(AblationError, match="give another --results"):
+        run_study(TINY, data, tmp_path / "third", other, hours=0)
+    assert json.loads(other.read_text())["cells"], "nothing is lost"
+
+
 def test_no_hours_start_no_cell(data, tmp_path, capsys):
     assert run_study(TINY, data, tmp_path / "run", hours=0)["cells"] == []
     assert "6 cells wait" in capsys.readouterr().out
