@@ -169,7 +169,7 @@ def test_commands(teacher, tmp_path, capsys, monkeypatch):
 
 def test_nothing_to_collect_without_dft(tmp_path, capsys):
     assert main(["data", "physics", "--out", str(tmp_path), "--collect"]) == 2
-    assert "--collect goes with --dft" in capsys.readouterr().err
+    assert "--collect and --known go with --dft" in capsys.readouterr().err
 
 
 def test_dft_labels_the_same_structures_and_gfn2_xtb_stands_beside(
