@@ -23,12 +23,13 @@ from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data import SPLITS
-from allscaip_lite.teacher import GFN2xTB, System, langevin, split_of
+from allscaip_lite.species import System, split_of
+from allscaip_lite.teacher import GFN2xTB, langevin
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
 # with the fewest unpaired electrons. Molecules of three and more heavy atoms are also there to be
-# held out: smaller ones are all trained on (see `teacher.split_of`).
+# held out: smaller ones are all trained on (see `species.split_of`).
 
 ORGANIC = """
 [H][H] C O N F Cl Br S P [SiH4] B [C-]#[O+] N#N O=C=O C#N [C-]#[NH+] C=O CO CN CF CCl CBr CS C#C C=C

@@ -201,14 +201,14 @@ def _candidates(seed: int) -> dict[str, list[str]]:
     """Neutral singlets, and complexes of two, of teacher's test part: small, well mixed."""
     from rdkit import Chem
 
-    from allscaip_lite import teacher
+    from allscaip_lite import species
 
     found: dict[str, list[str]] = {"molecule": [], "complex": []}
-    for system in teacher.systems():
-        if teacher.split_of(system) != "test" or system.multiplicity != 1:
+    for system in species.systems():
+        if species.split_of(system) != "test" or system.multiplicity != 1:
             continue
         heavy = [Chem.MolFromSmiles(part).GetNumHeavyAtoms() for part in system.parts]
-        if teacher.atom_count(system) > MOST_ATOMS or sum(heavy) > MOST_HEAVY:
+        if species.atom_count(system) > MOST_ATOMS or sum(heavy) > MOST_HEAVY:
             continue
         if len(system.parts) == 2:
             found["complex"].append(".".join(sorted(system.parts)))
@@ -243,36 +243,14 @@ def _conformers(group: Group) -> Made:
     return [("conformers", atoms) for _, atoms in found[:MEMBERS]]
 
 
-# What takes a proton, and what gives one: pattern, which atom of it, change of its charge.
-PROTON_SITES = (
-    ("[NX3;H2,H1,H0;!$(N[C,S]=[O,S,N]);!$(N-a);!$(N[!#6;!#1]);!$(NC#*)]", 1),
-    ("[NX1]#[#6]", 1),
-    ("[OX1]=[#6]", 1),
-    ("[nX2]", 1),
-    ("[OX2H][#6,P]", -1),
-    ("[SX2H]", -1),
-    ("[nX3;H1]", -1),
-)
-
-
 def _protonated(group: Group) -> Made:
     """The molecule, and every ion of it with a proton more or less, each at its minimum."""
-    from rdkit import Chem
+    from allscaip_lite import species
 
     neutral = _lowest(group.molecule, group.seed)
     found = []
-    for pattern, change in PROTON_SITES:
-        molecule = Chem.MolFromSmiles(group.molecule)
-        matches = molecule.GetSubstructMatches(Chem.MolFromSmarts(pattern))
-        if not matches:
-            continue
-        site = molecule.GetAtomWithIdx(matches[0][0])
-        hydrogens = site.GetTotalNumHs() + change
-        site.SetFormalCharge(site.GetFormalCharge() + change)
-        site.SetNoImplicit(True)
-        site.SetNumExplicitHs(hydrogens)
-        Chem.SanitizeMol(molecule)
-        ion = _lowest(Chem.MolToSmiles(molecule), group.seed)
+    for smiles, change in species.protomers(group.molecule):
+        ion = _lowest(smiles, group.seed)
         if len(ion) == len(neutral) + change:
             found.append(ion)
     if not found:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import omol_mini, teacher  # noqa: E402
+from allscaip_lite import omol_mini, species, teacher  # noqa: E402
 from allscaip_lite.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
 
 
@@ -49,9 +49,9 @@ def test_systems_are_small_and_have_electrons_for_their_multiplicity():
 def test_no_molecule_is_in_two_splits_nor_on_two_sides_of_both_data_sets(items):
     split = {}
     for item in items:
-        whole = ".".join(sorted(map(teacher.parent, item.system.parts)))
+        whole = ".".join(sorted(map(species.parent, item.system.parts)))
         assert split.setdefault(whole, item.split) == item.split, item.name
-    theirs = {".".join(sorted(j.system.parts)): j.split for j in teacher.plan(60_000)}
+    theirs = {".".join(sorted(j.system.parts)): j.split for j in species.plan(60_000)}
     shared = [i for i in items if ".".join(sorted(i.system.parts)) in theirs]
     assert len(shared) > 500
     for item in shared:

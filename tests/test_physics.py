@@ -6,7 +6,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite import physics
+from allscaip_lite import physics, species
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.cli import main
 from allscaip_lite.config import AllScAIPConfig
@@ -137,7 +137,7 @@ def test_molecules_are_those_held_out_and_the_plan_is_the_same_again(teacher):
     for names in before.values():
         assert len(names) > 20 and len(names) == len(set(names))
         for name in names:
-            assert teacher.split_of(teacher._system("", name)) == "test"
+            assert species.split_of(species._system("", name)) == "test"
     physics._candidates.cache_clear()
     assert physics._candidates(0) == before
     assert physics._candidates(1) != before

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from ase.calculators.calculator import CalculatorError
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import teacher  # noqa: E402
+from allscaip_lite import species, teacher  # noqa: E402
 from allscaip_lite.data import SPLITS, Dataset  # noqa: E402
-from allscaip_lite.teacher import GFN2xTB, Job, free_atom_energies, plan, sample  # noqa: E402
+from allscaip_lite.species import Job, plan  # noqa: E402
+from allscaip_lite.teacher import GFN2xTB, free_atom_energies, sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +127,11 @@ def test_the_plan_covers_what_the_card_says(jobs):
     assert sum(job.count for job in jobs) == pytest.approx(60_000 * 1.05, rel=0.05)
     assert len({job.system.name for job in jobs}) == len(jobs)
     molecules = {job.system.molecule for job in jobs}
-    assert set(teacher.HELD_OUT) | teacher.KEPT_IN_TRAIN <= molecules
+    assert set(species.HELD_OUT) | species.KEPT_IN_TRAIN <= molecules
     assert {job.system.multiplicity for job in jobs} == {1, 2, 3, 4}
     assert {job.system.charge for job in jobs} == {-2, -1, 0, 1, 2}
-    sizes = [teacher.atom_count(job.system) for job in jobs]
-    assert 30 < max(sizes) <= teacher.MOST_ATOMS
+    sizes = [species.atom_count(job.system) for job in jobs]
+    assert 30 < max(sizes) <= species.MOST_ATOMS
     fewer = plan(1_000)
     assert [job.split for job in fewer] == [job.split for job in jobs]
 
@@ -146,11 +148,11 @@ def test_splits_share_no_molecule(jobs):
     # Nor does a molecule that is held out by its hash take part in a complex that is trained on,
     # be it as its ion.
     inside = {
-        split: {teacher.parent(part) for job in found for part in job.system.parts}
+        split: {species.parent(part) for job in found for part in job.system.parts}
         for split, found in splits.items()
     }
     alone = {
-        teacher.parent(job.system.molecule)
+        species.parent(job.system.molecule)
         for job in splits["test"] + splits["val"]
         if len(job.system.parts) == 1
     }
@@ -160,19 +162,55 @@ def test_splits_share_no_molecule(jobs):
 
 def test_named_molecules_are_where_the_card_says(jobs):
     split = {job.system.molecule: job.split for job in jobs}
-    assert split[teacher.CAFFEINE] == split[f"{teacher.CAFFEINE}.O"] == "test"
+    assert split[species.CAFFEINE] == split[f"{species.CAFFEINE}.O"] == "test"
     assert split["NCC(=O)O.O"] == split["O.O.O.O.O.O.O"] == "test"
     assert split["O.O.O.O.O"] == "val"
     assert split["NCC(=O)O"] == split["CCO"] == split["CCCC"] == split["O"] == "train"
 
 
 def test_an_acid_goes_with_its_ions():
-    assert teacher.parent("CC(=O)[O-]") == teacher.parent("CC(=O)O") == "CC(=O)O"
-    assert teacher.parent("C[C@H]([NH3+])C(=O)[O-]") == teacher.parent("CC(N)C(=O)O")
+    assert species.parent("CC(=O)[O-]") == species.parent("CC(=O)O") == "CC(=O)O"
+    assert species.parent("C[C@H]([NH3+])C(=O)[O-]") == species.parent("CC(N)C(=O)O")
     acids = [f"{'C' * n}(=O)" for n in range(3, 30)]
-    splits = [teacher.split_of(teacher._system("ions", f"{acid}[O-]")) for acid in acids]
-    assert splits == [teacher.split_of(teacher._system("organic", f"{acid}O")) for acid in acids]
+    splits = [species.split_of(species._system("ions", f"{acid}[O-]")) for acid in acids]
+    assert splits == [species.split_of(species._system("organic", f"{acid}O")) for acid in acids]
     assert len(set(splits)) > 1
+
+
+def test_the_charged_set_has_what_the_main_one_lacks(jobs):
+    charged = plan(30_000, "charged")
+    names = [job.system.name for job in charged]
+    assert len(names) == len(set(names))
+    count = {
+        state: sum(job.count for job in charged if wanted(job.system))
+        for state, wanted in {
+            "neutral singlet": lambda s: (s.charge, s.multiplicity) == (0, 1),
+            "open-shell ion": lambda s: s.charge and s.multiplicity > 1,
+            "triplet": lambda s: s.multiplicity == 3,
+        }.items()
+    }
+    assert sum(job.count for job in charged) == pytest.approx(30_000, rel=0.15)
+    assert count["neutral singlet"] < 3_000  # salts and metals with their anions
+    assert min(count["open-shell ion"], count["triplet"]) > 3_000
+    # one split for a molecule, its vertical ions and its protomers, in both sets
+    split = {species.parent(j.system.molecule): j.split for j in jobs if len(j.system.parts) == 1}
+    for job in charged:
+        if len(job.system.parts) == 1 and job.system.domain in ("vertical", "protomers"):
+            assert split.get(species.parent(job.system.molecule), job.split) == job.split
+
+
+@pytest.mark.parametrize(
+    ("molecule", "ions"),
+    [
+        ("CO", {("C[O-]", -1)}),
+        ("CC=O", {("CC=[OH+]", 1)}),
+        ("c1c[nH]cn1", {("c1c[nH]c[nH+]1", 1), ("c1c[n-]cn1", -1)}),
+        ("CC", set()),
+    ],
+)
+def test_protomers_are_those_a_chemist_writes(molecule, ions):
+    canonical = {(Chem.CanonSmiles(smiles), charge) for smiles, charge in ions}
+    assert set(species.protomers(molecule)) == canonical
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -201,6 +239,24 @@ def test_a_radical_has_a_gap_for_each_spin(jobs):
     structures = sample(job_of(jobs, "[OH]", 4, spin=2))
     assert all(atoms.info["spin"] == 2 for atoms in structures)
     assert all(len(atoms.info["homo_lumo_gap"]) == 2 for atoms in structures)
+
+
+def test_a_vertical_ion_stands_as_the_neutral_molecule_does(jobs):
+    """Formaldehyde's cation, stretched where it would relax: the geometry is the neutral one's."""
+    neutral = job_of(jobs, "C=O", 1).system
+    cation = replace(neutral, charge=1, multiplicity=2)
+    vertical = replace(cation, moves_as=(0, 1))
+    kinds = {}
+    for name, system in {"neutral": neutral, "cation": cation, "vertical": vertical}.items():
+        atoms = sample(Job(system, 4, "train"))[0]
+        assert atoms.info["source"].endswith("relaxed")
+        kinds[name] = atoms.get_angle(2, 0, 3), atoms.info["charge"], atoms.info["spin"]
+        assert atoms.get_potential_energy() == pytest.approx(
+            energy(atoms, *kinds[name][1:]), abs=1e-4
+        )
+    assert kinds["vertical"][1:] == kinds["cation"][1:] == (1, 2)
+    assert kinds["vertical"][0] == pytest.approx(kinds["neutral"][0], abs=0.5)
+    assert abs(kinds["cation"][0] - kinds["neutral"][0]) > 3
 
 
 def test_what_is_unfit_for_training_is_rejected(jobs):
@@ -244,7 +300,7 @@ if __name__ == "__main__":
 def few_jobs() -> list[Job]:
     words = ["N", "[OH]", "O.O", "[Li+].O", "CO", "[O][O]|0|3", "CCO", "C=C"]
     splits = ["train", "val", "train", "test", "train", "train", "train", "test"]
-    systems = [teacher._system("organic", word) for word in words]
+    systems = [species._system("organic", word) for word in words]
     return [Job(system, 5, split) for system, split in zip(systems, splits, strict=True)]
 
 
@@ -284,7 +340,7 @@ def test_a_killed_run_goes_on_to_the_same_data(tmp_path):
 
 def test_a_job_that_fails_is_recorded_and_skipped(tmp_path, capsys):
     good = few_jobs()[0]
-    impossible = teacher.System("organic", ("C1#CC1",), charge=0, multiplicity=2)
+    impossible = species.System("organic", ("C1#CC1",), charge=0, multiplicity=2)
     teacher.generate(tmp_path, [Job(impossible, 4, "train"), good])
     assert "JobFailed: " in json.loads((tmp_path / "failed.json").read_text())[impossible.name]
     assert len(Dataset(tmp_path / "train.aselmdb")) == good.count

@@ -21,7 +21,8 @@ from ase.optimize import BFGS
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from allscaip_lite.teacher import CAFFEINE, GFN2xTB
+from allscaip_lite.species import CAFFEINE
+from allscaip_lite.teacher import GFN2xTB
 
 ACROLEIN = "C=CC=O"
 ACROLEIN_TORSION = (0, 1, 2, 3)  # C=C-C=O
