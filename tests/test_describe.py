@@ -78,3 +78,10 @@ def test_sample_in_the_repository_is_as_large_as_its_card_says():
     assert sizes == [420, 90, 90]
     with open("data/xtb/README.md") as card:
         assert "| structures in this sample | 420 | 90 | 90 | 600 |" in card.read()
+
+
+def test_omol_mini_is_what_its_card_says(capsys):
+    pytest.importorskip("ase_db_backends")
+    assert main(["data", "describe", "data/omol-mini"]) == 0
+    with open("data/omol-mini/README.md") as card:
+        assert capsys.readouterr().out.strip() in card.read()
