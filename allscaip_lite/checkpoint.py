@@ -81,6 +81,7 @@ def load_model(
     config, state = _read_safetensors(path) if _is_safetensors(path) else read_official(path)
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model = AllScAIP(config)
+    state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
     check_weights(model.state_dict(), state, path.name)
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()

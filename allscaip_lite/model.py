@@ -28,6 +28,9 @@ from allscaip_lite.neighbors import system_distances
 from allscaip_lite.slots import AttentionRecord, Layout, SystemTable, by_count
 from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, structures_from_atoms
 
+# In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.
+UNITS = ("energy_scale", "energy_mean", "force_scale", "element_references", "charge_reference")
+
 
 class Prediction(NamedTuple):
     """energy (B,) eV, float64; forces (N, 3) eV/Å; stress (B, 3, 3) eV/Å³, 0 of molecules."""
@@ -272,12 +275,10 @@ class AllScAIP(nn.Module):
         self.energy_head = FeedForward(config, 1)
         if not config.conservative:
             self.force_head = FeedForward(config, 3)
-        # eV and eV/Å of one unit of output, and of one atom of each element, always in float64
-        self.register_buffer("energy_scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("energy_mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("force_scale", torch.ones((), dtype=torch.float64))
-        references = torch.zeros(config.max_num_elements, dtype=torch.float64)
-        self.register_buffer("element_references", references)
+        for name in UNITS:
+            shape = config.max_num_elements if name == "element_references" else ()
+            start = torch.ones if name.endswith("scale") else torch.zeros
+            self.register_buffer(name, start(shape, dtype=torch.float64))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -285,8 +286,7 @@ class AllScAIP(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Move or cast the weights, but keep the energy's scale and references in float64."""
-        names = ("energy_scale", "energy_mean", "force_scale", "element_references")
-        exact = {name: getattr(self, name) for name in names}  # a cast would round them
+        exact = {name: getattr(self, name) for name in UNITS}  # a cast would round them
         super()._apply(fn, recurse)
         for name, value in exact.items():
             if not value.is_meta:
@@ -400,7 +400,7 @@ class AllScAIP(nn.Module):
         per_atom = atomic.double() * self.energy_scale
         per_atom = per_atom + self.element_references[structures.atomic_numbers]
         energy = per_atom.new_zeros(len(structures)).index_add(0, structures.system, per_atom)
-        return energy + self.energy_mean
+        return energy + self.energy_mean + self.charge_reference * structures.charge
 
     def predict(self, atoms: Atoms | Sequence[Atoms]) -> list[Result]:
         """Energies, forces and stresses of structures, in one batch.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import UNITS, AllScAIP
 from allscaip_lite.pickles import (
     CHECKPOINT_CLASS,
     CHECKPOINT_MODULE,
@@ -31,10 +31,6 @@ from allscaip_lite.pickles import (
     read_torch_file,
     to_plain,
 )
-
-# Ours that an official file keeps among its tasks, not its weights.
-UNITS = ("energy_scale", "energy_mean", "force_scale", "element_references")
-
 
 def check_weights(
     expected: Mapping[str, Tensor], found: Mapping[str, object], source: str
@@ -335,6 +331,7 @@ def _units_from_tasks(tasks: object, config: AllScAIPConfig) -> dict[str, Tensor
         "energy_mean": torch.tensor(means["energy"], dtype=torch.float64),
         "force_scale": torch.tensor(scales.get("forces", scales["energy"]), dtype=torch.float64),
         "element_references": references,
+        "charge_reference": torch.zeros((), dtype=torch.float64),  # it has none
     }
 
 
@@ -457,6 +454,12 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
     if config.distance_basis == "silu":
         raise ValueError(
             "the official format has no place for the weights of the SiLU distance basis"
+        )
+    if model.charge_reference != 0:
+        raise ValueError(
+            "the official format has no place for the energy of a unit of charge, "
+            f"{float(model.charge_reference):.3f} eV: model.charge_reference.zero_() takes it off, "
+            "and off the energy of every ion"
         )
     allscaip = "fairchem.core.models.allscaip.AllScAIP."
     heads: dict[str, dict[str, Any]] = {}

@@ -38,9 +38,8 @@ from allscaip_lite.checkpoint import (
     save_official,
 )
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import UNITS, AllScAIP
 from allscaip_lite.official import (
-    UNITS,
     config_from_official,
     config_to_official,
     official_names,
@@ -135,6 +134,12 @@ def test_safetensors_there_and_back(tmp_path: Path, variant: str) -> None:
 
 def test_silu_basis_is_kept(tmp_path: Path) -> None:
     model = random_model(TINY.replace(distance_basis="silu"))
+    assert_same_model(model, load_model(save_model(model, tmp_path / "m.safetensors")))
+
+
+def test_energy_of_charge_is_kept(tmp_path: Path) -> None:
+    model = random_model()
+    model.charge_reference.fill_(-4.7)
     assert_same_model(model, load_model(save_model(model, tmp_path / "m.safetensors")))
 
 
@@ -394,6 +399,15 @@ def test_ema_weights_are_taken(tmp_path: Path) -> None:
     model = random_model()
     path = change_official(save_official(model, tmp_path / "m.pt"), change)
     assert_same_model(model, load_model(path))
+
+
+def test_energy_of_charge_cannot_be_official(tmp_path: Path) -> None:
+    model = random_model()
+    model.charge_reference.fill_(-4.7)
+    with pytest.raises(ValueError, match=r"-4\.700 eV: model\.charge_reference\.zero_\(\)"):
+        save_official(model, tmp_path / "m.pt")
+    model.charge_reference.zero_()
+    assert_same_model(model, load_model(save_official(model, tmp_path / "m.pt")))
 
 
 def test_silu_basis_cannot_be_official(tmp_path: Path) -> None:

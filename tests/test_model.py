@@ -18,6 +18,7 @@ from torch import Tensor
 
 from allscaip_lite import PRESETS, AllScAIP, AllScAIPConfig, Result, StructureError
 from allscaip_lite.graph import build_graph
+from allscaip_lite.model import UNITS
 from allscaip_lite.structures import Structures, structures_from_atoms
 
 ModelMaker = Callable[..., AllScAIP]
@@ -436,18 +437,22 @@ def test_charge_and_multiplicity_change_the_energy(model: AllScAIP) -> None:
 def test_energy_is_scaled_output_plus_references(
     make_model: ModelMaker, cluster: Atoms, crystal: Atoms
 ) -> None:
-    """E = scale·Ê + mean + Σ references; forces and stress know the scale alone."""
+    """E = scale·Ê + mean + Σ references + charge; forces and stress know the scale alone."""
     model = make_model()
-    batch = [cluster, crystal]
+    ion = cluster.copy()
+    ion.info["charge"] = -2
+    batch = [cluster, crystal, ion]
     before = model.predict(batch)
     references = model.element_references.clone()
     model.energy_scale.mul_(2)
     model.force_scale.mul_(2)
     model.energy_mean.fill_(11.0)
     model.element_references.copy_(torch.linspace(-5e4, 0, len(references)).double())
+    model.charge_reference.fill_(7.0)
     for atoms, old, new in zip(batch, before, model.predict(batch), strict=True):
         output = old.energy + 0.3 - float(references[atoms.numbers].sum())
         expected = 2 * output + 11 + float(model.element_references[atoms.numbers].sum())
+        expected += 7 * atoms.info.get("charge", 0)
         assert new.energy == pytest.approx(expected, rel=0, abs=1e-9)
         np.testing.assert_allclose(new.forces, 2 * old.forces, atol=1e-10)
         assert new.stress is None or np.allclose(new.stress, 2 * old.stress, rtol=0, atol=1e-10)
@@ -459,7 +464,7 @@ def test_normaliser_and_references_stay_in_float64(make_model: ModelMaker) -> No
     model.float()
     assert model.dtype == torch.float32
     assert torch.equal(model.element_references, exact)  # not rounded, not even for a moment
-    for name in ("energy_scale", "energy_mean", "force_scale", "element_references"):
+    for name in UNITS:
         assert getattr(model, name).dtype == torch.float64
         assert name in model.state_dict()
 

@@ -528,6 +528,27 @@ def moved_labels(twenty: Path, file: Path) -> dict[str, float]:
     return zeros
 
 
+def test_references_follow_another_price_of_an_electron(data: Dataset, tmp_path: Path) -> None:
+    model = start_stage(small_model(data), conservative_stage(1)).eval()
+    structures = []
+    charges = {"H2O": 0, "NH3": 1, "CH4": -1, "CH3OH": 2, "H2O2": 0, "HCN": 1}
+    for name, charge in charges.items():
+        atoms = molecule(name)
+        atoms.info |= {"charge": charge, "spin": 1 + charge % 2}
+        answer = model.predict(atoms)[0]
+        energy = answer.energy - 4.7 * charge + 3.0 * list(atoms.symbols).count("O")
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=answer.forces)
+        structures.append(atoms)
+    write_aselmdb(tmp_path / "ions.aselmdb", structures)
+    ions = Dataset(tmp_path / "ions.aselmdb")
+    moved = shift_references(model, ions)
+    assert float(moved[-1]) == float(model.charge_reference) == pytest.approx(-4.7, abs=1e-3)
+    assert float(moved[8]) == pytest.approx(3.0, abs=1e-3)
+    for atoms in ions:
+        error = model.predict(atoms)[0].energy - atoms.get_potential_energy()
+        assert error == pytest.approx(0.0, abs=1e-3)
+
+
 def test_references_follow_another_level_of_theory(
     twenty: Path, data: Dataset, tmp_path: Path
 ) -> None:
@@ -537,10 +558,11 @@ def test_references_follow_another_level_of_theory(
     same = shift_references(twin, Dataset(twenty))
     before = model.element_references.clone()
     moved = shift_references(model, Dataset(tmp_path / "moved.aselmdb"))
-    torch.testing.assert_close(model.element_references, before + moved)
+    torch.testing.assert_close(model.element_references, before + moved[:-1])
+    assert model.charge_reference == moved[-1]
     numbers = [atomic_numbers[symbol] for symbol in zeros]
-    present = torch.tensor([*numbers, 99])
-    expected = torch.tensor([*zeros.values(), 0.0], dtype=torch.float64)
+    present = torch.tensor([*numbers, 99, 100])  # 100 is the charge
+    expected = torch.tensor([*zeros.values(), 0.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close((moved - same)[present], expected, rtol=0, atol=2e-2)
 
 
