@@ -218,6 +218,7 @@ CHARGED = {
     "metals": 1.0,
 }
 VERTICAL = ((1, 2), (-1, 2), (0, 3))
+APART = 14.0  # Å, the widest gap of the set `apart`
 # What takes a proton, and what gives one: pattern, which atom of it, change of its charge.
 PROTON_SITES = (
     ("[NX3;H2,H1,H0;!$(N[C,S]=[O,S,N]);!$(N-a);!$(N[!#6;!#1]);!$(NC#*)]", 1),
@@ -252,7 +253,8 @@ class System:
     """What is sampled in one job: molecules (SMILES) side by side, one charge and multiplicity.
 
     Where `moves_as` is given, another charge and multiplicity, the geometries are those of that
-    state: ionised or excited at once, before the atoms have moved.
+    state: ionised or excited at once, before the atoms have moved. Where `reach` (Å) is given, the
+    molecules stand apart, at gaps from contact up to it.
     """
 
     domain: str
@@ -261,6 +263,7 @@ class System:
     multiplicity: int
     weight: float = 1.0
     moves_as: tuple[int, int] | None = None
+    reach: float | None = None
 
     @property
     def molecule(self) -> str:
@@ -269,7 +272,13 @@ class System:
     @property
     def name(self) -> str:
         state = f"{self.molecule}|{self.charge}|{self.multiplicity}"
-        return state if self.moves_as is None else f"{state}, {self.moves_as[0]}|{self.moves_as[1]}"
+        if self.moves_as is not None:
+            state += f", {self.moves_as[0]}|{self.moves_as[1]}"
+        return state if self.reach is None else f"{state}, to {self.reach:g} Å"
+
+    def alone(self, part: str) -> System:
+        """One of the molecules by itself."""
+        return _system(self.domain, part)
 
 
 @dataclass(frozen=True)
@@ -331,6 +340,18 @@ def charged_systems() -> list[System]:
         for smiles, _ in protomers(system.molecule):
             found.append(_system("protomers", smiles))
     return _each_once(found)
+
+
+def apart_systems() -> list[System]:
+    """Every system of the set `apart`, each once, in a fixed order: two molecules, of which
+    `main` knows what they are in contact but not what it costs to part them."""
+    partners, ions = PARTNERS.split(), [*DISSOLVED.split(), "[Zn+2]", "[I-]"]
+    words = [word for word in ["O.O"] + ION_PAIRS.split() + DIMERS.split() if word.count(".") == 1]
+    found = [_system("apart", word, weight=3.0) for word in words]
+    pairs = itertools.combinations_with_replacement(partners, 2)
+    found += [_system("apart", ".".join(pair)) for pair in pairs]
+    found += [_system("apart", ".".join(pair)) for pair in itertools.product(ions, partners)]
+    return _each_once([replace(system, reach=APART) for system in found])
 
 
 def _each_once(found: Iterable[System]) -> list[System]:
@@ -471,7 +492,7 @@ def _split_of_part(smiles: str) -> str:
 _HELD_OUT = {".".join(sorted(name.split("."))): split for name, split in HELD_OUT.items()}
 
 
-SETS = {"main": systems, "charged": charged_systems}
+SETS = {"main": systems, "charged": charged_systems, "apart": apart_systems}
 
 
 def plan(structures: int, kind: str = "main") -> list[Job]:

@@ -159,6 +159,9 @@ def free_atom_energies(elements: Iterable[str]) -> dict[str, float]:
 
 MAX_FORCE = 25.0  # eV/Å: beyond it, a structure is no use for training
 STATE_TOLERANCE = 0.02  # eV between a run's electronic state and one found from scratch
+# Two molecules at least FAR (Å) apart have to be what they are alone, within FAR_TOLERANCE (eV):
+# the teacher likes to spread the charge of one over both.
+FAR, FAR_TOLERANCE = 5.0, 0.3
 
 
 class JobFailed(RuntimeError):
@@ -171,7 +174,10 @@ def sample(job: Job, seed: int = 0) -> list[Atoms]:
     Half come from Langevin runs (1 fs steps, 25 fs between snapshots, 300–1000 K; complexes
     200–500 K), started from a conformer or assembly relaxed for a few steps; the rest from
     turned bonds (complexes: new assemblies) and random displacements. A system that `moves_as`
-    another state is relaxed and run in that one, and labelled in its own.
+    another state is relaxed and run in that one, and labelled in its own. One with a `reach` is
+    molecules relaxed alone, displaced at random and put at gaps from 1.6 Å to it, as many between
+    2 and 4 Å as between 4 and 8; from 5 Å on only if their energy is that of each alone, plus
+    Coulomb's of their charges.
     Raises JobFailed if fewer than half of the structures wanted come out usable.
     """
     system, count = job.system, job.count
@@ -186,10 +192,22 @@ def sample(job: Job, seed: int = 0) -> list[Atoms]:
     kept: list[Atoms] = []
 
     def keep(atoms: Atoms, how: str, expected: float | None = None) -> None:
-        labelled = _label(atoms, system, None if system.moves_as else expected)
+        tolerance = STATE_TOLERANCE if system.reach is None else FAR_TOLERANCE
+        labelled = _label(atoms, system, None if system.moves_as else expected, tolerance)
         if labelled is not None and len(kept) < count:
             labelled.info["source"] = f"xtb/{system.domain}/{system.name}/{len(kept)}/{how}"
             kept.append(labelled)
+
+    if system.reach is not None:
+        molecules = {part: _relaxed_alone(system, part, molecules[part]) for part in molecules}
+        for _ in range(4 * count):
+            if len(kept) >= count:
+                break
+            gap = 1.6 * (system.reach / 1.6) ** rng.random()
+            atoms = _shape(system, molecules, rng, gap)
+            atoms.positions += rng.normal(size=(len(atoms), 3)) * rng.choice([0.01, 0.03, 0.06])
+            keep(atoms, "apart", None if gap < FAR else _energy_apart(atoms, system))
+        return _enough(kept, count)
 
     runs = max(1, min(len(shapes), count // 6))
     relaxed = []
@@ -214,19 +232,27 @@ def sample(job: Job, seed: int = 0) -> list[Atoms]:
             how = "turned"
         atoms.positions += rng.normal(size=(len(atoms), 3)) * rng.choice([0.02, 0.05, 0.1])
         keep(atoms, how)
+    return _enough(kept, count)
+
+
+def _enough(kept: list[Atoms], count: int) -> list[Atoms]:
     if 2 * len(kept) < count:
         raise JobFailed(f"{len(kept)} usable structures of {count}")
     return kept
 
 
-def _label(atoms: Atoms, system: System, expected: float | None = None) -> Atoms | None:
-    """The structure with its labels and metadata, or None if it is not fit for training."""
+def _label(
+    atoms: Atoms, system: System, expected: float | None = None, tolerance: float = STATE_TOLERANCE
+) -> Atoms | None:
+    """The structure with its labels and metadata, or None if it is not fit for training: among
+    others if its energy is not within `tolerance` of `expected` (eV)."""
     numbers, positions = atoms.numbers, atoms.positions
     distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
     bond = covalent_radii[numbers][:, None] + covalent_radii[numbers][None]
     if (distance + 9.0 * np.eye(len(atoms)) < 0.6 * bond).any():
         return None
-    if not _connected(distance < (1.8 * bond if len(system.parts) == 1 else 6.0)):
+    reach = 1.8 * bond if len(system.parts) == 1 else system.reach or 6.0
+    if not _connected(distance < reach):
         return None
     labelled = Atoms(numbers, positions - positions.mean(axis=0))
     labelled.info = {"charge": system.charge, "spin": system.multiplicity}
@@ -239,7 +265,7 @@ def _label(atoms: Atoms, system: System, expected: float | None = None) -> Atoms
     energy, forces = teacher.results["energy"], teacher.results["forces"]
     if not (np.isfinite(energy) and np.abs(forces).max() < MAX_FORCE):
         return None
-    if expected is not None and abs(energy - expected) > STATE_TOLERANCE:
+    if expected is not None and not abs(energy - expected) <= tolerance:  # so for NaN too
         return None
     labelled.info |= {
         "reference_source": "allscaip-lite data xtb",
@@ -261,6 +287,31 @@ def _connected(near: np.ndarray) -> bool:
     for _ in range(len(near)):
         reached = near[reached].any(0)
     return bool(reached.all())
+
+
+def _relaxed_alone(system: System, part: str, shapes: Sequence[Atoms]) -> list[Atoms]:
+    alone = system.alone(part)
+    for atoms in shapes:
+        atoms.info = {"charge": alone.charge, "spin": alone.multiplicity}
+    return [_relax(atoms, steps=8) if len(atoms) > 1 else atoms for atoms in shapes]
+
+
+def _energy_apart(atoms: Atoms, system: System) -> float:
+    """Energies of two molecules alone plus Coulomb's of their charges, in eV; NaN where the teacher
+    fails on one of them."""
+    first = with_hydrogens(system.parts[0]).GetNumAtoms()
+    pieces, energy = (atoms[:first], atoms[first:]), 0.0
+    states = [system.alone(part) for part in system.parts]
+    for piece, state in zip(pieces, states, strict=True):
+        piece.info = {"charge": state.charge, "spin": state.multiplicity}
+        piece.calc = GFN2xTB(accuracy=0.1)
+        try:
+            energy += piece.get_potential_energy()
+        except CalculatorError:
+            return np.nan
+    distance = np.linalg.norm(pieces[0].positions.mean(0) - pieces[1].positions.mean(0))
+    coulomb = units.Hartree * units.Bohr / distance  # of two charges of one
+    return energy + coulomb * states[0].charge * states[1].charge
 
 
 def _relax(atoms: Atoms, steps: int) -> Atoms:
@@ -480,7 +531,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set",
         choices=tuple(SETS),
         default="main",
-        help="main, or charged: more ions, radicals, triplets and metals, of which main has few",
+        help="main; charged: more ions, radicals, triplets and metals, of which main has few; "
+        "apart: two molecules from contact to 14 Å",
     )
     parser.add_argument("--structures", type=int, default=60_000, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")

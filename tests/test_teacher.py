@@ -259,6 +259,48 @@ def test_a_vertical_ion_stands_as_the_neutral_molecule_does(jobs):
     assert abs(kinds["cation"][0] - kinds["neutral"][0]) > 3
 
 
+def test_molecules_apart_stand_at_all_distances_and_end_up_as_two():
+    (job,) = (job for job in plan(13_000, "apart") if job.system.molecule == "F.F")
+    structures = sample(replace(job, count=40))
+    gaps, bonds = [], []
+    for atoms in structures:
+        distances = atoms.get_all_distances()
+        bonds += [distances[0, 1], distances[2, 3]]
+        gaps.append(distances[:2, 2:].min())
+        if gaps[-1] > 9:
+            alone = energy(atoms[:2]) + energy(atoms[2:])
+            assert atoms.get_potential_energy() == pytest.approx(alone, abs=5e-3)
+    assert 0.75 < min(bonds) < max(bonds) < 1.15  # whole molecules, displaced a little
+    counts, _ = np.histogram(gaps, [1.2, 2.8, 6, 14.3])
+    assert counts.sum() == len(structures) == 40
+    assert counts.min() >= 5
+
+
+def test_molecules_apart_keep_their_charges():
+    """GFN2-xTB shares the charge of Mg²⁺ with a molecule 10 Å away, 20 eV below the two alone."""
+    (job,) = (job for job in plan(13_000, "apart") if job.system.molecule == "[Mg+2].CO")
+    job = replace(job, count=8)
+    chloride = replace(job.system, parts=("[Cl-]", "CO"), charge=-1)
+    widest = {}
+    for name, one in {"Mg": job, "Cl": replace(job, system=chloride)}.items():
+        structures = sample(one)
+        assert len(structures) == 8
+        widest[name] = max(atoms.get_all_distances()[0, 1:].min() for atoms in structures)
+    assert widest["Mg"] < teacher.FAR + 0.3 < 7 < widest["Cl"]
+
+
+def test_the_apart_set_keeps_the_splits_of_the_main_one(jobs):
+    apart = plan(13_000, "apart")
+    names = [job.system.name for job in apart]
+    assert len(names) == len(set(names))
+    assert sum(job.count for job in apart) == pytest.approx(13_000, rel=0.15)
+    assert all(len(job.system.parts) == 2 for job in apart)
+    split = {tuple(sorted(job.system.parts)): job.split for job in jobs}
+    shared = [job for job in apart if tuple(sorted(job.system.parts)) in split]
+    assert len(shared) > 500
+    assert all(split[tuple(sorted(job.system.parts))] == job.split for job in shared)
+
+
 def test_what_is_unfit_for_training_is_rejected(jobs):
     system = job_of(jobs, "CCO", 1).system
     good = teacher._relax(sample(job_of(jobs, "CCO", 2))[0], steps=3)
