@@ -177,10 +177,10 @@ def _chosen(found: Residuals, members: list[int]) -> Residuals:
 
 
 def fit_references(described: Sequence[Description], found: Residuals) -> Residuals:
-    """The residuals after a least-squares energy of each element is taken off.
+    """The residuals after a least-squares energy of each element and of a charge is taken off.
 
-    Two levels of theory differ by a constant for each element, above all: without it, nothing can
-    be said of how well the one follows the other.
+    Two levels of theory differ by a constant for each element, and for each electron that is taken
+    away, above all: without it, nothing can be said of how well the one follows the other.
     Raises EvaluationError where there are fewer structures than elements.
     """
     natoms = torch.tensor([len(what.numbers) for what in described], dtype=torch.float64)
@@ -189,11 +189,13 @@ def fit_references(described: Sequence[Description], found: Residuals) -> Residu
         [torch.bincount(torch.as_tensor(w.numbers), minlength=largest + 1) for w in described]
     ).double()
     counts = counts[:, counts.any(0)]
-    if len(described) <= counts.shape[1]:
+    if len(described) <= counts.shape[1] + 1:
         raise EvaluationError(
             f"{len(described)} structures of {counts.shape[1]} elements: too few to fit an energy "
-            "of each element"
+            "of each element and of a charge"
         )
+    charges = torch.tensor([[what.charge] for what in described], dtype=torch.float64)
+    counts = torch.cat([counts, charges], dim=1)
     total = found.energies.double() * natoms  # meV a structure
     shift = torch.linalg.lstsq(counts / natoms[:, None], total / natoms, driver="gelsd").solution
     return found._replace(energies=(total - counts @ shift) / natoms)
@@ -238,7 +240,8 @@ def table(rows: dict[str, dict[str, float]], head: str = "domain") -> str:
 def plot_errors(described: Sequence[Description], found: Residuals) -> Figure:
     """Four panels: energies and forces predicted against labelled, error against size, by domain.
 
-    Energies without what a least-squares fit by element explains (of the labels), in eV/atom.
+    Energies without what a least-squares fit by element and charge explains (of the labels), in
+    eV/atom.
     """
     from matplotlib.figure import Figure
 
@@ -356,7 +359,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fit-references",
         action="store_true",
-        help="for labels of another level of theory: take off an energy of each element first",
+        help="for labels of another level of theory: take off an energy of each element and of a "
+        "unit of charge first",
     )
     parser.add_argument(
         "--physics",
@@ -412,12 +416,12 @@ def run(args: argparse.Namespace) -> None:
         )
         print(table(rows, "up to so many atoms" if group == "atoms" else group), end="\n\n")
     if all(what.xtb is not None for what in described) and len(described) > 100:
-        print("GFN2-xTB itself, on the same structures, after a fit of an energy of each element:")
+        print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
         print(table(by_group(described, xtb_residuals(described), GROUPS["domain"])), end="\n\n")
     if not args.fit_references and found.energies.abs().median() > 1000:
         print(
             "Energies are off by more than 1 eV/atom: labels of another level of theory? "
-            "--fit-references takes off what is a constant of each element."
+            "--fit-references takes off what is a constant of each element and of a charge."
         )
     if args.plots:
         plot_errors(described, found).savefig(args.plots, dpi=150)

@@ -126,14 +126,17 @@ def test_errors_by_element_charge_multiplicity_and_size(model: AllScAIP, labelle
 
 
 def relabelled(model: AllScAIP, tmp_path: Path, own: dict[str, float]) -> Dataset:
-    """Structures whose labels are the model's forces plus a little, at another zero of energy."""
+    """Structures whose labels are the model's forces plus a little, at another zero of energy and
+    another price of an electron."""
     structures = []
     for seed, name in enumerate(["H2O", "NH3", "CH4", "CH3OH", "H2CO", "H2O2", "N2H4", "HCN"]):
         atoms = molecule(name)
         atoms.rattle(0.05, seed=seed)
-        atoms.info.update(charge=0, spin=1, data_id="any", source=f"here/{name}")
+        charge = {"NH3": 1, "CH3OH": -1, "N2H4": 2}.get(name, 0)
+        atoms.info |= {"charge": charge, "spin": 1 + charge % 2}
+        atoms.info |= {"data_id": "any", "source": f"here/{name}"}
         (result,) = model.predict(atoms)
-        zero = sum(own[symbol] for symbol in atoms.symbols)
+        zero = sum(own[symbol] for symbol in atoms.symbols) - 4700.0 * charge
         error = 1e-3 * (-1) ** seed * len(atoms)
         labels = {"energy": result.energy + zero + error, "forces": result.forces + 0.02}
         atoms.info |= {"xtb_energy": result.energy, "xtb_forces": result.forces}
