@@ -2,7 +2,8 @@
 
 In and out: what the plain functions in `attention` of the same name take and give, and tests hold
 the two equal. Each is a `torch.autograd.Function` whose derivative is written by hand, so that
-nothing is copied and little is kept. `linear` is the exception: it serves everywhere, at any order.
+nothing is copied and little is kept. `linear` and `rotary_bias` are exceptions: they serve in
+training on forces too, the one at any order, the other at two.
 """
 
 from __future__ import annotations
@@ -344,65 +345,108 @@ def _next_legendre(l: int, x: Tensor, now: Tensor, before: Tensor) -> Tensor:
     return (x * now).mul_((2 * l + 1) / (l + 1)).sub_(before, alpha=l / (l + 1))
 
 
-def _sinc(distances: Tensor, frequencies: Tensor) -> Tensor:
-    """`encodings.sinc_features` in few passes: (q,), (F,) → (q, F)."""
+def _sinc(distances: Tensor, frequencies: Tensor, order: int) -> list[Tensor]:
+    """`encodings.sinc_features` and its derivatives by d up to `order`: (q,), (F,) → (q, F) each.
+
+    sinc(ωd)' = (cos(ωd) - sinc(ωd))/d and sinc(ωd)'' = -ω² sinc(ωd) - 2 sinc(ωd)'/d.
+    """
     phase = distances.unsqueeze(1) * frequencies
-    return torch.sin(phase).div_(phase).nan_to_num_(nan=1.0)  # 0/0 at d = 0
+    found = [torch.sin(phase).div_(phase).nan_to_num_(nan=1.0)]  # 0/0 at d = 0
+    inverse = distances.clamp(min=1e-6).reciprocal().unsqueeze(1)
+    if order > 0:
+        found.append(phase.cos_().sub_(found[0]).mul_(inverse))
+    if order > 1:
+        bend = (found[0] * -frequencies.square()).sub_(found[1] * inverse, alpha=2)
+        found.append(torch.where(distances.unsqueeze(1) == 0, frequencies.square() / -3, bend))
+    return found
 
 
-class FusedRotaryBias(torch.autograd.Function):
-    """The same by hand, forwards and once backwards, a few thousand distances at a time.
+PAIRS_AT_ONCE = 8192  # on a CPU: so that their features stay in the cache
+
+
+def _some(distances: Tensor) -> Iterator[slice]:
+    """All distances, some at a time."""
+    step = PAIRS_AT_ONCE if distances.device.type == "cpu" else max(1, len(distances))
+    return (slice(start, start + step) for start in range(0, len(distances), step))
+
+
+class _RotaryMix(torch.autograd.Function):
+    """Σ_f W_f sinc(ω_f d) by hand, twice differentiable: (Q,), (h, F), (F,) → (h, Q).
 
     The F sinc features of a pair, and their slopes, are made where they are used and never kept:
     for 600 atoms they would take 46 MB, several times over.
     """
 
-    CHUNK = 8192
-
     @staticmethod
     def forward(ctx: Any, distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
+        ctx.save_for_backward(distances, weight, frequencies)
         mixed = distances.new_empty(weight.shape[0], len(distances))
-        step = FusedRotaryBias._step(distances)
-        for start in range(0, len(distances), step):
-            chunk = distances[start : start + step]
-            mixed[:, start : start + step] = weight @ _sinc(chunk, frequencies).T
-        ctx.save_for_backward(distances, weight, frequencies, mixed)
-        return F.softplus(mixed).add_(1e-6).log_()
+        for some in _some(distances):
+            (features,) = _sinc(distances[some], frequencies, 0)
+            mixed[:, some] = weight @ features.T
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        mixes = ctx.needs_input_grad[1]
+        return *_RotaryMixDerivative.apply(gradient, *ctx.saved_tensors, mixes), None
+
+
+class _RotaryMixDerivative(torch.autograd.Function):
+    """What `_RotaryMix` gives back, itself differentiable, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gradient: Tensor,
+        distances: Tensor,
+        weight: Tensor,
+        frequencies: Tensor,
+        mixes: bool,  # whether the derivative by the weight is asked for
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(gradient, distances, weight, frequencies)
+        d_distances = torch.empty_like(distances)
+        d_weight = torch.zeros_like(weight) if mixes else None
+        for some in _some(distances):
+            features, slope = _sinc(distances[some], frequencies, 1)
+            if d_weight is not None:
+                d_weight += gradient[:, some] @ features
+            d_distances[some] = (gradient[:, some].T @ weight).mul_(slope).sum(1)
+        return d_distances, d_weight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        distances, weight, frequencies, mixed = ctx.saved_tensors
-        d_mixed = gradient * torch.sigmoid(mixed) / (F.softplus(mixed) + 1e-6)  # (h, Q)
-        d_distances = torch.empty_like(distances)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        step = FusedRotaryBias._step(distances)
-        for start in range(0, len(distances), step):
-            rows = slice(start, start + step)
-            features = _sinc(distances[rows], frequencies)  # (q, F)
-            if d_weight is not None:
-                d_weight += d_mixed[:, rows] @ features
-            # d sinc(ωd)/dd = (cos(ωd) - sinc(ωd))/d, and 0 at d = 0
-            slope = torch.cos(distances[rows].unsqueeze(1) * frequencies).sub_(features)
-            slope *= d_mixed[:, rows].T @ weight
-            d_distances[rows] = slope.sum(1) / distances[rows].clamp(min=1e-6)
-        return d_distances, d_weight, None
-
-    @staticmethod
-    def _step(distances: Tensor) -> int:
-        return FusedRotaryBias.CHUNK if distances.device.type == "cpu" else max(1, len(distances))
+    def backward(
+        ctx: Any, change: Tensor, weight_change: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        gradient, distances, weight, frequencies = ctx.saved_tensors
+        weight_change = torch.zeros_like(weight) if weight_change is None else weight_change
+        d_gradient, d_distances = torch.empty_like(gradient), torch.empty_like(distances)
+        d_weight = torch.zeros_like(weight)
+        for some in _some(distances):
+            features, slope, bend = _sinc(distances[some], frequencies, 2)
+            moved = slope * change[some].unsqueeze(1)  # how far the features move
+            d_gradient[:, some] = weight @ moved.T + weight_change @ features.T
+            pull = bend.mul_(change[some].unsqueeze(1)).mul_(gradient[:, some].T @ weight)
+            pull.addcmul_(slope, gradient[:, some].T @ weight_change)
+            d_distances[some] = pull.sum(1)
+            d_weight += gradient[:, some] @ moved
+        return d_gradient, d_distances, d_weight, None, None
 
 
 def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
-    """(B, n, n) Å, (h, F) → (h, B, n, n): `attention.rotary_bias`, each pair of atoms once."""
+    """(B, n, n) Å, (h, F) → (h, B, n, n): `attention.rotary_bias`, each pair of atoms once.
+
+    Twice differentiable, so it serves in training on forces as well.
+    """
     batch, n, _ = distances.shape
     i, j = torch.triu_indices(n, n, device=distances.device)
     pairs = distances.flatten(1)[:, i * n + j]  # (B, n(n+1)/2)
-    bias = FusedRotaryBias.apply(pairs.flatten(), weight, frequencies)
-    return Symmetrize.apply(bias.view(-1, len(i)), n).view(-1, batch, n, n)
+    bias = F.softplus(_RotaryMix.apply(pairs.flatten(), weight, frequencies)).add(1e-6).log()
+    return _Symmetric.apply(bias.view(-1, len(i)), n).view(-1, batch, n, n)
 
 
-class Symmetrize(torch.autograd.Function):
+class _Symmetric(torch.autograd.Function):
     """Values of the pairs i ≤ j into full symmetric matrices: (C, n(n+1)/2) → (C, n, n)."""
 
     @staticmethod
@@ -412,15 +456,25 @@ class Symmetrize(torch.autograd.Function):
         place[upper[0], upper[1]] = place[upper[1], upper[0]] = torch.arange(
             upper.shape[1], device=pairs.device
         )
-        ctx.n = n
         return pairs.index_select(1, place.flatten()).view(-1, n, n)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        n = ctx.n
-        i, j = torch.triu_indices(n, n, device=gradient.device)
-        gradient = gradient.reshape(-1, n * n)
-        folded = gradient.index_select(1, i * n + j)
-        folded += gradient.index_select(1, j * n + i) * (i != j)
-        return folded, None
+        return _Folded.apply(gradient), None
+
+
+class _Folded(torch.autograd.Function):
+    """The transpose of `_Symmetric`: what stands at (i, j) and (j, i) added up."""
+
+    @staticmethod
+    def forward(ctx: Any, full: Tensor) -> Tensor:
+        ctx.n = n = full.shape[-1]
+        i, j = torch.triu_indices(n, n, device=full.device)
+        full = full.reshape(-1, n * n)
+        folded = full.index_select(1, i * n + j)
+        folded += full.index_select(1, j * n + i) * (i != j)
+        return folded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Symmetric.apply(gradient, ctx.n)

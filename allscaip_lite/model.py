@@ -357,7 +357,7 @@ class AllScAIP(nn.Module):
             source=Layout.make(graph.source_slot, occupied),
             destination=Layout.make(graph.destination_slot, occupied),
             systems=systems,
-            biases=self.biases(structures, systems, fused),
+            biases=self.biases(structures, systems),
             fused=fused,
             rows=rows,
         )
@@ -382,7 +382,7 @@ class AllScAIP(nn.Module):
             sums = encodings.pair_sums(encodings.slot_legendre(graph, degree), weights)
         return encodings.bond_orientational_order(sums, weights)
 
-    def biases(self, structures: Structures, systems: SystemTable, fast: bool) -> Sequence[Any]:
+    def biases(self, structures: Structures, systems: SystemTable) -> Sequence[Any]:
         """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
         config, empty = self.config, systems.mask(self.dtype)
         if not config.rotary:
@@ -391,8 +391,8 @@ class AllScAIP(nn.Module):
         distances = system_distances(structures, positions)  # (B, n, n)
         weight = torch.cat([block.rotary_weight for block in self.blocks])  # (L·h, F)
         frequencies = encodings.rotary_frequencies(weight.shape[1], distances)
-        form = fused.rotary_bias if fast else attention.rotary_bias
-        bias = form(distances, weight, frequencies)  # (L·h, B, n, n), all blocks at once
+        # all blocks at once, (L·h, B, n, n)
+        bias = fused.rotary_bias(distances, weight, frequencies)
         bias = bias.unflatten(0, (config.num_layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
         return (bias if empty is None else bias + empty).unbind(0)
 

@@ -80,8 +80,9 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     """(N, N, 3) integer shifts that bring atom j nearest to atom i, in lattice vectors.
 
     Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
-    is among the 27 around it. Lattice vectors that are not periodic give way to normals of the
-    others, or a tilted one would lead to the wrong image.
+    is among the 27 around it, and it is the difference itself where the lattice is orthogonal or
+    the difference shorter than half of every lattice vector. Lattice vectors that are not periodic
+    give way to normals of the others, or a tilted one would lead to the wrong image.
     """
     lattice = complete_cell((cell.double() * pbc.unsqueeze(1)).cpu().numpy())
     reduced, operation = minkowski_reduce(lattice, pbc.cpu().numpy())
@@ -89,17 +90,16 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     # reduced = operation @ lattice
     operation = torch.as_tensor(operation, device=cell.device).double()
     difference = positions.double().unsqueeze(0) - positions.double().unsqueeze(1)  # (N, N, 3)
-    wrap = -(difference @ torch.linalg.inv(reduced)).round() * pbc  # (N, N, 3)
-    wrapped = difference + wrap @ reduced
-    steps = [range(-1, 2) if flag else range(1) for flag in pbc.tolist()]
-    best = torch.full_like(difference[..., 0], torch.inf)
-    shift = torch.zeros_like(difference)
-    for step in torch.cartesian_prod(*(torch.tensor(list(s)) for s in steps)).double():
-        step = step.to(cell.device)
-        squared = (wrapped + step @ reduced).square().sum(-1)
-        nearer = squared < best - 1e-9
-        best = torch.where(nearer, squared, best)
-        shift = torch.where(nearer.unsqueeze(-1), wrap + step, shift)
+    shift = -(difference @ torch.linalg.inv(reduced)).round() * pbc  # (N, N, 3)
+    products = reduced @ reduced.T
+    lengths = products.diagonal()  # squared
+    if bool((products - lengths.diag()).abs().max() > 1e-12 * lengths.max()):
+        wrapped = difference + shift @ reduced
+        far = (wrapped.square().sum(-1) > lengths[pbc].min() / 4).nonzero(as_tuple=True)
+        steps = [range(-1, 2) if flag else range(1) for flag in pbc.tolist()]
+        steps = torch.cartesian_prod(*(torch.tensor(list(s)) for s in steps)).to(reduced)
+        images = wrapped[far] + (steps @ reduced).unsqueeze(1)  # (27, Q, 3)
+        shift[far] += steps[images.square().sum(-1).argmin(0)]
     return shift @ operation
 
 

@@ -10,6 +10,8 @@ A run has stages, each a folder of `allscaip_lite.md`. The teacher prepares a bo
 and the model equilibrates it; from there start, apart from one another, constant pressure (density,
 heat of vaporisation), constant volume (structure, diffusion, dielectric constant) and constant
 energy (drift); and one molecule moves in vacuum. A stopped run goes on; longer times prolong it.
+Runs with other seeds, on as many cores as there are, are independent of one another: tables count
+all of one model as one.
 """
 
 from __future__ import annotations
@@ -117,6 +119,7 @@ class Protocol:
 
 
 PROLONGED = ("gas", "npt", "nvt", "nve")  # the stages that may grow, in the order they run in
+OPTIONS = ("waters", "seed", "prepare", "equilibrate", *PROLONGED)  # of the command
 
 
 # --- Running ---------------------------------------------------------------------------------
@@ -397,6 +400,18 @@ ROWS = {  # observable: what the table calls it, with its unit
     "temperature_centres_K": "temperature of the molecules' centres, K",
     "temperature_bonds_K": "temperature along the bonds, K",
 }
+STAGES = {  # the stage that an observable is from
+    **dict.fromkeys(ROWS, "nvt"),
+    "temperature_nvt_K": "nvt",
+    "temperature_npt_K": "npt",
+    "temperature_nve_K": "nve",
+    "density_g_cm3": "npt",
+    "liquid_energy_kJ_mol": "npt",
+    "vaporisation_kJ_mol": "npt",
+    "vaporisation_unstrained_kJ_mol": "npt",
+    "gas_energy_kJ_mol": "gas",
+    "drift_meV_atom_ps": "nve",
+}
 
 
 class Target(NamedTuple):
@@ -437,6 +452,73 @@ def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float,
     return away, error, word
 
 
+def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one model with different seeds as one result, of their lengths and hours together.
+
+    Estimates and distributions are means weighted by the lengths of the stage they are from, series
+    are those of the longest run. Raises ObservableError for runs of different models or protocols,
+    or with the same seed, which would count one run twice.
+    """
+    if len(results) == 1:
+        return results[0]
+    plans = [{"name": result["name"], **result["protocol"]} for result in results]
+    seeds = [plan.pop("seed") for plan in plans]
+    if any(plan != plans[0] for plan in plans) or len({*seeds}) < len(seeds):
+        raise ObservableError(
+            f"runs of {plans[0]['name']} with seeds {', '.join(map(str, seeds))} cannot be taken "
+            "together: they need the same protocol and different seeds"
+        )
+
+    def weighted(having: Sequence[dict[str, Any]], stage: str, parts: Sequence[Any]) -> np.ndarray:
+        """Mean of what each result has; the last row of a part is its standard errors."""
+        lengths = np.array([result["lengths_ps"][stage] for result in having])
+        shares = (lengths / lengths.sum())[:, None, None]
+        values = np.array([np.reshape(part, (len(part), -1)) for part in parts])
+        mean = (shares * values).sum(0)
+        mean[-1] = np.sqrt(((shares * values)[:, -1] ** 2).sum(0))
+        return mean
+
+    pooled: dict[str, Any] = {**results[0], "observables": {}, "distributions": {}}
+    for name in ("lengths_ps", "hours"):
+        stages = [stage for stage in PROLONGED if any(stage in result[name] for result in results)]
+        pooled[name] = {
+            stage: round(sum(result[name].get(stage, 0) for result in results), 6)
+            for stage in stages
+        }
+    for key, stage in STAGES.items():
+        having = [result for result in results if key in result["observables"]]
+        if having:
+            mean = weighted(having, stage, [result["observables"][key] for result in having])
+            pooled["observables"][key] = Estimate(*map(float, mean[:, 0]))
+    for pair in ("OO", "OH", "HH"):
+        having = [result for result in results if pair in result["distributions"]]
+        if having:
+            tables = [result["distributions"][pair] for result in having]
+            mean = weighted(having, "nvt", [list(table.values()) for table in tables])
+            pooled["distributions"][pair] = dict(zip(tables[0], mean.tolist(), strict=True))
+    for name, stages in (
+        ("series", {stage: stage for stage in PROLONGED}),
+        ("correlation_ps", {"density": "npt", "dipole": "nvt"}),
+    ):
+        pooled[name] = {}
+        for key, stage in stages.items():
+            having = [result for result in results if key in result[name]]
+            if having:
+                longest = max(having, key=lambda result: result["lengths_ps"][stage])
+                pooled[name][key] = longest[name][key]
+    pooled["exploded"] = sorted({stage for result in results for stage in result["exploded"]})
+    return pooled
+
+
+def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
+    """Files of `collect`, those of one model pooled; in the order of the names, teacher last."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        result = read_result(file)
+        found.setdefault(result["name"], []).append(result)
+    return [pool(found[name]) for name in sorted(found, key=lambda name: (name == TEACHER, name))]
+
+
 def read_result(file: str | os.PathLike) -> dict[str, Any]:
     """A file of `collect`, its estimates as such. Raises ObservableError for another file."""
     found = json.loads(Path(file).read_text())
@@ -462,9 +544,8 @@ def write_number(estimate: Estimate) -> str:
 def compare(results: Sequence[dict[str, Any]]) -> str:
     """Tables in Markdown: observables, distances to the targets, lengths and hours.
 
-    The teacher, if it is among the results, comes last before the experiment.
+    The teacher, if it is among the results, is last, as `read_results` puts it.
     """
-    results = sorted(results, key=lambda result: result["name"] == TEACHER)
     names = [_title(result["name"]) for result in results]
     lines = [_row(["", *names, "experiment"]), _row(["---", *["---:"] * (len(names) + 1)])]
     for key, title in ROWS.items():
@@ -543,10 +624,11 @@ def _make_calculator(model: str, compiled: bool) -> Calculator:
 
 
 def _run(args: argparse.Namespace) -> int:
-    chosen = {key: getattr(args, key) for key in ("waters", *PROLONGED, "equilibrate", "prepare")}
+    chosen = {key: getattr(args, key) for key in OPTIONS}
     protocol = Protocol(**{key: value for key, value in chosen.items() if value is not None})
     name = args.name or Path(args.model).stem
-    folder = args.folder or Path("runs/observables") / name
+    place = f"{name}-{args.seed}" if args.seed else name
+    folder = args.folder or Path("runs/observables") / place
     exploded: dict[str, str] = {}
     if not args.collect:
         calculator = _make_calculator(args.model, args.compile)
@@ -568,7 +650,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    insert_table(args.out, compare([read_result(file) for file in args.files]))
+    insert_table(args.out, compare(read_results(args.files)))
     return 0
 
 
@@ -598,6 +680,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--out", type=Path, required=True, help="the .json to write")
     run.add_argument("--name", help="what the files call the model (default: from its name)")
     run.add_argument("--folder", type=Path, help="of the runs (default: runs/observables/NAME)")
+    run.add_argument("--seed", type=int, help="another one, another run (default: 0)")
     run.add_argument("--waters", type=int, help="molecules in the box (default: 32)")
     for stage in ("prepare", "equilibrate", *PROLONGED):
         default = getattr(Protocol, stage) / 1000

@@ -432,7 +432,7 @@ def pair_distances(n: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("chunk", [8192, 11, 1])
 def test_fused_rotary_bias_is_the_formula(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused.FusedRotaryBias, "CHUNK", chunk)
+    monkeypatch.setattr(fused, "PAIRS_AT_ONCE", chunk)
     n = 9
     _, pairs = pair_distances(n)
     weight = random(6, 8).requires_grad_()
@@ -477,18 +477,44 @@ def test_rotary_bias_can_be_differentiated_twice() -> None:
         assert check(lambda d, w: attention.rotary_bias(d, w, frequencies), (d, weight))
 
 
+@pytest.mark.parametrize("chunk", [8192, 2])
+@pytest.mark.parametrize("learned", [True, False])
+def test_fused_rotary_bias_can_be_differentiated_twice(
+    chunk: int, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "PAIRS_AT_ONCE", chunk)
+    full, _ = pair_distances(3)
+    full = (full + 0.1 * torch.eye(3)).unsqueeze(0).requires_grad_()  # a root has no slope at zero
+    weight = random(2, 4).requires_grad_(learned)
+    frequencies = rotary_frequencies(4, full)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda d, w: fused.rotary_bias(d, w, frequencies), (full, weight))
+
+
 def test_fused_rotary_bias_of_an_atom_with_itself_has_no_slope() -> None:
-    d = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    bias = fused.FusedRotaryBias.apply(d, random(2, 8), rotary_frequencies(8, d))
-    (slope,) = torch.autograd.grad(bias.sum(), d)
-    assert (slope == 0).all()
+    d = torch.zeros(1, 1, 1, dtype=torch.float64, requires_grad=True)
+    weight, frequencies = random(2, 8), rotary_frequencies(8, d)
+    found = [
+        slope_and_bend(form(d, weight, frequencies), d)
+        for form in (fused.rotary_bias, attention.rotary_bias)
+    ]
+    assert found[0][0] == found[1][0] == 0
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-9) and found[0][1] != 0
 
 
-def test_symmetrize_spreads_each_pair_to_both_places() -> None:
+def slope_and_bend(bias: Tensor, d: Tensor) -> tuple[float, float]:
+    """First and second derivative of the sum by one distance."""
+    (slope,) = torch.autograd.grad(bias.sum(), d, create_graph=True)
+    (bend,) = torch.autograd.grad(slope, d)
+    return float(slope), float(bend)
+
+
+def test_symmetric_spreads_each_pair_to_both_places() -> None:
     pairs = torch.arange(6.0, dtype=torch.float64).view(1, 6).requires_grad_()
-    matrix = fused.Symmetrize.apply(pairs, 3)
+    matrix = fused._Symmetric.apply(pairs, 3)
     assert matrix.tolist() == [[[0, 1, 2], [1, 3, 4], [2, 4, 5]]]
-    assert torch.autograd.gradcheck(lambda x: fused.Symmetrize.apply(x, 3), (pairs,))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: fused._Symmetric.apply(x, 3), (pairs,))
 
 
 # --- node attention ----------------------------------------------------------------------------

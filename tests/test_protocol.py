@@ -26,7 +26,9 @@ from allscaip_lite.protocol import (  # noqa: E402
     compare,
     insert_table,
     main,
+    pool,
     read_result,
+    read_results,
     run_protocol,
     verdict,
     write_number,
@@ -186,11 +188,51 @@ def test_the_error_of_an_average_is_not_made_small_by_short_blocks():
 def made_up(name: str, **values: tuple[float, float]) -> dict:
     return {
         "name": name,
+        "protocol": {"waters": 32, "seed": 0},
         "observables": {key: Estimate(*pair) for key, pair in values.items()},
         "lengths_ps": {"npt": 10.0},
         "hours": {"npt": 0.5},
+        "correlation_ps": {},
+        "distributions": {},
+        "series": {},
         "exploded": [],
     }
+
+
+def test_runs_with_other_seeds_count_as_one():
+    g = {"r": [1.0, 2.0], "g": [0.0, 3.0], "error": [0.0, 0.3]}
+    one = made_up("student", density_g_cm3=(1.0, 0.04), OO_height=(3.0, 0.1))
+    one |= {"lengths_ps": {"npt": 10.0, "nvt": 5.0}, "distributions": {"OO": g}}
+    one |= {"series": {"npt": {"time_ps": [0.0, 10.0]}}, "correlation_ps": {"density": 1.0}}
+    two = made_up("student", density_g_cm3=(1.04, 0.02), drift_meV_atom_ps=(0.1, 0.01))
+    two |= {"lengths_ps": {"npt": 30.0, "nve": 7.0}, "hours": {"npt": 1.5}, "exploded": ["nve"]}
+    two |= {"series": {"npt": {"time_ps": [0.0, 30.0]}}, "correlation_ps": {"density": 2.0}}
+    two["protocol"] = {"waters": 32, "seed": 1}
+    both = pool([one, two])
+    value, error = both["observables"]["density_g_cm3"]
+    assert value == pytest.approx((10 * 1.0 + 30 * 1.04) / 40)
+    assert error == pytest.approx(math.hypot(10 * 0.04, 30 * 0.02) / 40)
+    assert both["observables"]["OO_height"] == (3.0, 0.1)  # only one has it
+    assert both["observables"]["drift_meV_atom_ps"] == (0.1, 0.01)
+    assert both["lengths_ps"] == {"npt": 40.0, "nvt": 5.0, "nve": 7.0}
+    assert both["hours"]["npt"] == 2.0 and both["exploded"] == ["nve"]
+    assert both["series"]["npt"]["time_ps"][-1] == 30.0
+    assert both["correlation_ps"]["density"] == 2.0
+    assert both["distributions"]["OO"] == g
+
+    twin = {**one, "protocol": {"waters": 32, "seed": 2}}
+    halved = pool([one, twin])["distributions"]["OO"]
+    assert halved["g"] == pytest.approx([0.0, 3.0])
+    assert halved["error"] == pytest.approx([0.0, 0.3 / math.sqrt(2)])
+
+    for other in ({"waters": 32, "seed": 0}, {"waters": 64, "seed": 1}):
+        with pytest.raises(ObservableError, match="same protocol and different seeds"):
+            pool([one, {**two, "protocol": other}])
+
+
+def test_every_row_of_the_table_has_a_stage(teacher):
+    assert set(room.ROWS) | set(collect(teacher)["observables"]) <= set(room.STAGES)
+    assert set(room.STAGES.values()) == set(room.PROLONGED)
 
 
 def test_a_verdict_knows_its_error():
@@ -214,8 +256,8 @@ def test_numbers_are_written_to_the_digits_of_their_error():
 def test_tables_have_model_teacher_and_experiment():
     table = compare(
         [
-            made_up("spcfw", density_g_cm3=(1.0, 0.001), OO_peak_A=(2.75, 0.01)),
             made_up("student", density_g_cm3=(1.05, 0.001)),
+            made_up("spcfw", density_g_cm3=(1.0, 0.001), OO_peak_A=(2.75, 0.01)),
         ]
     )
     head, _, line = table.splitlines()[:3]
@@ -257,6 +299,8 @@ def test_the_command_writes_files_that_the_table_reads(tmp_path, capsys):
     assert read_result(again)["lengths_ps"] == found["lengths_ps"]
     assert main(["table", str(out), "--out", str(page)]) == 0
     assert "drift of the energy" in page.read_text()
+    assert main(["table", str(out), str(again), "--out", str(page)]) == 2  # one run, twice
+    assert "different seeds" in capsys.readouterr().err
     assert main(["run", "spcfw", *plain, "--waters", "9"]) == 2
     assert "another waters" in capsys.readouterr().err
     out.write_text("{}")
@@ -293,5 +337,5 @@ def test_the_page_s_table_is_that_of_the_files_beside_it(tmp_path):
     files = sorted((root / "data" / "water" / "observables").glob("*.json"))
     page = tmp_path / "water.md"
     page.write_text(written.read_text())
-    insert_table(page, compare([read_result(file) for file in files]))
+    insert_table(page, compare(read_results(files)))
     assert page.read_text() == written.read_text()
