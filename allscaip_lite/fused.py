@@ -8,6 +8,7 @@ training on forces too, the one at any order, the other at two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,14 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
+        d_weight = None
+        if need_weight and gradient.shape[1] > x.shape[1]:  # oneDNN copies its first matrix
+            d_weight = linear(x.t(), gradient.t(), None).t().contiguous()
+        elif need_weight:
+            d_weight = linear(gradient.t(), x.t(), None)
         return (
             linear(gradient, weight.t(), None) if need_x else None,
-            linear(gradient.t(), x.t(), None) if need_weight else None,
+            d_weight,
             gradient.sum(0) if need_bias else None,
         )
 
@@ -70,30 +76,53 @@ class Linear(nn.Linear):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) · w over the last of two dimensions, any order of derivatives."""
+    """x / rms(x) · w over the last of two dimensions, twice differentiable."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         inverse = inverse.square_().div_(x.shape[1]).add_(eps).rsqrt_()  # (R, 1)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.eps = eps
         return (x * inverse).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second differentiation may come: by the formula
-            inverse = (x.square().mean(1, keepdim=True) + ctx.eps).rsqrt()
-        d_x, d_weight = gradient * weight, None
-        along = (d_x * x).sum(1, keepdim=True) * inverse**3 / -x.shape[1]  # (R, 1)
-        if torch.is_grad_enabled():
-            d_x = d_x * inverse + x * along
-        else:
-            d_x.mul_(inverse).addcmul_(x, along)
-        if ctx.needs_input_grad[1]:
-            d_weight = (gradient * x * inverse).sum(0)
-        return d_x, d_weight, None
+        asked = ctx.needs_input_grad[1]
+        return *_RMSNormDerivative.apply(gradient, *ctx.saved_tensors, asked), None
+
+
+class _RMSNormDerivative(torch.autograd.Function):
+    """What `_RMSNorm` gives back, itself differentiable, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, asked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(gradient, x, weight, inverse)
+        d_x = gradient * weight
+        along = (d_x * x).sum(1, keepdim=True).mul_(inverse**3 / -x.shape[1])  # (R, 1)
+        d_x.mul_(inverse).addcmul_(x, along)
+        return d_x, (gradient * x * inverse).sum(0) if asked else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        # with g the gradient, h = w g, r the inverse and H numbers in a row, what came out is
+        # d_x = r h - r³/H (h·x) x and d_w = Σ_rows r g x; u and v are what comes back to them
+        g, x, weight, r = ctx.saved_tensors
+        h, shrink = g * weight, r**3 / -x.shape[1]  # dr/dx = shrink x
+        h_x, u_x, u_h = ((a * b).sum(1, keepdim=True) for a, b in ((h, x), (u, x), (u, h)))
+        moved = (r * u).addcmul_(shrink * u_x, x)  # d(u·d_x)/dh
+        d_weight = (g * moved).sum(0) if ctx.needs_input_grad[2] else None
+        d_x = h.mul_(shrink * u_x).addcmul_(shrink * h_x, u)
+        d_x.addcmul_(shrink * u_h + 3 * shrink**2 / r * h_x * u_x, x)
+        d_g = moved.mul_(weight)
+        if v is not None:
+            g_v = g * v
+            g_v_x = (g_v * x).sum(1, keepdim=True)
+            d_x.addcmul_(g_v, r).addcmul_(shrink * g_v_x, x)
+            d_g.addcmul_(x * r, v)
+        return d_g, d_x, d_weight, None, None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -104,6 +133,42 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return _RMSNorm.apply(x, self.weight, eps)
+
+
+class _GELU(torch.autograd.Function):
+    """x Φ(x), Φ the normal distribution; any order of derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _GELUDerivative.apply(gradient, *ctx.saved_tensors)
+
+
+class _GELUDerivative(torch.autograd.Function):
+    """g (Φ + x φ), φ the normal density; PyTorch's own, derived once more, takes thrice as many
+    steps."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, x)
+        return torch.ops.aten.gelu_backward(gradient, x)
+
+    @staticmethod
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, x = ctx.saved_tensors
+        squared = x.square()
+        bend = (squared * -0.5).exp() * (2 - squared)  # of √(2π) x Φ
+        d_x = gradient * change * bend * (2 * math.pi) ** -0.5
+        return _GELUDerivative.apply(change, x), d_x
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`F.gelu`, any shape."""
+    return _GELU.apply(x)
 
 
 class _Gaussians(torch.autograd.Function):

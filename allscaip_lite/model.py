@@ -64,7 +64,7 @@ class Geometry:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
+    "gelu": fused.gelu,
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "squared_relu": lambda x: F.relu(x).square(),

@@ -318,20 +318,34 @@ def test_neighborhood_attention_can_be_differentiated_twice(tiny_graph: Graph) -
     assert torch.autograd.gradgradcheck(attend, inputs)
 
 
-def test_rms_norm_any_number_of_times() -> None:
+def test_rms_norm_twice() -> None:
     """Value, gradient and gradient of the gradient of PyTorch's own."""
     x, weight = random(5, 7).requires_grad_(), random(7, seed=1).requires_grad_()
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return fused._RMSNorm.apply(x, weight, 1e-3)
 
-    assert torch.autograd.gradcheck(norm, (x, weight))
-    assert torch.autograd.gradgradcheck(norm, (x, weight))
+    for asked in (weight, weight.detach()):
+        assert torch.autograd.gradcheck(norm, (x, asked))
+        assert torch.autograd.gradgradcheck(norm, (x, asked))
     expected = F.rms_norm(x, (7,), weight, 1e-3)
     assert torch.allclose(norm(x, weight), expected, rtol=0, atol=1e-14)
     pull = random(5, 7, seed=2)
     pairs = [torch.autograd.grad(y, (x, weight), pull) for y in (norm(x, weight), expected)]
     assert all(torch.allclose(a, b, rtol=0, atol=1e-13) for a, b in zip(*pairs, strict=True))
+
+
+def test_gelu_any_number_of_times() -> None:
+    x = (3 * random(11)).requires_grad_()
+    assert torch.equal(fused.gelu(x), F.gelu(x))
+    assert torch.autograd.gradcheck(fused.gelu, x)
+    assert torch.autograd.gradgradcheck(fused.gelu, x)
+
+    def bend(x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(fused.gelu(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(bend, x)
 
 
 def test_gaussians_any_number_of_times() -> None:
