@@ -326,9 +326,11 @@ def test_the_lesson_s_model_is_lite_water_unless_another_is_named(monkeypatch, c
 def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
     from allscaip_lite.checkpoint import read_card
 
-    card = read_card("lite-water")
-    assert card["trained"].startswith("conservative from the start")
-    assert card["errors"]["water_npt"]["force_mae"] < 25  # meV/Å
+    card, local = read_card("lite-water"), read_card("lite-water-local")
+    assert "conservative" in card["trained"] and "without its node attention" in local["trained"]
+    ours, theirs = (found["errors"]["water_npt"] for found in (card, local))
+    assert ours["force_mae"] < 15 and ours["energy_mae"] < 0.5  # the goals, meV/Å and meV/atom
+    assert theirs["force_mae"] > ours["force_mae"]
 
 
 def test_the_page_s_table_is_that_of_the_files_beside_it(tmp_path):
