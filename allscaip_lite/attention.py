@@ -2,8 +2,8 @@
 
 In: states (M, H) of the graph's rows, or (N, H) of its atoms. Out: the same shapes, mixed. Each
 attention stands here as the plain formula, which can be differentiated any number of times
-(training on forces needs two); its twin of the same name in `fused` serves where one
-differentiation is enough. Paper sections 3.2 (neighbourhood) and 3.3 (node attention).
+(training on forces needs two); its twin of the same name in `fused` serves where one is enough,
+`rotary_bias`'s everywhere. Paper sections 3.2 (neighbourhood) and 3.3 (node attention).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 In and out: what the plain functions in `attention` of the same name take and give, and tests hold
 the two equal. Each is a `torch.autograd.Function` whose derivative is written by hand, so that
-nothing is copied and little is kept. `linear` and `rotary_bias` are exceptions: they serve in
-training on forces too, the one at any order, the other at two.
+nothing is copied and little is kept. What serves in training on forces as well can be derived
+twice or more: `linear`, `gelu`, the norm, `gaussians`, `soft_rank` and `rotary_bias`.
 """
 
 from __future__ import annotations
@@ -417,8 +417,8 @@ def _sinc(distances: Tensor, frequencies: Tensor, order: int) -> list[Tensor]:
     """
     phase = distances.unsqueeze(1) * frequencies
     found = [torch.sin(phase).div_(phase).nan_to_num_(nan=1.0)]  # 0/0 at d = 0
-    inverse = distances.clamp(min=1e-6).reciprocal().unsqueeze(1)
     if order > 0:
+        inverse = distances.clamp(min=1e-6).reciprocal().unsqueeze(1)
         found.append(phase.cos_().sub_(found[0]).mul_(inverse))
     if order > 1:
         bend = (found[0] * -frequencies.square()).sub_(found[1] * inverse, alpha=2)
