@@ -2,8 +2,10 @@
 
 In: a structure, any ASE calculator, and `Settings`. Out: a folder with a trajectory, a log and a
 state from which the same run goes on, to the same numbers. Integrators and barostats are ASE's:
-velocity Verlet, Nosé–Hoover chains or Langevin, and the isotropic barostat of Martyna, Tobias and
-Klein (J. Chem. Phys. 101, 4177, 1994). Times are in fs unless a name says otherwise.
+velocity Verlet; Nosé–Hoover chains with the isotropic barostat of Martyna, Tobias and Klein
+(J. Chem. Phys. 101, 4177, 1994); or Langevin's noise in the order BAOAB (Leimkuhler and Matthews,
+J. Chem. Phys. 138, 174102, 2013), on the box's volume too at constant pressure (Quigley and
+Probert, J. Chem. Phys. 120, 11432, 2004). Times are in fs unless a name says otherwise.
 
 A folder holds `settings.json`, `trajectory.traj` (ASE's format: positions, momenta, energy),
 `log.csv` (columns LOG_COLUMNS), `state.npz`, and, if a run exploded, `exploded.extxyz`.
@@ -32,7 +34,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator, CalculatorError
 from ase.io.trajectory import Trajectory
 from ase.io.ulm import InvalidULMFileError
-from ase.md.langevin import Langevin
+from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary
@@ -59,7 +61,7 @@ GRAM_PER_CM3 = units.kg / 1000 * 1e-24  # in atomic masses per Å³
 # What an integrator remembers from step to step besides the atoms themselves.
 MEMORY: dict[type[MolecularDynamics], tuple[str, ...]] = {
     VelocityVerlet: (),
-    Langevin: (),  # and the state of its random numbers
+    LangevinBAOAB: ("p_eps", "force_eps"),  # of the volume; and the state of its random numbers
     NoseHooverChainNVT: ("_q", "_p", "_thermostat._eta", "_thermostat._p_eta"),
     IsotropicMTKNPT: (
         "_q",
@@ -113,8 +115,6 @@ class Settings:
             raise MDError(f"ensemble {self.ensemble!r} is not one of {', '.join(ENSEMBLES)}")
         if self.thermostat not in THERMOSTATS:
             raise MDError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
-        if self.ensemble == "npt" and self.thermostat != "nose-hoover":
-            raise MDError("npt runs with nose-hoover chains only: leave out the thermostat")
         if self.ensemble != "nve" and self.temperature is None:
             raise MDError(f"{self.ensemble} needs a temperature")
         for name in ("duration", "timestep", "save_every", "log_every", "hottest"):
@@ -172,7 +172,7 @@ def run_md(
     frames, seconds = 0, 0.0
     if state is not None:
         integrator.nsteps = int(state["step"])
-        for name in MEMORY[type(integrator)]:
+        for name in _memory(integrator):
             _set(integrator, name, state[name])
         generator.bit_generator.state = json.loads(str(state["random"]))
         frames, seconds = int(state["frames"]), float(state["seconds"])
@@ -187,6 +187,9 @@ def make_integrator(
 ) -> MolecularDynamics:
     """ASE's integrator for the settings.
 
+    Langevin's leaves structures at the temperature whatever the step, for harmonic vibrations
+    exactly; velocities at the end of a step are those of a colder one, by (ω Δt)²/4 of it.
+
     ASE counts 3N degrees of freedom in its Nosé–Hoover chains, but three of them, the motion of the
     centre of mass, are and stay at rest: so the rest would come out hotter by 3N/(3N-3), and the
     chain's target is lower by as much.
@@ -194,18 +197,19 @@ def make_integrator(
     step = settings.timestep * units.fs
     if settings.ensemble == "nve":
         return VelocityVerlet(atoms, step)
+    damping = settings.thermostat_time * units.fs
     if settings.thermostat == "langevin":
-        friction = 1 / (settings.thermostat_time * units.fs)
-        return Langevin(
-            atoms,
-            step,
-            temperature_K=settings.temperature,
-            friction=friction,
-            fixcm=False,
-            rng=generator,
+        volume: dict[str, Any] = {}
+        if settings.ensemble == "npt":
+            period = settings.barostat_time * units.fs
+            # as heavy as Martyna, Tobias and Klein's
+            mass = 3 * (len(atoms) + 1) * units.kB * settings.temperature * period**2
+            outer = -settings.pressure * units.bar
+            volume = {"externalstress": outer, "hydrostatic": True, "P_tau": period, "P_mass": mass}
+        return LangevinBAOAB(
+            atoms, step, temperature_K=settings.temperature, T_tau=damping, rng=generator, **volume
         )
     target = settings.temperature * _freedom(atoms, settings) / (3 * len(atoms))
-    damping = settings.thermostat_time * units.fs
     if settings.ensemble == "nvt":
         return NoseHooverChainNVT(atoms, step, temperature_K=target, tdamp=damping)
     return IsotropicMTKNPT(
@@ -218,9 +222,16 @@ def make_integrator(
     )
 
 
+def _memory(integrator: MolecularDynamics) -> tuple[str, ...]:
+    """Those of MEMORY that this integrator has; at constant volume no volume moves."""
+    return tuple(
+        name for name in MEMORY[type(integrator)] if "." in name or hasattr(integrator, name)
+    )
+
+
 def _freedom(atoms: Atoms, settings: Settings) -> int:
     """Degrees of freedom that share the temperature: Langevin's noise moves the whole as well."""
-    whole = settings.ensemble == "nvt" and settings.thermostat == "langevin"
+    whole = settings.ensemble != "nve" and settings.thermostat == "langevin"
     return max(1, 3 * len(atoms) - (0 if whole else 3))
 
 
@@ -438,7 +449,7 @@ def _save_state(
         "momenta": atoms.get_momenta(),
         "cell": atoms.cell.array,
         "random": json.dumps(generator.bit_generator.state),
-        **{name: attrgetter(name)(integrator) for name in MEMORY[type(integrator)]},
+        **{name: attrgetter(name)(integrator) for name in _memory(integrator)},
     }
 
     def write(partial: Path) -> None:

@@ -243,7 +243,8 @@ def temperatures_by_motion(
 
     By equipartition both are the run's own. Stiff bonds trade energy with the liquid over tens of
     ps: a chain of Nosé and Hoover, which sees the sum alone, leaves them as cold as a minimised
-    start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) mends that.
+    start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) mends that;
+    its velocities along a bond come out colder than the structure by (ω Δt)²/4, an eighth at 1 fs.
     """
     folder = Path(folder)
     spacing = json.loads((folder / "settings.json").read_text())["save_every"] / 1000
@@ -254,9 +255,11 @@ def temperatures_by_motion(
             if not np.array_equal(frame.numbers, np.tile([8, 1, 1], len(frame) // 3)):
                 raise ObservableError(f"{folder} is no run of waters, atoms as O, H, H")
             mass = frame.get_masses()[:3]
-            velocities = frame.get_velocities().reshape(-1, 3, 3)  # (W, 3 atoms, 3)
+            velocities = frame.get_velocities()
+            velocities -= frame.get_momenta().sum(0) / frame.get_masses().sum()
+            velocities = velocities.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
             whole = np.einsum("a,wax->wx", mass, velocities) / mass.sum()
-            freedom = max(1, 3 * len(whole) - 3)  # the centre of all is at rest
+            freedom = max(1, 3 * len(whole) - 3)  # the centre of all is taken as at rest
             centres.append(mass.sum() * (whole**2).sum() / freedom / units.kB)
             positions = frame.positions.reshape(-1, 3, 3)
             arms = positions[:, 1:] - positions[:, :1]  # (W, 2, 3); molecules are whole
@@ -409,8 +412,9 @@ def self_diffusion(
     """Self-diffusion coefficient in 1e-9 m²/s, a sixth of the slope of the displacement.
 
     The line is fitted over lags in `window` (ps), past the ballistic start; a block has to be at
-    least one and a half times as long. Take NVE or NVT runs with Nosé–Hoover chains: Langevin's
-    friction slows atoms down, and a barostat rescales their paths. See `size_correction`.
+    least one and a half times as long. Take NVE or NVT runs: a barostat rescales paths. Langevin's
+    friction slows molecules down: with a time constant of 1 ps those of water by 2 %, of 0.1 ps by
+    15 %. See `size_correction`.
     """
     values = []
     for part in _blocks(np.arange(len(universe.trajectory)), blocks):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.io import write
@@ -83,6 +83,7 @@ KINDS = [
     {"ensemble": "nvt"},
     {"ensemble": "nvt", "thermostat": "langevin"},
     {"ensemble": "npt", "pressure": 1000.0},
+    {"ensemble": "npt", "pressure": 1000.0, "thermostat": "langevin"},
 ]
 
 
@@ -129,6 +130,65 @@ def test_the_mean_temperature_is_the_one_asked_for(tmp_path, kind):
     if kind["ensemble"] == "npt":
         assert read_log(tmp_path)["pressure_bar"][late].mean() == pytest.approx(1000, abs=1000)
         assert np.ptp(read_log(tmp_path)["volume_A3"][late]) > 1
+
+
+class Sites(Calculator):
+    """Each atom is bound to its own site by a spring, and to no other atom; without a stress."""
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(self, sites: np.ndarray, stiffness: float) -> None:
+        super().__init__()
+        self.sites, self.stiffness = sites, stiffness
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        away = atoms.positions - self.sites
+        energy = self.stiffness / 2 * (away**2).sum()
+        self.results = {"energy": energy, "free_energy": energy, "stress": np.zeros(6)}
+        self.results["forces"] = -self.stiffness * away
+
+
+def test_langevin_leaves_structures_at_the_temperature_even_with_a_long_step(tmp_path):
+    """BAOAB: ⟨potential⟩ = kT/2 a direction, ⟨kinetic⟩ less by (ω Δt)²/4, with ω Δt = 1."""
+    atoms = Atoms("Cu100", positions=np.random.default_rng(0).normal(size=(100, 3)))
+    frequency = 1 / (5.0 * units.fs)
+    bound = Sites(atoms.positions.copy(), atoms.get_masses()[0] * frequency**2)
+    settings = short(
+        thermostat="langevin",
+        thermostat_time=20.0,
+        timestep=5.0,
+        duration=5_000.0,
+        log_every=5.0,
+        save_every=5_000.0,
+    )
+    run_md(atoms, bound, settings, tmp_path, progress=False)
+    log, half = read_log(tmp_path), 300 * units.kB / 2 * 300  # 300 directions at 300 K
+    assert log["potential_eV"][20:].mean() == pytest.approx(half, rel=0.02)
+    assert log["kinetic_eV"][20:].mean() == pytest.approx(0.75 * half, rel=0.02)
+
+
+def test_langevin_s_barostat_gives_an_ideal_gas_its_volume(tmp_path):
+    """⟨V⟩ = (N + 1) kT/p, and a standard deviation of √(N + 1) kT/p."""
+    atoms = Atoms("Ar60", cell=[30.0] * 3, pbc=True)
+    volume = units.kB * 300 / (900 * units.bar)  # of an atom
+    atoms.set_cell([(61 * volume) ** (1 / 3)] * 3)
+    atoms.positions = np.random.default_rng(0).uniform(size=(60, 3)) * atoms.cell.lengths()
+    settings = short(
+        ensemble="npt",
+        thermostat="langevin",
+        pressure=900.0,
+        thermostat_time=200.0,
+        barostat_time=200.0,
+        timestep=10.0,
+        duration=60_000.0,
+        log_every=50.0,
+        save_every=20_000.0,
+    )
+    run_md(atoms, Sites(0.0, 0.0), settings, tmp_path, progress=False)
+    volumes = read_log(tmp_path)["volume_A3"][40:]
+    assert volumes.mean() == pytest.approx(61 * volume, rel=0.03)
+    assert volumes.std() == pytest.approx(np.sqrt(61) * volume, rel=0.25)
 
 
 def test_velocities_start_at_the_temperature_and_rest_as_a_whole(tmp_path):
@@ -339,7 +399,6 @@ def test_constant_pressure_needs_a_stress_and_a_cell(tmp_path):
     [
         ({"ensemble": "nph"}, "not one of nve, nvt, npt"),
         ({"thermostat": "berendsen"}, "not one of nose-hoover, langevin"),
-        ({"ensemble": "npt", "thermostat": "langevin"}, "nose-hoover chains only"),
         ({"temperature": None}, "needs a temperature"),
         ({"timestep": -1.0}, "must be positive"),
         ({"save_every": 3.0}, "save_every 3 fs is not a multiple of the timestep, 2 fs"),
