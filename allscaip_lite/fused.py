@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from allscaip_lite.machine import processor_name
+
 if TYPE_CHECKING:
     from allscaip_lite.slots import Layout, Run
 
@@ -46,19 +48,22 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
+_BY_ONEDNN = (
+    "AMD" in processor_name()
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(R, a) → (R, b), on a CPU in float32 by oneDNN.
+    """(R, a) → (R, b), on an AMD processor in float32 by oneDNN.
 
     PyTorch's float32 products on CPUs are MKL's, which on AMD processors leave AVX-512 unused:
-    oneDNN was 2.5 times as fast there, and as fast elsewhere.
+    oneDNN was 2.5 times as fast there. On an Intel Xeon a step of training takes a fifth longer
+    with it, because it compiles a kernel for each new number of edges.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if _HAS_ONEDNN and on_cpu and x.numel() and weight.numel():
+    if _BY_ONEDNN and on_cpu and x.numel() and weight.numel():
         return _OneDNNLinear.apply(_plain(x), _plain(weight), bias)
     return F.linear(x, weight, bias)
 
@@ -69,7 +74,7 @@ def _plain(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, by oneDNN on a CPU."""
+    """`nn.Linear`, by oneDNN on an AMD processor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -665,8 +665,15 @@ def derivatives(
 @pytest.mark.parametrize("needs", ["all", "input", "weight", "nothing"])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "column slice"])
-def test_linear_is_that_of_pytorch(rows: int, needs: str, with_bias: bool, layout: str) -> None:
-    """float32, in values, first and second derivatives; frozen weights and trained ones."""
+def test_linear_is_that_of_pytorch(
+    rows: int, needs: str, with_bias: bool, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32, in values, first and second derivatives; frozen weights and trained ones.
+
+    By oneDNN wherever there is one, whoever made the processor.
+    """
+    available = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    monkeypatch.setattr(fused, "_BY_ONEDNN", available and torch.backends.mkldnn.is_available())
     x = random(rows, 24, seed=1, dtype=torch.float32)
     weight = {
         "contiguous": random(10, 24, seed=2, dtype=torch.float32),
