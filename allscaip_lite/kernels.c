@@ -66,12 +66,13 @@ static void product(size_t rows, size_t columns, size_t inner, const REAL *a, si
                  c + r * c_step + j, c_step);
 }
 
-/* exp for x <= 0, to the last bit or two; in float by a polynomial, which compilers vectorise */
+/* exp for x <= 0, to the last bit or two; in float by a polynomial, which compilers vectorise, and 0
+   below 1e-26: what came near the smallest float would make products slow on some processors */
 static inline REAL exponential(REAL x)
 {
     if (sizeof(REAL) == 8)
         return exp(x);
-    float y = x < -87.0f ? -87.0f : (float)x;
+    float y = x < -60.0f ? -60.0f : (float)x;
     float n = (float)(int)(y * 1.44269504f - 0.5f);
     float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.0f / 5040;
@@ -83,7 +84,7 @@ static inline REAL exponential(REAL x)
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     union { int bits; float value; } scale = {.bits = ((int)n + 127) << 23};
-    return p * scale.value;
+    return x < -60.0f ? 0.0f : p * scale.value;
 }
 
 /* legendre[l-1][e][f] = P_l(cos of e and f) for l = 1 .. degree, rows of `wide`; 0 for the

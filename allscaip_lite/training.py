@@ -521,6 +521,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         training_data, validation_data = hold_out(training_data, args.seed)
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
     direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
     if args.start:
         model = reconfigured(load_model(args.start, device="cpu"), args.changes)
