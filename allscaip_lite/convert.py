@@ -41,26 +41,29 @@ def convert(
     A name may end in ASE's index, as in `run.traj@100:200`; all structures are read otherwise.
     `charge` and `spin` (2S + 1) count where a structure says none (in `info`, under one of CHARGES
     and MULTIPLICITIES); without them a structure is neutral and has the lowest multiplicity its
-    electrons allow. `domain` becomes the `data_id`, the name of the file by default.
+    electrons allow. `domain` becomes the `data_id`; without it that is what a structure says, or
+    the name of the file.
 
     Raises ConversionError for a file ASE does not read, and for a structure without energy or
     forces, with numbers that are not finite, or with a multiplicity its electrons forbid.
     """
     for name in files:
-        path, _, index = str(name).partition("@")
+        path, index = str(name), ""
+        if not Path(path).exists() and "@" in path:
+            path, _, index = path.rpartition("@")
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
         read = ase.io.iread(path, index=index or ":")
         try:
             for number, atoms in enumerate(tqdm(read, desc=path, disable=not progress)):
                 where = f"{path}, structure {number} ({atoms.symbols})"
-                yield _converted(atoms, where, charge, spin, domain or Path(path).stem)
+                yield _converted(atoms, where, charge, spin, domain, Path(path).stem)
         except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
             raise ConversionError(f"{path} is not a file that ASE can read: {error}") from error
 
 
 def _converted(
-    atoms: Atoms, where: str, charge: int | None, spin: int | None, domain: str
+    atoms: Atoms, where: str, charge: int | None, spin: int | None, domain: str | None, file: str
 ) -> Atoms:
     labels = {}
     for label in ("energy", "forces", "stress"):
@@ -79,18 +82,28 @@ def _converted(
     if not all(np.isfinite(value).all() for value in labels.values()):
         raise ConversionError(f"{where} has labels that are not finite numbers: leave it out")
     info = atoms.info
-    charge = int(next((info[key] for key in CHARGES if key in info), charge or 0))
+    charge = _whole(next((info[key] for key in CHARGES if key in info), charge or 0), where)
     electrons = int(atoms.numbers.sum()) - charge
     lowest = 1 + electrons % 2
-    spin = int(next((info[key] for key in MULTIPLICITIES if key in info), spin or lowest))
+    given = next((info[key] for key in MULTIPLICITIES if key in info), spin or lowest)
+    spin = _whole(given, where)
     if (electrons + spin) % 2 == 0 or spin < 1:
         raise ConversionError(
             f"{where} has {electrons} electrons, which cannot have multiplicity {spin}: give the "
             "right --charge and --spin (2S + 1, 1 for a closed shell)"
         )
     kept = {key: value for key, value in info.items() if key not in CHARGES + MULTIPLICITIES}
-    atoms.info = {"data_id": domain, "source": where, **kept, "charge": charge, "spin": spin}
+    atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
+    if domain:
+        atoms.info["data_id"] = domain
     return atoms
+
+
+def _whole(value: float, where: str) -> int:
+    """A charge or a multiplicity, which programs also write as -0.9999."""
+    if not abs(value - round(value)) < 0.01:
+        raise ConversionError(f"{where} has a charge or multiplicity of {value}, no whole number")
+    return round(value)
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -108,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spin", type=int, help="multiplicity of structures that say none (default: the lowest)"
     )
-    parser.add_argument("--domain", help="their data_id (default: the name of the file)")
+    parser.add_argument("--domain", help="their data_id (default: theirs, or the name of the file)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
 
 

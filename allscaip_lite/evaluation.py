@@ -384,12 +384,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite evaluate`."""
-    for option, suffixes in (("plots", (".png", ".pdf", ".svg")), ("predictions", (".npz",))):
+    kinds = {"plots": (".png", ".pdf", ".svg"), "predictions": (".npz",), "save": (".safetensors",)}
+    for option, suffixes in kinds.items():
         file = getattr(args, option)
         if file and (file.suffix not in suffixes or not file.resolve().parent.is_dir()):
             raise EvaluationError(
                 f"--{option} {file}: give a file {' or '.join(suffixes)} in a folder that exists"
             )
+    if args.save and args.fit_references:
+        raise EvaluationError(
+            "--save writes the errors of the model as it is: leave out --fit-references"
+        )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, device=device).requires_grad_(False)
     if args.unlabelled:

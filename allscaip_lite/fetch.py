@@ -19,6 +19,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -103,22 +104,32 @@ def fetch(
         )
     if not label:
         raise FetchError(f"{name}: the address of a file is needed, not of a folder")
-    suffix = next((end for end in ARCHIVES if address.endswith(end)), "")
+    file = PurePosixPath(unquote(urlsplit(address).path)).name
+    suffix = next((end for end in ARCHIVES if file.endswith(end)), "")
     done = folder / label.removesuffix(suffix)
+    origin = done.with_name(done.name + ".from")  # the address; a data set's name is its own
+    if origin.exists() and origin.read_text() != name:
+        raise FetchError(f"{done} is from {origin.read_text()}: choose another --out for {name}")
     if done.exists():
         return _found(done)
     folder.mkdir(parents=True, exist_ok=True)
+    if not source:
+        origin.write_text(name)
+    # what is no archive gets its own name only once it is whole and right
+    archive = folder / (file if suffix else file + ".partial")
     if name.startswith(HUB):
-        archive = _from_hub(name)
+        fetched = _from_hub(name)
+        if suffix:
+            archive = fetched
+        else:
+            shutil.copyfile(fetched, archive)
     else:
-        archive = folder / PurePosixPath(unquote(urlsplit(address).path)).name
         room = shutil.disk_usage(folder).free
         download(address, archive, room=room, progress=progress)
     if sha256:
         _check(archive, sha256)
     if not suffix:
-        if archive.resolve() != done.resolve():
-            shutil.copyfile(archive, done)
+        archive.replace(done)
         return _found(done)
     _unpack(archive, done, progress)
     if not (keep_archive or name.startswith(HUB)):
@@ -253,10 +264,12 @@ def _unpack(archive: Path, done: Path, progress: bool) -> None:
             for member in members:
                 members.extract(member, partial, filter="data")
                 bar.update()
+            while members.fileobj.read(CHUNK):  # to its end, where its checksum is
+                pass
     except tarfile.FilterError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise FetchError(f"{archive} would write outside its folder: {error}") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == 28:
             raise FetchError(f"the disk is full: make room; {archive} is kept") from error

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -117,11 +118,14 @@ class Settings:
             raise MDError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
         if self.ensemble != "nve" and self.temperature is None:
             raise MDError(f"{self.ensemble} needs a temperature")
-        for name in ("duration", "timestep", "save_every", "log_every", "hottest"):
+        times = ("duration", "timestep", "save_every", "log_every")
+        for name in (*times, "thermostat_time", "barostat_time", "hottest"):
             if not getattr(self, name) > 0:
                 raise MDError(f"{name} {getattr(self, name)} must be positive")
         if self.temperature is not None and not 0 <= self.temperature < self.hottest:
             raise MDError(f"temperature {self.temperature} K must be between 0 and {self.hottest}")
+        if self.temperature == 0 and self.ensemble != "nve":
+            raise MDError("a thermostat needs a temperature above 0 K: choose nve, or a low one")
         for name in ("duration", "save_every", "log_every"):
             steps = getattr(self, name) / self.timestep
             if abs(steps - round(steps)) > 1e-6 * steps or round(steps) < 1:
@@ -156,14 +160,24 @@ def run_md(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _check(atoms, calculator, settings)
-    plan = {**dataclasses.asdict(settings), "model": label, "elements": atoms.numbers.tolist()}
+    plan = {
+        **dataclasses.asdict(settings),
+        "model": label,
+        "elements": atoms.numbers.tolist(),
+        "structure": _fingerprint(atoms),
+    }
+    for key in ("charge", "spin"):
+        plan[key] = int(atoms.info[key]) if key in atoms.info else None
     state = _claim(folder, plan)
 
     moving = atoms.copy()
     moving.calc = calculator
     generator = np.random.default_rng(settings.seed)
     if state is None:
-        _start(moving, settings, generator)
+        try:
+            _start(moving, settings, generator)
+        except (StructureError, CalculatorError) as error:  # while it was minimised
+            raise _explosion(str(error), 0, moving, settings, folder) from error
     else:
         moving.set_cell(state["cell"])
         moving.set_positions(state["positions"])
@@ -266,7 +280,7 @@ def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> 
         if kinetic > 0:  # a small system's random temperature is far from the one asked for
             wanted = (3 * len(atoms) - 3) / 2 * units.kB * settings.temperature
             atoms.set_momenta(atoms.get_momenta() * np.sqrt(wanted / kinetic))
-    elif settings.thermostat != "langevin":
+    elif settings.ensemble == "nve" or settings.thermostat != "langevin":
         Stationary(atoms, preserve_temperature=False)
 
 
@@ -347,7 +361,9 @@ def _measure(integrator: MolecularDynamics, settings: Settings) -> dict[str, Any
     atoms = integrator.atoms
     potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
     conserved: float | str = float(potential + kinetic)
-    if hasattr(integrator, "get_conserved_energy"):
+    if isinstance(integrator, LangevinBAOAB):
+        conserved = ""  # noise conserves nothing
+    elif hasattr(integrator, "get_conserved_energy"):
         try:
             conserved = float(integrator.get_conserved_energy())
         except NotImplementedError:
@@ -407,6 +423,14 @@ def _explosion(reason: str, step: int, atoms: Atoms, settings: Settings, folder:
 
 
 # --- Files -----------------------------------------------------------------------------------
+
+
+def _fingerprint(atoms: Atoms) -> str:
+    """The same for the same start: positions, velocities, cell and boundaries."""
+    digest = hashlib.sha256(atoms.pbc.tobytes())
+    for array in (atoms.positions, atoms.cell.array, atoms.get_momenta()):
+        digest.update((np.round(array, 9) + 0.0).tobytes())  # no -0
+    return digest.hexdigest()[:16]
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:

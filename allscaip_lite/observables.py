@@ -144,6 +144,7 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
         frames = [trajectory[index] for index in range(first, len(trajectory))]
     if not frames or not late.any():
         raise ObservableError(f"{folder} ends before {skip:g} ps: skip less, or prolong the run")
+    frames = [make_whole(frame) for frame in frames]
     return Run(
         log={name: column[late] for name, column in log.items()},
         settings=settings,
@@ -154,6 +155,21 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
             spacing,
         ),
     )
+
+
+def make_whole(atoms: Atoms) -> Atoms:
+    """Waters (atoms as O, H, H) in a periodic box, each hydrogen beside its own oxygen.
+
+    A box that was wrapped has some on its other side. Anything else is returned as it is.
+    """
+    waters = np.array_equal(atoms.numbers, np.tile([8, 1, 1], len(atoms) // 3))
+    if not (waters and atoms.pbc.all() and atoms.cell.rank == 3):
+        return atoms
+    whole = atoms.copy()
+    positions = atoms.positions.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
+    away = (positions - positions[:, :1]) @ np.linalg.inv(atoms.cell.array)
+    whole.positions -= (np.rint(away) @ atoms.cell.array).reshape(-1, 3)
+    return whole
 
 
 def make_universe(
@@ -251,7 +267,7 @@ def temperatures_by_motion(
     centres, bonds = [], []
     with Trajectory(folder / "trajectory.traj") as trajectory:
         for index in range(int(np.ceil(skip / spacing - 1e-9)), len(trajectory)):
-            frame = trajectory[index]
+            frame = make_whole(trajectory[index])
             if not np.array_equal(frame.numbers, np.tile([8, 1, 1], len(frame) // 3)):
                 raise ObservableError(f"{folder} is no run of waters, atoms as O, H, H")
             mass = frame.get_masses()[:3]
@@ -469,8 +485,9 @@ def summarise(
         "temperature_K": block_average(run.log["temperature_K"], blocks),
         "potential_eV": block_average(potential, blocks),
         "correlation_steps": correlation_time(potential),
-        "drift_meV_atom_ps": energy_drift(run),
     }
+    if np.isfinite(run.log["conserved_eV"]).all():
+        found["drift_meV_atom_ps"] = energy_drift(run)
     state = Path(folder) / "state.npz"
     if state.exists():
         with np.load(state) as arrays:
@@ -494,7 +511,7 @@ def summarise(
         found["dielectric"] = dielectric_constant(run, blocks)
         if run.settings["ensemble"] == "npt":
             found["density_g_cm3"] = density(run, blocks)
-        elif run.settings["thermostat"] == "nose-hoover":
+        elif _moves_freely(run.settings):
             edge = float(np.mean([frame.volume for frame in run.universe.trajectory])) ** (1 / 3)
             length = len(run.universe.trajectory) // blocks * run.universe.trajectory.dt
             window = (2.0, 10.0) if length > 15.1 else (length / 10, length / 2)
@@ -510,6 +527,12 @@ def summarise(
         if np.isfinite(run.log[name]).all()
     }
     return found
+
+
+def _moves_freely(settings: Mapping[str, Any]) -> bool:
+    """Whether friction, if there is any, leaves diffusion as it is, to 2 %."""
+    noisy = settings["ensemble"] != "nve" and settings["thermostat"] == "langevin"
+    return not noisy or settings["thermostat_time"] >= 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,7 +71,8 @@ PACKAGES = ("torch", "numpy", "ase", "MDAnalysis")
 class Protocol:
     """What is the same for all models. Times in fs, temperature in K, pressure in bar.
 
-    density (g/cm³) is that of the stages at constant volume, for every model. The first `settle` fs
+    density (g/cm³) is that of the stages at constant volume, for every model. warming_time is the
+    thermostat's in prepare and equilibrate, thermostat_time in npt and nvt. The first `settle` fs
     at constant pressure, where the box finds its size, are not counted. npt, nvt, nve and gas may
     grow from call to call; what else is changed needs another folder.
     """
@@ -81,7 +82,8 @@ class Protocol:
     temperature: float = 298.15
     pressure: float = 1.0
     timestep: float = 1.0
-    thermostat_time: float = 100.0
+    warming_time: float = 100.0
+    thermostat_time: float = 1_000.0
     barostat_time: float = 500.0
     gas_friction_time: float = 50.0
     seed: int = 0
@@ -107,14 +109,15 @@ class Protocol:
             "seed": self.seed,
         }
         # Bonds hardly share their energy with what is slow: chains, which see the sum alone, would
-        # keep vibrations as cold as a relaxed start makes them for tens of ps. Noise reaches each.
-        if stage == "prepare":
-            return Settings(ensemble="nvt", thermostat="langevin", relax=200, **common)
-        if stage == "equilibrate":
-            return Settings(ensemble="nvt", thermostat="langevin", **common)
+        # keep vibrations as hot or cold as they start for tens of ps. Noise reaches each.
+        if stage != "nve":
+            common["thermostat"] = "langevin"
+        if stage in ("prepare", "equilibrate"):
+            common["thermostat_time"] = self.warming_time
+            return Settings(relax=200 if stage == "prepare" else 0, **common)
         if stage == "gas":
             common["thermostat_time"] = self.gas_friction_time
-            return Settings(ensemble="nvt", thermostat="langevin", relax=50, **common)
+            return Settings(relax=50, **common)
         return Settings(ensemble=stage, **common)
 
 
@@ -349,7 +352,7 @@ def _dipole(run: Run) -> np.ndarray:
 
 def _correlation(run: Run, series: np.ndarray, universe: Any = None) -> float:
     """Correlation time in ps of a series of the log, or of the universe's structures."""
-    spacing = universe.trajectory.dt if universe else float(np.diff(run.log["time_ps"][:2])[0])
+    spacing = universe.trajectory.dt if universe else run.settings["log_every"] / 1000
     return float(f"{correlation_time(series) * spacing:.3g}")
 
 
@@ -511,10 +514,21 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
-    """Files of `collect`, those of one model pooled; in the order of the names, teacher last."""
+    """Files of `collect`, those of one model pooled; in the order of the names, teacher last.
+
+    Raises ObservableError for files of different protocols, which cannot be compared.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
+    first: dict[str, Any] | None = None
     for file in files:
         result = read_result(file)
+        plan = {**result["protocol"], "seed": None}
+        first = first or plan
+        if changed := sorted(key for key in {*plan, *first} if plan.get(key) != first.get(key)):
+            raise ObservableError(
+                f"{file} is of a protocol with another {', '.join(changed)} than {files[0]}: "
+                "run one of them again, or leave it out"
+            )
         found.setdefault(result["name"], []).append(result)
     return [pool(found[name]) for name in sorted(found, key=lambda name: (name == TEACHER, name))]
 

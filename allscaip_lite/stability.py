@@ -164,9 +164,13 @@ def try_molecule(
         run_md(warm, calculator, trial.free(), folder / "nve", label, progress=False)
     except Explosion as error:
         row["broken"] = str(error).split(". Up to there")[0]
-    with Trajectory(folder / "warm" / "trajectory.traj") as trajectory:
-        start = trajectory[0]
-        frames = [*trajectory]
+    frames = []
+    if (folder / "warm" / "trajectory.traj").exists():  # not if it broke while it was minimised
+        with Trajectory(folder / "warm" / "trajectory.traj") as trajectory:
+            frames = [*trajectory]
+    if not frames:
+        return row
+    start = frames[0]
     if (folder / "nve" / "log.csv").exists():
         with Trajectory(folder / "nve" / "trajectory.traj") as trajectory:
             frames += [*trajectory]

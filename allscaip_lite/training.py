@@ -9,10 +9,11 @@ The loop runs on Lightning Fabric, so one CPU, one GPU or several nodes take the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -207,6 +208,14 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
     return update
 
 
+def fingerprint(arrays: Iterable[Tensor]) -> str:
+    """The same for the same numbers, and for hardly any others."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
     """The model as a stage trains it: same backbone, direct or conservative heads."""
     conservative = stage.name == "conservative"
@@ -230,6 +239,7 @@ def train(
     save_every: int = 200,
     workers: int = 0,
     compile: bool = False,
+    start: str = "",
     fabric: lightning_fabric.Fabric | None = None,
     watch: Callable[[Stage, int, float], None] | None = None,
 ) -> AllScAIP:
@@ -237,8 +247,9 @@ def train(
 
     Everything is kept in `folder`: `state.pt` to resume from, `log.jsonl`, `NAME.safetensors` at
     the end of each stage. Started again with the same arguments, a stopped run goes on where it
-    was, to the same numbers. `watch(stage, step, loss)` is called after each step, to draw a curve
-    for example.
+    was, to the same numbers; with others, other data or another `start` (a name for the model that
+    is given) it raises TrainingError. `watch(stage, step, loss)` is called after each step, to draw
+    a curve for example.
 
     `compile=True` trains faster on a CPU, by kernels in C (see `compiled`), to the same numbers but
     for rounding; it raises `CompileError` without a C compiler, and does nothing on a GPU or where
@@ -255,13 +266,16 @@ def train(
         "stages": [asdict(s) for s in stages],
         "max_atoms": max_atoms,
         "seed": seed,
+        "start": start,
+        "data": fingerprint([torch.as_tensor(training_data.natoms)]),
     }
     saved = None
     if state_file.exists():
         saved = torch.load(state_file, map_location="cpu", weights_only=True)
-        if saved["plan"] != plan:
+        if changed := sorted(key for key in saved["plan"] if saved["plan"][key] != plan.get(key)):
             raise TrainingError(
-                f"{folder} holds a run with other settings: give another --out, or remove it"
+                f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
+                "--out, or remove it"
             )
     for index, stage in enumerate(stages):
         model = start_stage(model, stage)
@@ -318,9 +332,7 @@ def train(
             value = loss(trained(batch.structures), batch, model, stage)
             trained.zero_grad()
             fabric.backward(value)
-            norm = fabric.clip_gradients(
-                trained, optimizers[0], max_norm=stage.clip, error_if_nonfinite=False
-            )
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), stage.clip)
             losses.append(value.item())
             done = step + 1
             if not math.isfinite(losses[-1] + float(norm)):
@@ -573,5 +585,6 @@ def run(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         workers=args.workers,
         compile=args.compile,
+        start=fingerprint(model.parameters()),
         fabric=fabric,
     )

@@ -69,6 +69,31 @@ def test_cells_and_stresses_come_along(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.get_stress(), crystal.get_stress())
 
 
+def test_a_domain_that_is_given_counts_more(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.extxyz", [labelled("H2O", data_id="theirs"), labelled("H2O")])
+    read = convert([tmp_path / "a.extxyz"], progress=False)
+    assert [atoms.info["data_id"] for atoms in read] == ["theirs", "a"]
+    read = convert([tmp_path / "a.extxyz"], domain="mine", progress=False)
+    assert [atoms.info["data_id"] for atoms in read] == ["mine", "mine"]
+
+
+def test_charges_are_whole_numbers_but_for_rounding(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.extxyz", [labelled("OH", charge=-0.9999)])
+    (atoms,) = convert([tmp_path / "a.extxyz"], progress=False)
+    assert (atoms.info["charge"], atoms.info["spin"]) == (-1, 1)
+    ase.io.write(tmp_path / "a.extxyz", [labelled("OH", charge=-0.5)])
+    with pytest.raises(ConversionError, match="charge or multiplicity of -0.5, no whole number"):
+        list(convert([tmp_path / "a.extxyz"], progress=False))
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "me@home"
+    folder.mkdir()
+    ase.io.write(folder / "a.extxyz", [labelled("H2O"), labelled("CH4")])
+    assert len(list(convert([folder / "a.extxyz"], progress=False))) == 2
+    assert len(list(convert([f"{folder}/a.extxyz@1:"], progress=False))) == 1
+
+
 def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
     bare, broken = molecule("H2O"), molecule("NH3")
     only_energy = molecule("CH4")

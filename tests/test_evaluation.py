@@ -109,6 +109,20 @@ def test_the_command_puts_the_errors_into_the_card(
     assert card["errors"]["nh3"]["energy_mae"] == pytest.approx(100, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--save", "a.pt"], "give a file .safetensors"), (["--fit-references"], "leave out --fit-")],
+)
+def test_what_cannot_be_saved_is_said_before_the_work(
+    model: AllScAIP, labelled: Path, tmp_path: Path, capsys, options: list[str], words: str
+) -> None:
+    save_model(model, tmp_path / "model.safetensors")
+    command = ["evaluate", str(tmp_path / "model.safetensors"), str(labelled)]
+    assert cli.main([*command, "--save", str(tmp_path / "out.safetensors"), *options]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_errors_by_element_charge_multiplicity_and_size(model: AllScAIP, labelled: Path) -> None:
     data = Dataset(labelled)
     found, described = residuals(model, data), describe(data)

@@ -288,6 +288,19 @@ def test_a_finished_run_can_be_prolonged_but_not_changed(tmp_path):
         run_md(copper(), Springs(), short(duration=80.0), tmp_path / "whole", progress=False)
 
 
+def test_a_folder_belongs_to_one_structure_charge_and_spin(tmp_path):
+    run_md(copper(), Springs(), short(duration=20.0), tmp_path, progress=False)
+    other = copper()
+    other.positions[3, 1] += 0.01
+    charged, moving = copper(), copper()
+    charged.info["charge"] = 1
+    moving.set_momenta(np.random.default_rng(0).normal(size=(32, 3)))
+    for atoms, words in ((other, "structure"), (charged, "charge"), (moving, "structure")):
+        with pytest.raises(MDError, match=f"another {words}: choose another folder"):
+            run_md(atoms, Springs(), short(), tmp_path, progress=False)
+    run_md(copper(), Springs(), short(), tmp_path, progress=False)
+
+
 def test_a_killed_command_goes_on_to_the_same_bits(tmp_path):
     from allscaip_lite.water import water_box
 
@@ -376,6 +389,23 @@ def test_atoms_on_one_spot_end_the_run_with_the_calculator_s_words(tmp_path, mak
     assert len(frames(tmp_path)) > 1
 
 
+def test_a_minimisation_that_fails_is_an_explosion_too(tmp_path, make_model):
+    class Lost(AllScAIPCalculator):
+        calls = 0
+
+        def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+            self.calls += 1
+            if self.calls > 3:
+                atoms.positions[1] = atoms.positions[0]
+            super().calculate(atoms, properties, system_changes)
+
+    atoms = molecule("H2O", info={"charge": 0, "spin": 1})
+    atoms.rattle(0.2, seed=0)
+    with pytest.raises(Explosion, match="exploded at step 0"):
+        run_md(atoms, Lost(make_model()), short(relax=20), tmp_path, progress=False)
+    assert (tmp_path / "exploded.extxyz").exists()
+
+
 class Stressless(Calculator):
     implemented_properties = ["energy", "forces"]
 
@@ -403,6 +433,9 @@ def test_constant_pressure_needs_a_stress_and_a_cell(tmp_path):
         ({"timestep": -1.0}, "must be positive"),
         ({"save_every": 3.0}, "save_every 3 fs is not a multiple of the timestep, 2 fs"),
         ({"temperature": 9000.0}, "between 0 and"),
+        ({"temperature": 0.0}, "above 0 K"),
+        ({"thermostat_time": 0.0}, "thermostat_time 0.0 must be positive"),
+        ({"ensemble": "npt", "barostat_time": 0.0}, "barostat_time 0.0 must be positive"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -327,6 +328,42 @@ def test_a_run_is_read_without_its_beginning(folders):
         read_run(folders / "nvt", skip=9)
     with pytest.raises(FileNotFoundError):
         read_run(folders / "absent")
+
+
+def test_a_wrapped_box_is_the_same_liquid(folders, tmp_path):
+    """Hydrogens on the other side of the box are brought back to their oxygens."""
+    shutil.copytree(folders / "nvt", tmp_path / "wrapped")
+    with Trajectory(folders / "nvt" / "trajectory.traj") as trajectory:
+        frames = [*trajectory]
+    with Trajectory(tmp_path / "wrapped" / "trajectory.traj", "w") as trajectory:
+        broken = np.floor(frames[0].get_scaled_positions(wrap=False)) @ frames[0].cell.array
+        assert np.any(broken[1::3] != broken[::3])
+        for frame in frames:
+            frame.positions -= broken
+            trajectory.write(frame)
+    whole, wrapped = (
+        (dielectric_constant(read_run(folder)).value, temperatures_by_motion(folder)[1].value)
+        for folder in (folders / "nvt", tmp_path / "wrapped")
+    )
+    assert wrapped == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_summary_of_a_run_with_noise_says_what_it_can(folders, tmp_path):
+    box = water_box(8, 0.9, seed=1)
+    for time, there in ((100.0, False), (1000.0, True)):
+        settings = Settings(
+            thermostat="langevin",
+            thermostat_time=time,
+            timestep=1.0,
+            duration=100.0,
+            save_every=2.0,
+            log_every=2.0,
+            relax=50,
+        )
+        run_md(box, SPCFw(), settings, tmp_path / str(time), progress=False)
+        found = summarise(tmp_path / str(time))
+        assert ("diffusion_1e-9_m2_s" in found) == there, "friction slows what it reports"
+        assert "drift_meV_atom_ps" not in found, "noise conserves nothing"
 
 
 def test_a_summary_has_every_observable_of_its_ensemble(folders):

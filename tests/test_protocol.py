@@ -230,6 +230,17 @@ def test_runs_with_other_seeds_count_as_one():
             pool([one, {**two, "protocol": other}])
 
 
+def test_files_of_different_protocols_are_not_compared(tmp_path):
+    base = {"observables": {}, "lengths_ps": {}, "hours": {}, "distributions": {}, "series": {}}
+    for name, step, seed in (("a", 1.0, 0), ("b", 1.0, 1), ("c", 0.5, 0)):
+        result = {**base, "name": name, "protocol": {"timestep": step, "seed": seed}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    assert [result["name"] for result in read_results(files[:2])] == ["a", "b"]
+    with pytest.raises(ObservableError, match=r"c.json is of a protocol with another timestep"):
+        read_results(files)
+
+
 def test_every_row_of_the_table_has_a_stage(teacher):
     assert set(room.ROWS) | set(collect(teacher)["observables"]) <= set(room.STAGES)
     assert set(room.STAGES.values()) == set(room.PROLONGED)

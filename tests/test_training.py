@@ -437,12 +437,44 @@ def test_other_settings_do_not_mix_in_one_folder(data: Dataset, tmp_path: Path) 
     """Other stages, and another model, be it of the same shapes."""
     run(data, tmp_path, (2, 1))
     kept = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(TrainingError, match="other settings: give another --out"):
+    with pytest.raises(TrainingError, match=r"other settings \(stages\): give another --out"):
         run(data, tmp_path, (3, 1))
     for changes in ({"k": 5}, {"num_layers": 1}):
         with pytest.raises(TrainingError, match="other settings"):
             run(data, tmp_path, (2, 1), **changes)
     assert (tmp_path / "state.pt").read_bytes() == kept
+
+
+def test_other_data_and_another_start_do_not_mix_in_one_folder(
+    data: Dataset, tmp_path: Path
+) -> None:
+    run(data, tmp_path, (2, 1))
+    fewer = Subset(data, np.arange(len(data) - 1))
+    with pytest.raises(TrainingError, match=r"other settings \(data\)"):
+        run(fewer, tmp_path, (2, 1))
+    stages = [direct_stage(2), conservative_stage(1)]
+    options = {"max_atoms": 40, "validate_every": 100}
+    train(small_model(data), stages, data, data, tmp_path / "a", start="one", **options)
+    with pytest.raises(TrainingError, match=r"other settings \(start\)"):
+        train(small_model(data), stages, data, data, tmp_path / "a", start="two", **options)
+
+
+def test_the_gradient_is_clipped_as_a_whole_whoever_takes_the_step(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Muon's matrices count in the norm too, and a gradient that is not finite is seen there."""
+    seen = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, *arguments):
+        parameters = list(parameters)
+        seen.append(len(parameters))
+        return clip(parameters, *arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    model = run(data, tmp_path, (2, 1), muon=3.0)
+    direct = sum(1 for _ in start_stage(model, direct_stage(1)).parameters())
+    assert seen == [direct, direct, sum(1 for _ in model.parameters())]
 
 
 def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> None:
