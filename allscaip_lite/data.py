@@ -13,8 +13,9 @@ import argparse
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase.db
 import lmdb
@@ -265,6 +266,21 @@ def store_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def differing(
+    one: Mapping[str, Any], other: Mapping[str, Any], but: Iterable[str] = ()
+) -> list[str]:
+    """Names under which two plans of a run hold different values, without those of `but`."""
+    return sorted(key for key in {*one, *other} - {*but} if one.get(key) != other.get(key))
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """The same for the same numbers, and for hardly any others."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def checksum(structures: Iterable[Atoms]) -> str:

@@ -91,22 +91,20 @@ def fetch(
     folder = Path(folder)
     source = SOURCES.get(name)
     if source:
-        address, label = server.rstrip("/") + "/" + source.path, name
+        address = server.rstrip("/") + "/" + source.path
         sha256 = sha256 or source.sha256
-    elif name.startswith(HUB):
-        address, label = name, PurePosixPath(name).name
-    elif urlsplit(name).scheme in ("http", "https"):
-        address, label = name, unquote(PurePosixPath(urlsplit(name).path).name)
+    elif name.startswith(HUB) or urlsplit(name).scheme in ("http", "https"):
+        address = name
     else:
         raise FetchError(
             f"no data set is called {name!r}. There are {', '.join(SOURCES)}; or give an http "
             "address, or hub:OWNER/REPOSITORY/FILE"
         )
-    if not label:
-        raise FetchError(f"{name}: the address of a file is needed, not of a folder")
     file = PurePosixPath(unquote(urlsplit(address).path)).name
+    if not file:
+        raise FetchError(f"{name}: the address of a file is needed, not of a folder")
     suffix = next((end for end in ARCHIVES if file.endswith(end)), "")
-    done = folder / label.removesuffix(suffix)
+    done = folder / (name if source else file.removesuffix(suffix))
     origin = done.with_name(done.name + ".from")  # the address; a data set's name is its own
     if origin.exists() and origin.read_text() != name:
         raise FetchError(f"{done} is from {origin.read_text()}: choose another --out for {name}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -43,6 +42,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 from tqdm import tqdm
 
+from allscaip_lite.data import differing, fingerprint
 from allscaip_lite.structures import StructureError
 
 ENSEMBLES = ("nve", "nvt", "npt")
@@ -118,8 +118,8 @@ class Settings:
             raise MDError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
         if self.ensemble != "nve" and self.temperature is None:
             raise MDError(f"{self.ensemble} needs a temperature")
-        times = ("duration", "timestep", "save_every", "log_every")
-        for name in (*times, "thermostat_time", "barostat_time", "hottest"):
+        times = ("duration", "timestep", "thermostat_time", "barostat_time")
+        for name in (*times, "save_every", "log_every", "hottest"):
             if not getattr(self, name) > 0:
                 raise MDError(f"{name} {getattr(self, name)} must be positive")
         if self.temperature is not None and not 0 <= self.temperature < self.hottest:
@@ -238,9 +238,8 @@ def make_integrator(
 
 def _memory(integrator: MolecularDynamics) -> tuple[str, ...]:
     """Those of MEMORY that this integrator has; at constant volume no volume moves."""
-    return tuple(
-        name for name in MEMORY[type(integrator)] if "." in name or hasattr(integrator, name)
-    )
+    names = MEMORY[type(integrator)]
+    return tuple(name for name in names if hasattr(integrator, name.partition(".")[0]))
 
 
 def _freedom(atoms: Atoms, settings: Settings) -> int:
@@ -427,10 +426,8 @@ def _explosion(reason: str, step: int, atoms: Atoms, settings: Settings, folder:
 
 def _fingerprint(atoms: Atoms) -> str:
     """The same for the same start: positions, velocities, cell and boundaries."""
-    digest = hashlib.sha256(atoms.pbc.tobytes())
-    for array in (atoms.positions, atoms.cell.array, atoms.get_momenta()):
-        digest.update((np.round(array, 9) + 0.0).tobytes())  # no -0
-    return digest.hexdigest()[:16]
+    numbers = (atoms.positions, atoms.cell.array, atoms.get_momenta())
+    return fingerprint([atoms.pbc, *(np.round(array, 9) + 0.0 for array in numbers)])  # no -0
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
@@ -438,10 +435,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     listing, file = folder / "settings.json", folder / "state.npz"
     if listing.exists():
         known = json.loads(listing.read_text())
-        changed = sorted(
-            key for key in {*plan, *known} - {"duration"} if plan.get(key) != known.get(key)
-        )
-        if changed:
+        if changed := differing(plan, known, but=["duration"]):
             raise MDError(
                 f"{folder} holds a run with another {', '.join(changed)}: choose another folder"
             )

@@ -27,7 +27,7 @@ from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
 
 from allscaip_lite.md import read_log
-from allscaip_lite.water import CHARGES
+from allscaip_lite.water import CHARGES, are_waters
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
@@ -141,10 +141,9 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
     spacing = settings["save_every"] / 1000
     with Trajectory(folder / "trajectory.traj") as trajectory:
         first = int(np.ceil(skip / spacing - 1e-9))
-        frames = [trajectory[index] for index in range(first, len(trajectory))]
+        frames = [make_whole(trajectory[index]) for index in range(first, len(trajectory))]
     if not frames or not late.any():
         raise ObservableError(f"{folder} ends before {skip:g} ps: skip less, or prolong the run")
-    frames = [make_whole(frame) for frame in frames]
     return Run(
         log={name: column[late] for name, column in log.items()},
         settings=settings,
@@ -162,8 +161,7 @@ def make_whole(atoms: Atoms) -> Atoms:
 
     A box that was wrapped has some on its other side. Anything else is returned as it is.
     """
-    waters = np.array_equal(atoms.numbers, np.tile([8, 1, 1], len(atoms) // 3))
-    if not (waters and atoms.pbc.all() and atoms.cell.rank == 3):
+    if not (are_waters(atoms.numbers) and atoms.pbc.all() and atoms.cell.rank == 3):
         return atoms
     whole = atoms.copy()
     positions = atoms.positions.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
@@ -182,7 +180,7 @@ def make_universe(
     import MDAnalysis
 
     numbers = np.asarray(numbers)
-    size = 3 if np.array_equal(numbers, np.tile([8, 1, 1], len(numbers) // 3)) else 1
+    size = 3 if are_waters(numbers) else 1
     count = len(numbers) // size
     universe = MDAnalysis.Universe.empty(
         len(numbers), count, atom_resindex=np.repeat(np.arange(count), size), trajectory=False
@@ -268,7 +266,7 @@ def temperatures_by_motion(
     with Trajectory(folder / "trajectory.traj") as trajectory:
         for index in range(int(np.ceil(skip / spacing - 1e-9)), len(trajectory)):
             frame = make_whole(trajectory[index])
-            if not np.array_equal(frame.numbers, np.tile([8, 1, 1], len(frame) // 3)):
+            if not are_waters(frame.numbers):
                 raise ObservableError(f"{folder} is no run of waters, atoms as O, H, H")
             mass = frame.get_masses()[:3]
             velocities = frame.get_velocities()

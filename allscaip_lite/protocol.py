@@ -36,7 +36,7 @@ from ase.calculators.calculator import Calculator
 from ase.io.trajectory import Trajectory
 
 from allscaip_lite import __version__
-from allscaip_lite.data import store_text
+from allscaip_lite.data import differing, store_text
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
 from allscaip_lite.observables import (
@@ -176,9 +176,7 @@ def _claim(listing: Path, protocol: Protocol, name: str) -> None:
     plan = {"name": name, **dataclasses.asdict(protocol)}
     if listing.exists():
         known = json.loads(listing.read_text())
-        fixed = {*plan, *known} - {*PROLONGED}
-        changed = sorted(key for key in fixed if plan.get(key) != known.get(key))
-        if changed:
+        if changed := differing(plan, known, but=PROLONGED):
             raise MDError(
                 f"{listing.parent} holds a protocol with another {', '.join(changed)}: choose "
                 "another folder"
@@ -519,12 +517,9 @@ def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
     Raises ObservableError for files of different protocols, which cannot be compared.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    first: dict[str, Any] | None = None
-    for file in files:
-        result = read_result(file)
-        plan = {**result["protocol"], "seed": None}
-        first = first or plan
-        if changed := sorted(key for key in {*plan, *first} if plan.get(key) != first.get(key)):
+    results = [read_result(file) for file in files]
+    for file, result in zip(files, results, strict=True):
+        if changed := differing(result["protocol"], results[0]["protocol"], but=["seed"]):
             raise ObservableError(
                 f"{file} is of a protocol with another {', '.join(changed)} than {files[0]}: "
                 "run one of them again, or leave it out"

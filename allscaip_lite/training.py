@@ -9,11 +9,10 @@ The loop runs on Lightning Fabric, so one CPU, one GPU or several nodes take the
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from allscaip_lite.batches import Batch, Batches, collate
 from allscaip_lite.checkpoint import load_model, save_model
 from allscaip_lite.compiled import load_kernels
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data import Dataset, Subset
+from allscaip_lite.data import Dataset, Subset, differing, fingerprint
 from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import AllScAIP, Prediction
 
@@ -208,14 +207,6 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
     return update
 
 
-def fingerprint(arrays: Iterable[Tensor]) -> str:
-    """The same for the same numbers, and for hardly any others."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
     """The model as a stage trains it: same backbone, direct or conservative heads."""
     conservative = stage.name == "conservative"
@@ -267,12 +258,13 @@ def train(
         "max_atoms": max_atoms,
         "seed": seed,
         "start": start,
-        "data": fingerprint([torch.as_tensor(training_data.natoms)]),
+        "data": fingerprint([training_data.natoms]),
     }
     saved = None
     if state_file.exists():
         saved = torch.load(state_file, map_location="cpu", weights_only=True)
-        if changed := sorted(key for key in saved["plan"] if saved["plan"][key] != plan.get(key)):
+        # what a run of an earlier version did not write down is not held against it
+        if changed := differing(saved["plan"], plan, but=plan.keys() - saved["plan"].keys()):
             raise TrainingError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
                 "--out, or remove it"
@@ -585,6 +577,6 @@ def run(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         workers=args.workers,
         compile=args.compile,
-        start=fingerprint(model.parameters()),
+        start=fingerprint(weight.detach().cpu().numpy() for weight in model.parameters()),
         fabric=fabric,
     )

@@ -59,6 +59,11 @@ class WaterError(ValueError):
     """A structure or a request that this room cannot serve; the message says what to change."""
 
 
+def are_waters(numbers: np.ndarray) -> bool:
+    """Whether atoms of these elements (N,) are whole waters in a row, each as O, H, H."""
+    return np.array_equal(numbers, np.tile([8, 1, 1], len(numbers) // 3))
+
+
 class SPCFw(Calculator):
     """ASE calculator of flexible SPC/Fw water, in vacuum or periodic in all directions.
 
@@ -77,7 +82,7 @@ class SPCFw(Calculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
-        if not np.array_equal(atoms.numbers, np.tile([8, 1, 1], len(atoms) // 3)):
+        if not are_waters(atoms.numbers):
             raise WaterError(
                 f"{atoms.symbols}: SPC/Fw takes whole waters, atoms in the order O, H, H"
             )

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.calculator import all_changes
 
-from allscaip_lite import AllScAIP, AllScAIPConfig
+from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.structures import structures_from_atoms
 
@@ -66,6 +67,25 @@ def make_model() -> Callable[..., AllScAIP]:
         return _randomised(SMALL.replace(**changes), dtype, seed)
 
     return make
+
+
+class Colliding(AllScAIPCalculator):
+    """A model's calculator that, after so many calls, first puts two atoms on one spot."""
+
+    def __init__(self, model: AllScAIP, after: int) -> None:
+        super().__init__(model)
+        self.left = after
+
+    def calculate(self, atoms=None, properties=None, system_changes=all_changes) -> None:
+        self.left -= 1
+        if self.left < 0:
+            atoms.positions[1] = atoms.positions[0]
+        super().calculate(atoms, properties, system_changes)
+
+
+@pytest.fixture(scope="session")
+def make_colliding() -> Callable[[AllScAIP, int], Colliding]:
+    return Colliding
 
 
 @pytest.fixture(scope="session")

@@ -372,37 +372,21 @@ def test_a_box_that_bursts_is_an_explosion(tmp_path):
         run_md(copper(), Bursting(), settings, tmp_path, progress=False)
 
 
-def test_atoms_on_one_spot_end_the_run_with_the_calculator_s_words(tmp_path, make_model):
-    class Colliding(AllScAIPCalculator):
-        calls = 0
-
-        def calculate(self, atoms=None, properties=None, system_changes=all_changes):
-            self.calls += 1
-            if self.calls == 6:
-                atoms.positions[1] = atoms.positions[0]
-            super().calculate(atoms, properties, system_changes)
-
+def test_atoms_on_one_spot_end_the_run_with_the_calculator_s_words(
+    tmp_path, make_model, make_colliding
+):
     atoms = molecule("H2O", info={"charge": 0, "spin": 1})
     settings = short(ensemble="nve", timestep=0.5, save_every=1.0, log_every=1.0, duration=10.0)
     with pytest.raises(Explosion, match="exploded at step"):
-        run_md(atoms, Colliding(make_model()), settings, tmp_path, progress=False)
+        run_md(atoms, make_colliding(make_model(), 5), settings, tmp_path, progress=False)
     assert len(frames(tmp_path)) > 1
 
 
-def test_a_minimisation_that_fails_is_an_explosion_too(tmp_path, make_model):
-    class Lost(AllScAIPCalculator):
-        calls = 0
-
-        def calculate(self, atoms=None, properties=None, system_changes=all_changes):
-            self.calls += 1
-            if self.calls > 3:
-                atoms.positions[1] = atoms.positions[0]
-            super().calculate(atoms, properties, system_changes)
-
+def test_a_minimisation_that_fails_is_an_explosion_too(tmp_path, make_model, make_colliding):
     atoms = molecule("H2O", info={"charge": 0, "spin": 1})
     atoms.rattle(0.2, seed=0)
     with pytest.raises(Explosion, match="exploded at step 0"):
-        run_md(atoms, Lost(make_model()), short(relax=20), tmp_path, progress=False)
+        run_md(atoms, make_colliding(make_model(), 3), short(relax=20), tmp_path, progress=False)
     assert (tmp_path / "exploded.extxyz").exists()
 
 

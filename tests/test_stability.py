@@ -11,10 +11,10 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import molecule
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig, save_model
+from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
 from allscaip_lite.cli import main
 from allscaip_lite.data import Dataset, write_aselmdb
 from allscaip_lite.stability import (
@@ -137,18 +137,9 @@ def test_what_flies_apart_is_said_to(tmp_path):
     assert row["broken"] in table([row | turning])
 
 
-def test_what_breaks_at_once_is_a_row_too(tmp_path, model):
-    class Lost(AllScAIPCalculator):
-        calls = 0
-
-        def calculate(self, atoms=None, properties=None, system_changes=all_changes):
-            self.calls += 1
-            if self.calls > 1:
-                atoms.positions[1] = atoms.positions[0]
-            super().calculate(atoms, properties, system_changes)
-
+def test_what_breaks_at_once_is_a_row_too(tmp_path, model, make_colliding):
     atoms = molecule("CH3OH", info={"charge": 0, "spin": 1})
-    row = try_molecule(Lost(model), atoms, SHORT, tmp_path)
+    row = try_molecule(make_colliding(model, 1), atoms, SHORT, tmp_path)
     assert row["formula"] == "CH4O" and "exploded at step 0" in row["broken"]
 
 
