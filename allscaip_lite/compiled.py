@@ -1,7 +1,7 @@
 """The third form of the sums over pairs of edges: a C file, compiled on the user's machine.
 
-In: a C compiler. Out: `Kernels`, and attention and bond-orientational order as autograd functions
-that call it, differentiable twice, on a CPU. `AllScAIPCalculator(model, compile=True)` uses them,
+In: a C compiler. Out: attention, bond-orientational order, norm and GELU as autograd functions that
+call it, differentiable twice, on a CPU. `AllScAIPCalculator(model, compile=True)` uses them,
 and `train(..., compile=True)`, where forces are derivatives and the loss is derived once more.
 PyTorch's own operators work on padded tables, which they write and read many times; `kernels.c`
 keeps what belongs to one atom in the nearest cache. The formulas are those of `attention` and
@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from allscaip_lite import fused
 from allscaip_lite.graph import Graph
 
 SOURCE = Path(__file__).with_name("kernels.c")
-# sums in any order and no traps: what vectorising needs; not -ffast-math, which, where a library
-# is linked with it, changes the arithmetic of the whole process
+# sums in any order, products and sums at once, no traps: what fast registers need; not -ffast-math,
+# which, where a library is linked with it, changes the arithmetic of the whole process
 FLAGS = (
-    "-O3 -march=native -std=c11 -fPIC -shared -fno-math-errno -fno-trapping-math "
-    "-fno-signed-zeros -fassociative-math -freciprocal-math -ffinite-math-only"
+    "-O3 -march=native -std=c11 -fPIC -shared -ffp-contract=fast -fno-math-errno "
+    "-fno-trapping-math -fno-signed-zeros -fassociative-math -freciprocal-math -ffinite-math-only"
 ).split()
 TYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -158,12 +159,15 @@ def neighborhood_attention(
     """(M, 3H) → (M, H) in the `source` or `destination` layout; `groups`: channels by degree."""
     widths = [group.stop - group.start for group in groups]
     state = getattr(rows, layout)
+    # made contiguous out here, where the derivative of doing so is known
+    qkv = qkv.contiguous()
     return _Attention.apply(qkv, rows.log_weight, rows.direction, rows, state, widths, num_heads)
 
 
 def pair_sums(weights: Tensor, rows: Rows, degree: int) -> Tensor:
     """(N, K) → (N, degree): Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row."""
-    return _PairSums.apply(weights.flatten()[rows.slots], rows.direction, rows, degree)
+    weights = weights.flatten()[rows.slots].contiguous()
+    return _PairSums.apply(weights, rows.direction, rows, degree)
 
 
 def _call(
@@ -188,15 +192,29 @@ def _call(
         ctypes.addressof(width),
         *(tensor.data_ptr() for tensor in tensors),
     )
+    _share(function, n, *arguments, before=(ctypes.byref(about),))
+
+
+def _share(
+    function: Callable[..., int],
+    n: int,
+    *arguments: Tensor | int | float,
+    before: tuple[Any, ...] = (),
+) -> None:
+    """Call a kernel for n rows or numbers, a part of them on each thread PyTorch may use."""
     passed = [
-        ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int(x)
+        ctypes.c_void_p(x.data_ptr())
+        if isinstance(x, Tensor)
+        else ctypes.c_double(x)
+        if isinstance(x, float)
+        else ctypes.c_int(x)
         for x in arguments
     ]
 
     def part(begin: int, end: int) -> int:
-        return function(ctypes.byref(about), ctypes.c_int(begin), ctypes.c_int(end), *passed)
+        return function(*before, ctypes.c_int(begin), ctypes.c_int(end), *passed)
 
-    threads = min(torch.get_num_threads(), n)
+    threads = max(1, min(torch.get_num_threads(), n))
     if threads == 1:
         failed = part(0, n)
     else:  # ctypes lets go of the interpreter while C runs
@@ -223,7 +241,6 @@ class _Attention(torch.autograd.Function):
         widths: list[int],
         num_heads: int,
     ) -> Tensor:
-        qkv = qkv.contiguous()
         mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         ctx.save_for_backward(qkv, log_weight, direction)
         ctx.shape = (rows, state, num_heads, widths)
@@ -277,7 +294,6 @@ class _AttentionDerivative(torch.autograd.Function):
 class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, direction: Tensor, rows: Rows, degree: int) -> Tensor:
-        weight = weight.contiguous()
         sums = weight.new_empty(len(rows.first) - 1, degree)
         ctx.save_for_backward(weight, direction)
         ctx.shape = (rows, degree)
@@ -317,3 +333,75 @@ class _PairSumsDerivative(torch.autograd.Function):
         about = (rows, rows.source, weight, direction, 1, [1], degree)
         _call(kernel, *about, weight, gradient, *(x.contiguous() for x in changes), *results)
         return *results, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(R, a), (a,) → (R, a): x / rms(x) · w."""
+    return _RMSNorm.apply(x.contiguous(), weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, inverse = torch.empty_like(x), x.new_empty(len(x), 1)
+        kernel = load_kernels(x.dtype).norm_forward
+        _share(kernel, len(x), x.shape[1], float(eps), x, weight, normed, inverse)
+        ctx.save_for_backward(x, weight, inverse)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        asked = ctx.needs_input_grad[1]
+        return *_RMSNormDerivative.apply(gradient, *ctx.saved_tensors, asked), None
+
+
+class _RMSNormDerivative(fused.RMSNormDerivative):
+    """What `_RMSNorm` gives back; its own derivative is that of the other form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, asked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        gradient, d_x = gradient.contiguous(), torch.empty_like(x)
+        ctx.save_for_backward(gradient, x, weight, inverse)
+        kernel = load_kernels(x.dtype).norm_backward
+        _share(kernel, len(x), x.shape[1], gradient, x, weight, inverse, d_x)
+        return d_x, (gradient * x * inverse).sum(0) if asked else None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`F.gelu`, any shape."""
+    return _GELU.apply(x.contiguous())
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        result = torch.empty_like(x)
+        _share(load_kernels(x.dtype).gelu_forward, x.numel(), x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _GELUDerivative.apply(gradient, *ctx.saved_tensors)
+
+
+class _GELUDerivative(torch.autograd.Function):
+    """What `_GELU` gives back, itself differentiable, once."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
+        gradient, d_x = gradient.contiguous(), torch.empty_like(x)
+        ctx.save_for_backward(gradient, x)
+        _share(load_kernels(x.dtype).gelu_backward, x.numel(), gradient, x, d_x)
+        return d_x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, x = ctx.saved_tensors
+        change, d_gradient, d_x = change.contiguous(), torch.empty_like(x), torch.empty_like(x)
+        kernel = load_kernels(x.dtype).gelu_twice
+        _share(kernel, x.numel(), change, gradient, x, d_gradient, d_x)
+        return d_gradient, d_x

@@ -115,17 +115,22 @@ def fetch(
         origin.write_text(name)
     # what is no archive gets its own name only once it is whole and right
     archive = folder / (file if suffix else file + ".partial")
-    if name.startswith(HUB):
-        fetched = _from_hub(name)
-        if suffix:
-            archive = fetched
+    try:
+        if name.startswith(HUB):
+            fetched = _from_hub(name)
+            if suffix:
+                archive = fetched
+            else:
+                shutil.copyfile(fetched, archive)
         else:
-            shutil.copyfile(fetched, archive)
-    else:
-        room = shutil.disk_usage(folder).free
-        download(address, archive, room=room, progress=progress)
-    if sha256:
-        _check(archive, sha256)
+            room = shutil.disk_usage(folder).free
+            download(address, archive, room=room, progress=progress)
+        if sha256:
+            _check(archive, sha256)
+    except BaseException:
+        if not any(path.exists() for path in (archive, archive.with_name(archive.name + ".part"))):
+            origin.unlink(missing_ok=True)  # nothing is here that another file could mix with
+        raise
     if not suffix:
         archive.replace(done)
         return _found(done)

@@ -93,10 +93,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         asked = ctx.needs_input_grad[1]
-        return *_RMSNormDerivative.apply(gradient, *ctx.saved_tensors, asked), None
+        return *RMSNormDerivative.apply(gradient, *ctx.saved_tensors, asked), None
 
 
-class _RMSNormDerivative(torch.autograd.Function):
+class RMSNormDerivative(torch.autograd.Function):
     """What `_RMSNorm` gives back, itself differentiable, once."""
 
     @staticmethod
@@ -130,14 +130,9 @@ class _RMSNormDerivative(torch.autograd.Function):
         return d_g, d_x, d_weight, None, None
 
 
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`, on a CPU with a backward pass of few steps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return _RMSNorm.apply(x, self.weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(R, a), (a,) → (R, a): `F.rms_norm`, with a backward pass of few steps."""
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _GELU(torch.autograd.Function):

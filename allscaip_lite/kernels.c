@@ -1,4 +1,5 @@
-/* The sums over pairs of edges around one atom, for `compile=True`; see compiled.py.
+/* The sums over pairs of edges around one atom, and what is done to each number, for `compile=True`;
+   see compiled.py.
 
    What `attention.neighborhood_attention` and `encodings.bond_orientational_order` do with padded
    tables is done here row by row: a row's numbers fit into the nearest cache, empty slots do not
@@ -66,6 +67,13 @@ static void product(size_t rows, size_t columns, size_t inner, const REAL *a, si
                  c + r * c_step + j, c_step);
 }
 
+/* Where loops are long, the widest registers pay; compilers would take narrower ones. */
+#if defined(__AVX512F__) && !defined(__clang__)
+#define LONG_LOOPS __attribute__((target("prefer-vector-width=512")))
+#else
+#define LONG_LOOPS
+#endif
+
 /* exp for x <= 0, to the last bit or two; in float by a polynomial, which compilers vectorise, and 0
    below 1e-26: what came near the smallest float would make products slow on some processors */
 static inline REAL exponential(REAL x)
@@ -83,8 +91,9 @@ static inline REAL exponential(REAL x)
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    union { int bits; float value; } scale = {.bits = ((int)n + 127) << 23};
-    return x < -60.0f ? 0.0f : p * scale.value;
+    /* masked, not chosen: a branch here would keep compilers from vectorising */
+    union { int bits; float value; } scale = {.bits = (((int)n + 127) << 23) & -(x >= -60.0f)};
+    return p * scale.value;
 }
 
 /* legendre[l-1][e][f] = P_l(cos of e and f) for l = 1 .. degree, rows of `wide`; 0 for the
@@ -129,15 +138,25 @@ static void angles(size_t n, size_t wide, int degree, const REAL *direction, REA
     }
 }
 
-/* d_direction[e] += sum_f (pull[e][f] + pull[f][e]) direction[f], pull being dE/dcos */
-static void turn(size_t n, size_t wide, const REAL *pull, const REAL *direction, REAL *d_direction)
+/* n directions as rows of W numbers, for `turn`; of the self-edge zeros, whatever it holds */
+static void spread(size_t n, const REAL *direction, REAL *out)
 {
+    for (size_t e = 0; e < n; e++)
+        for (size_t x = 0; x < W; x++)
+            out[e * W + x] = e && x < 3 ? direction[3 * e + x] : 0;
+}
+
+/* d_direction[e] += sum_f (pull[e][f] + pull[f][e]) direction[f], pull being dE/dcos; nothing comes
+   from self-edges and nothing goes to them. direction: from `spread`; memory: 2 n W numbers. */
+static void turn(size_t n, size_t wide, const REAL *pull, const REAL *direction, REAL *memory,
+                 REAL *d_direction)
+{
+    REAL *other = memory + n * W;
+    product(n, W, n, pull, wide, 1, direction, W, memory, W);
+    product(n, W, n, pull, 1, wide, direction, W, other, W);
     for (size_t e = 1; e < n; e++)
-        for (size_t f = 1; f < n; f++) {
-            REAL both = pull[e * wide + f] + pull[f * wide + e];
-            for (int x = 0; x < 3; x++)
-                d_direction[3 * e + x] += both * direction[3 * f + x];
-        }
+        for (int x = 0; x < 3; x++)
+            d_direction[3 * e + x] += memory[e * W + x] + other[e * W + x];
 }
 
 /* change[e][f] = d(cos of e and f) where the directions change by d_direction; 0 as in `angles` */
@@ -252,7 +271,7 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step; /* the last degree writes past `size` */
     REAL *memory = numbers((4 * degrees + 4) * square + (2 * size + 1) * wide + 3 * tall +
-                           (longest + TILE) * 4 * hidden);
+                           (longest + TILE) * 4 * hidden + 3 * longest * W);
     if (!memory)
         return 1;
     REAL *legendre = memory, *slope = legendre + degrees * square, *score = slope + degrees * square;
@@ -261,6 +280,7 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
     REAL *d_product = d_weight + square, *keys = d_product + square, *values = keys + size * wide;
     REAL *dq = values + size * wide, *dk = dq + tall, *dv = dk + tall;
     REAL *bias = dv + tall, *local = bias + wide, *g = local + longest * 3 * hidden;
+    REAL *spare = g + (longest + TILE) * hidden, *unit = spare + 2 * longest * W;
     REAL scale = 1 / sqrt((double)rows->size);
     for (int i = begin; i < end; i++) {
         const long *state = rows->state + rows->first[i];
@@ -323,8 +343,10 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
         for (size_t l = 0; l < degrees; l++)
             for (size_t ef = 0; ef < layer; ef++)
                 pull[ef] = (l ? pull[ef] : 0) + pull[l * layer + ef] * slope[l * layer + ef];
-        if (degrees)
-            turn(n, wide, pull, direction, d_direction + 3 * rows->first[i]);
+        if (degrees) {
+            spread(n, direction, unit);
+            turn(n, wide, pull, unit, spare, d_direction + 3 * rows->first[i]);
+        }
     }
     free(memory);
     return 0;
@@ -346,7 +368,7 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step;
     REAL *memory = numbers((8 * degrees + 14) * square + (4 * size + 1) * wide + 7 * tall +
-                           (longest + TILE) * 7 * hidden);
+                           (longest + TILE) * 7 * hidden + 4 * longest * W);
     if (!memory)
         return 1;
     REAL *next = memory;
@@ -385,7 +407,10 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     TAKE(out_2, tall);
     TAKE(local, longest * 3 * hidden);
     TAKE(change, longest * 3 * hidden);
-    TAKE(g, longest * hidden);
+    TAKE(g, (longest + TILE) * hidden);
+    TAKE(spare, 2 * longest * W);
+    TAKE(unit, longest * W);
+    TAKE(unit_change, longest * W);
 #undef TAKE
     REAL scale = 1 / sqrt((double)rows->size);
     for (int i = begin; i < end; i++) {
@@ -509,8 +534,10 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
                 d_cosine_change[ef] += d_turned[lef] * slope[lef];
             }
         if (degrees) {
-            turn(n, wide, d_cosine, direction, d_direction + 3 * from);
-            turn(n, wide, d_cosine_change, d_u, d_direction + 3 * from);
+            spread(n, direction, unit);
+            spread(n, d_u, unit_change);
+            turn(n, wide, d_cosine, unit, spare, d_direction + 3 * from);
+            turn(n, wide, d_cosine_change, unit_change, spare, d_direction + 3 * from);
         }
     }
     free(memory);
@@ -522,12 +549,13 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
 /* sum[i][l-1] = sum_ef weight[e] weight[f] P_l(cos of e and f), l = 1 .. degree, for begin .. end */
 int order_forward(const Rows *rows, int begin, int end, int degree, const REAL *weight, REAL *sum)
 {
+    size_t longest = fullest(rows, begin, end);
+    REAL *legendre = numbers(degree * longest * padded(longest));
+    if (!legendre)
+        return 1;
     for (int i = begin; i < end; i++) {
         int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
         const REAL *w = weight + rows->first[i];
-        REAL *legendre = numbers((size_t)degree * n * wide);
-        if (!legendre)
-            return 1;
         angles(n, wide, degree, rows->direction + 3 * rows->first[i], legendre, NULL, NULL);
         for (int l = 0; l < degree; l++) {
             REAL total = 0;
@@ -540,8 +568,8 @@ int order_forward(const Rows *rows, int begin, int end, int degree, const REAL *
             }
             sum[i * degree + l] = total;
         }
-        free(legendre);
     }
+    free(legendre);
     return 0;
 }
 
@@ -549,14 +577,16 @@ int order_forward(const Rows *rows, int begin, int end, int degree, const REAL *
 int order_backward(const Rows *rows, int begin, int end, int degree, const REAL *weight,
                    const REAL *d_sum, REAL *d_weight, REAL *d_direction)
 {
+    size_t longest = fullest(rows, begin, end), square = longest * padded(longest);
+    REAL *legendre = numbers((2 * degree + 1) * square + 3 * longest * W);
+    if (!legendre)
+        return 1;
+    REAL *slope = legendre + degree * square, *pull = slope + degree * square;
+    REAL *unit = pull + square, *spare = unit + longest * W;
     for (int i = begin; i < end; i++) {
         int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
         size_t layer = (size_t)n * wide;
         const REAL *w = weight + rows->first[i], *direction = rows->direction + 3 * rows->first[i];
-        REAL *legendre = numbers((2 * degree + 1) * layer);
-        if (!legendre)
-            return 1;
-        REAL *slope = legendre + degree * layer, *pull = slope + degree * layer;
         angles(n, wide, degree, direction, legendre, slope, NULL);
         for (int e = 0; e < n; e++) {
             REAL total = 0;
@@ -573,9 +603,10 @@ int order_backward(const Rows *rows, int begin, int end, int degree, const REAL 
             d_weight[rows->first[i] + e] = 2 * total;
         }
         memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
-        turn(n, wide, pull, direction, d_direction + 3 * rows->first[i]);
-        free(legendre);
+        spread(n, direction, unit);
+        turn(n, wide, pull, unit, spare, d_direction + 3 * rows->first[i]);
     }
+    free(legendre);
     return 0;
 }
 
@@ -584,19 +615,23 @@ int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *we
                 const REAL *d_sum, const REAL *change_weight, const REAL *change_direction,
                 REAL *d_d_sum, REAL *d_weight, REAL *d_direction)
 {
+    size_t longest = fullest(rows, begin, end), square = longest * padded(longest);
+    REAL *legendre = numbers((3 * degree + 3) * square + 4 * longest * W);
+    if (!legendre)
+        return 1;
+    REAL *slope = legendre + degree * square, *curvature = slope + degree * square;
+    REAL *cosine = curvature + degree * square, *d_cosine = cosine + square;
+    REAL *d_cosine_change = d_cosine + square, *unit = d_cosine_change + square;
+    REAL *unit_change = unit + longest * W, *spare = unit_change + longest * W;
     for (int i = begin; i < end; i++) {
         int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
         size_t layer = (size_t)n * wide;
         const REAL *w = weight + rows->first[i], *direction = rows->direction + 3 * rows->first[i];
         const REAL *wc = change_weight + rows->first[i], *d_u = change_direction + 3 * rows->first[i];
-        REAL *legendre = numbers((3 * degree + 3) * layer);
-        if (!legendre)
-            return 1;
-        REAL *slope = legendre + degree * layer, *curvature = slope + degree * layer;
-        REAL *cosine = curvature + degree * layer, *d_cosine = cosine + layer;
-        REAL *d_cosine_change = d_cosine + layer;
         angles(n, wide, degree, direction, legendre, slope, curvature);
         cosine_change(n, wide, direction, d_u, cosine);
+        memset(d_cosine, 0, layer * sizeof(REAL));
+        memset(d_cosine_change, 0, layer * sizeof(REAL));
         memset(d_weight + rows->first[i], 0, n * sizeof(REAL));
         memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
         for (int l = 0; l < degree; l++) {
@@ -615,9 +650,98 @@ int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *we
             }
             d_d_sum[i * degree + l] = sum;
         }
-        turn(n, wide, d_cosine, direction, d_direction + 3 * rows->first[i]);
-        turn(n, wide, d_cosine_change, d_u, d_direction + 3 * rows->first[i]);
-        free(legendre);
+        spread(n, direction, unit);
+        spread(n, d_u, unit_change);
+        turn(n, wide, d_cosine, unit, spare, d_direction + 3 * rows->first[i]);
+        turn(n, wide, d_cosine_change, unit_change, spare, d_direction + 3 * rows->first[i]);
+    }
+    free(legendre);
+    return 0;
+}
+
+/* --- one row after the other, one number after the other ------------------------------------------ */
+
+/* Rows begin .. end of `size` numbers: out = x / rms(x) w, and inverse[i] = 1 / rms(x) of each. */
+int norm_forward(int begin, int end, int size, double eps, const REAL *x, const REAL *w, REAL *out,
+                 REAL *inverse)
+{
+    for (size_t i = begin; i < (size_t)end; i++) {
+        const REAL *xi = x + i * size;
+        REAL *y = out + i * size, squares = 0, r;
+        for (int d = 0; d < size; d++)
+            squares += xi[d] * xi[d];
+        r = inverse[i] = 1 / sqrt((double)squares / size + eps);
+        for (int d = 0; d < size; d++)
+            y[d] = xi[d] * r * w[d];
+    }
+    return 0;
+}
+
+/* Its derivative by x: with h = w g and r the inverse, r h - r^3/size (h.x) x. */
+int norm_backward(int begin, int end, int size, const REAL *g, const REAL *x, const REAL *w,
+                  const REAL *inverse, REAL *d_x)
+{
+    for (size_t i = begin; i < (size_t)end; i++) {
+        const REAL *xi = x + i * size, *gi = g + i * size;
+        REAL *y = d_x + i * size, r = inverse[i], along = 0;
+        for (int d = 0; d < size; d++)
+            along += w[d] * gi[d] * xi[d];
+        along *= r * r / size;
+        for (int d = 0; d < size; d++)
+            y[d] = r * (w[d] * gi[d] - along * xi[d]);
+    }
+    return 0;
+}
+
+/* The normal distribution up to x, and its density times sqrt(2 pi); in float to 2e-7, by Abramowitz
+   and Stegun's formula 7.1.26 for the error function. */
+static inline REAL normal(REAL x, REAL *density)
+{
+    if (sizeof(REAL) == 8) {
+        *density = exp(-x * x / 2);
+        return erfc(-x * 0.70710678118654752) / 2;
+    }
+    REAL e = exponential(-x * x / 2);
+    REAL t = 1 / (1 + 0.3275911f * 0.70710678f * (REAL)fabs(x)), p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    p = p * t * e / 2;
+    *density = e;
+    return x < 0 ? p : 1 - p;
+}
+
+static const REAL per_root = 0.39894228040143268; /* 1 / sqrt(2 pi) */
+
+/* Numbers begin .. end: out = x N(x), N being the normal distribution. */
+LONG_LOOPS int gelu_forward(int begin, int end, const REAL *x, REAL *out)
+{
+    for (int i = begin; i < end; i++) {
+        REAL density;
+        out[i] = x[i] * normal(x[i], &density);
+    }
+    return 0;
+}
+
+/* Its derivative times g. */
+LONG_LOOPS int gelu_backward(int begin, int end, const REAL *g, const REAL *x, REAL *d_x)
+{
+    for (int i = begin; i < end; i++) {
+        REAL density, below = normal(x[i], &density);
+        d_x[i] = g[i] * (below + x[i] * density * per_root);
+    }
+    return 0;
+}
+
+/* The derivative's derivatives, by g and by x, times what comes back to it. */
+LONG_LOOPS int gelu_twice(int begin, int end, const REAL *change, const REAL *g, const REAL *x, REAL *d_g,
+               REAL *d_x)
+{
+    for (int i = begin; i < end; i++) {
+        REAL density, below = normal(x[i], &density);
+        d_g[i] = change[i] * (below + x[i] * density * per_root);
+        d_x[i] = change[i] * g[i] * density * per_root * (2 - x[i] * x[i]);
     }
     return 0;
 }

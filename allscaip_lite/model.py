@@ -9,7 +9,7 @@ States are one flat list (M, H): the N atoms, then the 2P edges (see `graph`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from allscaip_lite.attention import SelfAttention
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.fused import Linear
 from allscaip_lite.graph import Graph, build_graph
+from allscaip_lite.layers import Activation, RMSNorm, make_norm
 from allscaip_lite.neighbors import system_distances
 from allscaip_lite.slots import AttentionRecord, Layout, SystemTable, by_count
 from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, structures_from_atoms
@@ -63,22 +64,6 @@ class Geometry:
     rows: compiled.Rows | None  # for the compiled form
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": fused.gelu,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-    "star_relu": lambda x: 0.8944 * F.relu(x).square() - 0.4472,  # of mean 0 and variance 1
-    "smelu": lambda x: torch.where(x.abs() <= 2, (x + 2).square() / 8, F.relu(x)),
-}
-
-
-def make_norm(config: AllScAIPConfig, size: int) -> nn.Module:
-    if config.normalization == "rms":
-        return fused.RMSNorm(size)
-    return nn.LayerNorm(size) if config.normalization == "layer" else nn.Identity()
-
-
 class Input(nn.Module):
     """Atoms and edges as vectors: section "Input" of the paper's architecture."""
 
@@ -92,6 +77,7 @@ class Input(nn.Module):
         self.spin_embedding = nn.Embedding(MAX_MULTIPLICITY + 1, size)
         self.charge_spin = Linear(2 * size, size)
         self.bond_order = Linear(config.bond_order_degree + 1, size)
+        self.activation = Activation(config)
         self.norm = make_norm(config, 2 * size)
         self.node = Linear(2 * size, size)
         self.edge_attributes = Linear(config.num_distance_basis + directions, size)
@@ -101,7 +87,7 @@ class Input(nn.Module):
 
     def forward(self, structures: Structures, graph: Graph, order: Tensor) -> Tensor:
         """→ (M, H) states of atoms and edges; order (N, 10): the bond-orientational order."""
-        config, act = self.config, ACTIVATIONS[self.config.activation]
+        config, act = self.config, self.activation
         atoms = self.atom_embedding(structures.atomic_numbers)  # (N, H)
         nodes = torch.cat([atoms, act(self.bond_order(order))], dim=1)  # (N, 2H)
         nodes = act(self.node(self.norm(nodes)))  # (N, H)
@@ -149,7 +135,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: AllScAIPConfig, out: int, dropout: float = 0.0) -> None:
         super().__init__()
         size = config.hidden_size
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = Activation(config)
         self.dropout = dropout
         self.norm = make_norm(config, size)
         self.expand = Linear(size, config.ffn_ratio * size)
@@ -265,11 +251,10 @@ class AllScAIP(nn.Module):
     2/fan-in and atom embeddings at 1, larger than there: short trainings then learned faster.
     """
 
-    compiled = False  # whether the kernels of `compiled` may serve
-
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
         self.config = config
+        self._compiled = False
         self.input = Input(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.energy_head = FeedForward(config, 1)
@@ -292,6 +277,18 @@ class AllScAIP(nn.Module):
             if not value.is_meta:
                 setattr(self, name, value.to(getattr(self, name).device))
         return self
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels of `compiled` may serve, on a CPU."""
+        return self._compiled
+
+    @compiled.setter
+    def compiled(self, compiled: bool) -> None:
+        self._compiled = compiled
+        for module in self.modules():
+            if isinstance(module, Activation | RMSNorm):
+                module.compiled = compiled
 
     @property
     def dtype(self) -> torch.dtype:

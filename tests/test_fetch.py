@@ -250,6 +250,31 @@ def test_another_file_of_the_same_name_is_not_taken_for_it(server: Server, tmp_p
         fetch.fetch(f"{server.address}/other/one.aselmdb", tmp_path, progress=False)
 
 
+def test_an_address_that_gave_nothing_is_in_nobodys_way(server: Server, tmp_path: Path) -> None:
+    server.content = b"content"
+    with pytest.raises(FetchError, match="no such file"):
+        fetch.fetch(f"{server.address}/wrong/one.aselmdb", tmp_path, progress=False)
+    (found,) = fetch.fetch(f"{server.address}/one.aselmdb", tmp_path, progress=False)
+    assert found.read_bytes() == b"content"
+
+
+def test_an_interrupted_file_is_gone_on_with_and_in_the_way_of_another(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    server.content, server.hangs, server.patience = b"content", 1, 3
+    here, other = f"{server.address}/one.aselmdb", f"{server.address}/other/one.aselmdb"
+    monkeypatch.setattr(fetch.time, "sleep", interrupt)  # before the second attempt
+    with pytest.raises(KeyboardInterrupt):
+        fetch.fetch(here, tmp_path, progress=False)
+    with pytest.raises(FetchError, match="choose another --out"):
+        fetch.fetch(other, tmp_path, progress=False)
+    (found,) = fetch.fetch(here, tmp_path, progress=False)
+    assert found.read_bytes() == b"content" and server.ranges[-1] == "bytes=3-"
+
+
 def test_an_archive_is_known_by_its_name_behind_a_question(server: Server, tmp_path: Path) -> None:
     address = f"{server.address}/{SOURCES[NAME].path}?download=1"
     assert energies(fetch.fetch(address, tmp_path, progress=False)) == [0.0, 1.0]
