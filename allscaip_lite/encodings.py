@@ -7,8 +7,10 @@ features of the Euclidean rotary encoding (ERoPE). Pure functions, no weights.
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,29 +44,29 @@ def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:
     (Σ_m Y_lm² = 2l+1). Zero vectors are not accepted here: for them only Y_00 = 1 survives.
     """
     x, y, z = directions.unbind(1)
-    y = y.unsqueeze(1)
-    # (z + ix)^m = sinθ^m (cos mφ + i sin mφ), m = 0 .. degree
-    powers = [torch.ones_like(torch.complex(z, x))]
+    heights, circle = [torch.ones_like(y)], [torch.ones_like(torch.complex(z, x))]
     for _ in range(degree):
-        powers.append(powers[-1] * torch.complex(z, x))
-    circle = torch.stack(powers, dim=1)
-    # associated Legendre functions of y over sinθ^m, the row of an l at a time, m = 0 .. l
-    rows = [torch.ones_like(y)]
-    for l in range(1, degree + 1):
-        m = torch.arange(l - 1, dtype=y.dtype, device=y.device)
-        last = (2 * l - 1) * y * rows[-1]  # (E, l)
-        parts = [last[:, -1:], torch.full_like(y, math.prod(range(1, 2 * l, 2)))]
-        if l > 1:
-            parts.insert(0, (last[:, :-1] - (l + m - 1) * rows[-2]) / (l - m))
-        rows.append(torch.cat(parts, dim=1))
-    columns = []
-    for l, row in enumerate(rows):
-        m = range(1, l + 1)
-        norm = [math.sqrt(2 * math.factorial(l - a) / math.factorial(l + a)) for a in m]
-        row = row * row.new_tensor([1, *norm]) * math.sqrt(2 * l + 1)
-        around = row * circle[:, : l + 1]
-        columns += [around.imag[:, 1:].flip(1), around.real]
-    return torch.cat(columns, dim=1)
+        heights.append(heights[-1] * y)  # y^k
+        circle.append(circle[-1] * torch.complex(z, x))  # sinθ^m (cos mφ + i sin mφ)
+    polar, around = (torch.as_tensor(table).to(directions) for table in _harmonic_tables(degree))
+    parts = torch.view_as_real(torch.stack(circle, dim=1)).flatten(1)  # (E, 2(degree+1))
+    return (torch.stack(heights, dim=1) @ polar) * (parts @ around)
+
+
+@functools.cache
+def _harmonic_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each Y_lm takes of y^k, (degree+1, (degree+1)²): the |m|-th derivative of P_l,
+    normalised; and of the circle's parts, (2(degree+1), (degree+1)²): one of them."""
+    polar, around = np.zeros((2, 2 * degree + 2, (degree + 1) ** 2))
+    for l in range(degree + 1):
+        legendre = np.polynomial.Legendre.basis(l).convert(kind=np.polynomial.Polynomial)
+        for m in range(-l, l + 1):
+            column, a = l * l + l + m, abs(m)
+            norm = math.sqrt((2 * l + 1) * math.factorial(l - a) / math.factorial(l + a))
+            slope = (legendre.deriv(a) if a else legendre).coef
+            polar[: len(slope), column] = norm * slope * (math.sqrt(2) if m else 1)
+            around[2 * a + (m < 0), column] = 1
+    return polar[: degree + 1], around
 
 
 def legendre_polynomials(cosine: Tensor, degree: int) -> list[Tensor]:

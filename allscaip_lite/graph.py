@@ -120,10 +120,9 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     distances = safe_norm(vectors)  # (P,)
 
     # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
-    flat_distances = distances.detach().repeat(2)  # (2P,)
-    rows = torch.cat([first, second])
-    by_distance = flat_distances.argsort(stable=True)
-    order = by_distance[rows[by_distance].argsort(stable=True)]  # by row, then by distance
+    rows = torch.cat([first, second])  # (2P,)
+    far = distances.detach().double().repeat(2) / (2 * (config.cutoff + reach))  # below 1
+    order = (rows + far).argsort(stable=True)  # by row, then by distance
     position = _positions(rows, order, n)
     width = int(position.max()) + 1 if len(rows) else 1
     if config.truncated_rank:
