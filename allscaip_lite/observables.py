@@ -110,6 +110,42 @@ def _scatter(means: Sequence[float]) -> Estimate:
     return Estimate(float(means.mean()), float(error))
 
 
+def less_reweighted(
+    series: Sequence[float] | np.ndarray,
+    excess: Sequence[float] | np.ndarray,
+    temperature: float,
+    blocks: int = 10,
+) -> Estimate:
+    """A model's mean less that of its reference, both from the model's run alone.
+
+    series (T,): any observable; excess (T,): the model's energy less the reference's of the same
+    structures, of the whole system in eV; temperature in K. Structures that the model takes
+    for better than they are occur too often by a factor exp(-excess/kT), so with weights
+    exp(excess/kT) the run is one of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187,
+    1977). What the two means have in common by chance cancels. The error is the jackknife's: the
+    scatter of what comes out when each block in turn is left out.
+
+    Raises ObservableError for fewer values than blocks, and where the weights rest on less than a
+    twentieth of the structures: then the two do not visit the same ones.
+    """
+    series, excess = np.asarray(series, float), np.asarray(excess, float)
+    weights = np.exp((excess - excess.max()) / (units.kB * temperature))
+    share = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    if share < 0.05:
+        raise ObservableError(
+            f"the weights rest on {100 * share:.1f} % of the structures: the two models' ensembles "
+            "are too far from one another to be compared in this way"
+        )
+    parts = _blocks(np.stack([series, weights], axis=1), blocks)
+
+    def difference(parts: Sequence[np.ndarray]) -> float:
+        x, w = np.concatenate(parts).T
+        return float(x.mean() - (w * x).sum() / w.sum())
+
+    without = [difference(parts[:b] + parts[b + 1 :]) for b in range(blocks)]
+    return Estimate(difference(parts), float(np.std(without) * np.sqrt(blocks - 1)))
+
+
 # --- Runs ------------------------------------------------------------------------------------
 
 

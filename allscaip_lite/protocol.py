@@ -34,6 +34,7 @@ import torch
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io.trajectory import Trajectory
+from tqdm import tqdm
 
 from allscaip_lite import __version__
 from allscaip_lite.data import differing, store_text
@@ -52,6 +53,7 @@ from allscaip_lite.observables import (
     energy_drift,
     first_peak,
     heat_of_vaporisation,
+    less_reweighted,
     radial_distribution,
     read_run,
     self_diffusion,
@@ -64,6 +66,8 @@ TEACHER = "spcfw"
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
 DIFFUSION_BLOCK = 5.0  # ps
 POINTS = 300  # values kept of a series
+ASKED_EVERY = 0.5  # ps between structures of the teacher's run that a model is asked about
+ASKED = "asked.npz"  # what it said
 PACKAGES = ("torch", "numpy", "ase", "MDAnalysis")
 
 
@@ -256,8 +260,21 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         for key, vapour in (("vaporisation_kJ_mol", gas), ("vaporisation_unstrained_kJ_mol", 0.0)):
             if vapour is not None:
                 keep(key, _vaporisation, potential, vapour, temperature)
+        if name != TEACHER and np.isfinite(run.log["pressure_bar"]).all():
+            beside = beside_teacher(folder / "npt")
+            settled = beside["time_ps"] >= settle
+            density, excess = (beside[key][settled] for key in ("density_g_cm3", "potential_eV"))
+            keep("density_beside_g_cm3", less_reweighted, density, excess, temperature)
+            result["series"]["beside"] = _at_points(
+                {key: beside[key][settled] for key in ("time_ps", "density_g_cm3", "potential_eV")}
+            )
         result["correlation_ps"]["density"] = _correlation(run, run.log["density_g_cm3"])
         result["series"]["npt"] = _thinned(run, "density_g_cm3", "temperature_K", "potential_eV")
+    if (folder / ASKED).exists():
+        with np.load(folder / ASKED) as asked:
+            density, excess = asked["density_g_cm3"], asked["potential_eV"]
+        # -density: this way round, the teacher's mean is taken from the model's
+        keep("density_asked_g_cm3", less_reweighted, -density, -excess, temperature)
     if "nvt" in runs:
         run = runs["nvt"]
         keep("temperature_nvt_K", average, run.log["temperature_K"])
@@ -269,8 +286,9 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         if np.isfinite(run.log["pressure_bar"]).all():
             keep("pressure_nvt_bar", average, run.log["pressure_bar"])
             if name != TEACHER:
-                pressure, energy = beside_teacher(folder / "nvt")
-                keep("pressure_beside_bar", average, pressure)
+                beside = beside_teacher(folder / "nvt")
+                keep("pressure_beside_bar", average, beside["pressure_bar"])
+                energy = beside["potential_eV"] / run.molecules
                 keep("energy_beside_kJ_mol", lambda: _per_mole(average(energy)))
         for first, second in ("OO", "OH", "HH"):
             try:
@@ -305,30 +323,72 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
     return result
 
 
-def beside_teacher(folder: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Model less teacher on the very structures of a run: pressures in bar, energies in eV.
+def _logged(folder: Path, trajectory: Any, log: dict[str, np.ndarray]) -> dict[int, int]:
+    """Of each saved structure of a run that the log has too, the row there."""
+    plan = json.loads((folder / "settings.json").read_text())
+    every = round(plan["save_every"] / plan["timestep"])
+    row = {step: index for index, step in enumerate(log["step"].astype(int))}
+    numbers = range(len(trajectory))
+    return {number: row[number * every] for number in numbers if number * every in row}
 
-    The energies are those a molecule; both of shape (frames,). What structures have in common
-    cancels, so short runs give sharp means: to first order, how much too high the pressure of the
-    model's liquid is. Its density is off by minus the compressibility (4.5e-5 a bar) times that.
+
+def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Model less teacher on the very structures of a run, each (frames,).
+
+    `pressure_bar`, and `potential_eV` of the whole box; and the log's `time_ps` and `density_g_cm3`
+    there. What structures have in common cancels, so short runs give sharp means.
     """
     folder = Path(folder)
     log = read_log(folder)
-    row = {step: index for index, step in enumerate(log["step"].astype(int))}
-    plan = json.loads((folder / "settings.json").read_text())
-    every = round(plan["save_every"] / plan["timestep"])
     pressures, energies = [], []
     with Trajectory(folder / "trajectory.traj") as trajectory:
-        for number in range(len(trajectory)):
-            frame, here = trajectory[number], row.get(number * every)
-            if here is None:  # structures are saved more often than the log is written
-                continue
+        rows = _logged(folder, trajectory, log)
+        for number, row in rows.items():
+            frame = trajectory[number]
             frame.calc = SPCFw()
             pressure = -frame.get_stress(include_ideal_gas=True)[:3].mean() / units.bar
-            pressures.append(log["pressure_bar"][here] - pressure)
-            energy = log["potential_eV"][here] - frame.get_potential_energy()
-            energies.append(energy / (len(frame) // 3))
-    return np.array(pressures), np.array(energies)
+            pressures.append(log["pressure_bar"][row] - pressure)
+            energies.append(log["potential_eV"][row] - frame.get_potential_energy())
+    found = {"pressure_bar": np.array(pressures), "potential_eV": np.array(energies)}
+    return found | {name: log[name][[*rows.values()]] for name in ("time_ps", "density_g_cm3")}
+
+
+def ask_model(
+    calculator: Calculator,
+    folder: str | os.PathLike,
+    teachers: Sequence[str | os.PathLike],
+    progress: bool = True,
+) -> None:
+    """Ask a model for the energies of the structures of the teacher's npt runs, for `collect`.
+
+    folder: the model's, which keeps the answers; teachers: folders of the same protocol. Raises
+    ObservableError for others.
+    """
+    folder = Path(folder)
+    mine = json.loads((folder / "protocol.json").read_text())
+    answers: dict[str, list[float]] = {"time_ps": [], "density_g_cm3": [], "potential_eV": []}
+    for teacher in map(Path, teachers):
+        plan = json.loads((teacher / "protocol.json").read_text())
+        if plan["name"] != TEACHER:
+            raise ObservableError(f"{teacher} is a run of {plan['name']}, not of {TEACHER}")
+        if changed := differing(plan, mine, but=["name", "seed", *PROLONGED]):
+            raise ObservableError(f"{teacher} is a run with another {', '.join(changed)}")
+        log, last = read_log(teacher / "npt"), -math.inf
+        with Trajectory(teacher / "npt" / "trajectory.traj") as trajectory:
+            rows = _logged(teacher / "npt", trajectory, log)
+            for number, row in tqdm(rows.items(), desc=str(teacher), disable=not progress):
+                time = log["time_ps"][row]
+                if time < plan["settle"] / 1000 or time < last + ASKED_EVERY - 1e-6:
+                    continue
+                last, frame = time, trajectory[number]
+                frame.info |= {"charge": 0, "spin": 1}
+                frame.calc = calculator
+                excess = frame.get_potential_energy() - log["potential_eV"][row]
+                for key, value in zip(
+                    answers, (time, log["density_g_cm3"][row], excess), strict=True
+                ):
+                    answers[key].append(float(value))
+    np.savez(folder / ASKED, **answers)
 
 
 def _per_mole(energy: Estimate) -> Estimate:
@@ -355,11 +415,16 @@ def _correlation(run: Run, series: np.ndarray, universe: Any = None) -> float:
 
 
 def _thinned(run: Run, *names: str) -> dict[str, list[float]]:
-    length = len(run.log["time_ps"])
+    return _at_points({name: run.log[name] for name in ("time_ps", *names)})
+
+
+def _at_points(series: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Series of one length, at `POINTS` of their times at most."""
+    length = len(series["time_ps"])
     chosen = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
     return {
-        name: [float(f"{value:.7g}") for value in run.log[name][chosen]]
-        for name in ("time_ps", *names)
+        name: [float(f"{value:.7g}") for value in values[chosen]]
+        for name, values in series.items()
     }
 
 
@@ -384,6 +449,8 @@ def machine() -> dict[str, Any]:
 MARKS = ("<!-- made by allscaip_lite.protocol table -->", "<!-- end -->")
 ROWS = {  # observable: what the table calls it, with its unit
     "density_g_cm3": "density, g/cm³",
+    "density_beside_g_cm3": "density less the teacher's, its own run weighted, g/cm³",
+    "density_asked_g_cm3": "the same, the teacher's run weighted, g/cm³",
     "vaporisation_kJ_mol": "heat of vaporisation, kJ/mol",
     "vaporisation_unstrained_kJ_mol": "the same, vapour at rest, kJ/mol",
     "gas_energy_kJ_mol": "energy of a molecule in vacuum, kJ/mol",
@@ -407,6 +474,8 @@ STAGES = {  # the stage that an observable is from
     "temperature_npt_K": "npt",
     "temperature_nve_K": "nve",
     "density_g_cm3": "npt",
+    "density_beside_g_cm3": "npt",
+    "density_asked_g_cm3": "npt",
     "liquid_energy_kJ_mol": "npt",
     "vaporisation_kJ_mol": "npt",
     "vaporisation_unstrained_kJ_mol": "npt",
@@ -427,6 +496,8 @@ class Target(NamedTuple):
 
 TARGETS = {
     "density_g_cm3": Target(0.02, True),
+    "density_beside_g_cm3": Target(0.02, True),
+    "density_asked_g_cm3": Target(0.02, True),
     "vaporisation_kJ_mol": Target(0.03, True),
     "OO_peak_A": Target(0.05, False),
     "OO_height": Target(0.05, True),
@@ -434,16 +505,23 @@ TARGETS = {
 }
 
 
+# differences: of what
+BESIDE = dict.fromkeys(("density_beside_g_cm3", "density_asked_g_cm3"), "density_g_cm3")
+
+
 def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float, str]:
     """How far `model` is from `teacher`, the standard error of that, and a word.
 
     In the target's own measure (a share or an amount); the word is `met`, `missed`, or `open` where
-    one standard error reaches across the target.
+    one standard error reaches across the target. `model` may be a difference already, as the
+    density by weights is: then `teacher` gives the measure only.
     """
     target = TARGETS[key]
     if key.startswith("drift"):
         teacher = Estimate(0.0, 0.0)
     away, error = model.value - teacher.value, math.hypot(model.error, teacher.error)
+    if key in BESIDE:
+        away, error = model
     if target.relative:
         away, error = away / teacher.value, error / abs(teacher.value)
     if abs(abs(away) - target.amount) < error:
@@ -456,8 +534,8 @@ def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float,
 def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs of one model with different seeds as one result, of their lengths and hours together.
 
-    Estimates and distributions are means weighted by the lengths of the stage they are from, series
-    are those of the longest run. Raises ObservableError for runs of different models or protocols,
+    Estimates and distributions are means weighted by the lengths of the stage they are from, heats
+    of vaporisation follow from such means, series are those of the longest run. Raises ObservableError for runs of different models or protocols,
     or with the same seed, which would count one run twice.
     """
     if len(results) == 1:
@@ -491,6 +569,14 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if having:
             mean = weighted(having, stage, [result["observables"][key] for result in having])
             pooled["observables"][key] = Estimate(*map(float, mean[:, 0]))
+    found = pooled["observables"]
+    if "gas_energy_kJ_mol" in found and "liquid_energy_kJ_mol" in found:
+        # of all runs, as the two energies are, though not every run has both
+        gas, liquid = found["gas_energy_kJ_mol"], found["liquid_energy_kJ_mol"]
+        work = units.kB * results[0]["protocol"]["temperature"] / KJ_PER_MOL  # RT
+        errors = math.hypot(gas.error, liquid.error)
+        found["vaporisation_kJ_mol"] = Estimate(gas.value - liquid.value + work, errors)
+        found["vaporisation_unstrained_kJ_mol"] = Estimate(work - liquid.value, liquid.error)
     for pair in ("OO", "OH", "HH"):
         having = [result for result in results if pair in result["distributions"]]
         if having:
@@ -498,7 +584,7 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             mean = weighted(having, "nvt", [list(table.values()) for table in tables])
             pooled["distributions"][pair] = dict(zip(tables[0], mean.tolist(), strict=True))
     for name, stages in (
-        ("series", {stage: stage for stage in PROLONGED}),
+        ("series", {**{stage: stage for stage in PROLONGED}, "beside": "npt"}),
         ("correlation_ps", {"density": "npt", "dipole": "nvt"}),
     ):
         pooled[name] = {}
@@ -574,8 +660,8 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
             scale, unit = (100, " %") if target.relative else (1, "")
             cells = []
             for result in models:
-                if key in result["observables"] and key in teacher:
-                    away, error, word = verdict(key, result["observables"][key], teacher[key])
+                if key in result["observables"] and (of := BESIDE.get(key, key)) in teacher:
+                    away, error, word = verdict(key, result["observables"][key], teacher[of])
                     number = write_number(Estimate(scale * away, scale * error))
                     cells.append(f"{number}{unit}: {word}")
                 else:
@@ -646,6 +732,9 @@ def _run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("\nprotocol: stopped; the same command goes on from here", file=sys.stderr)
             return 130
+    if args.teacher:
+        calculator = _make_calculator(args.model, args.compile)
+        ask_model(calculator, folder, args.teacher, not args.quiet)
     result = collect(folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(_compact(result))
@@ -702,6 +791,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--compile", action="store_true", help="faster on a CPU (needs gcc or clang)")
     run.add_argument(
         "--collect", action="store_true", help="only write what the folder holds by now"
+    )
+    run.add_argument(
+        "--teacher",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="also ask the model about the structures of the teacher's runs in these folders",
     )
     run.add_argument("--quiet", action="store_true", help="without progress")
     table = commands.add_parser("table", help="compare what was run, in Markdown")

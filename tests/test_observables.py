@@ -26,6 +26,7 @@ from allscaip_lite.observables import (  # noqa: E402
     energy_drift,
     first_peak,
     heat_of_vaporisation,
+    less_reweighted,
     make_universe,
     mean_squared_displacement,
     radial_distribution,
@@ -82,6 +83,30 @@ def test_the_mean_of_blocks_is_exact_where_they_fill_the_series():
     assert block_average(np.arange(11.0), blocks=5).value == 5.5  # without the oldest value
     with pytest.raises(ObservableError, match="too few for 5 blocks"):
         block_average([1.0, 2.0])
+
+
+def test_a_mean_less_the_reweighted_one_of_normal_values_is_known():
+    """Weights exp(a x) move the mean of a normal distribution by a times its variance."""
+    temperature, kT = 300.0, units.kB * 300.0
+    off = []
+    for seed in range(40):
+        series = 0.97 + 0.04 * correlated(2000, 0.9, seed)
+        noise = np.random.default_rng(100 + seed).normal(size=2000)  # of no consequence
+        excess = kT * (7.0 * (series - 0.97) + 0.5 * noise + 3.0)
+        found = less_reweighted(series, excess, temperature)
+        off.append((found.value + 7.0 * 0.04**2) / found.error)
+        assert found.error < 0.5 * 0.04 * np.sqrt(19 / 2000)  # what two means of their own have
+    assert abs(np.mean(off)) < 0.6 and 0.7 < np.std(off) < 1.8
+    constant = less_reweighted(series, np.ones(2000), temperature)
+    assert constant == pytest.approx((0, 0), abs=1e-12)
+
+
+def test_too_few_values_or_too_different_models_are_not_reweighted():
+    series = np.random.default_rng(0).normal(size=200)
+    with pytest.raises(ObservableError, match="too far from one another"):
+        less_reweighted(series, 0.3 * series, 300.0)
+    with pytest.raises(ObservableError, match="too few for 10 blocks"):
+        less_reweighted(series[:9], np.zeros(9), 300.0)
 
 
 # --- structure ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ pytest.importorskip("MDAnalysis")
 
 from allscaip_lite import protocol as room  # noqa: E402
 from allscaip_lite.md import MDError, read_log  # noqa: E402
-from allscaip_lite.observables import Estimate, ObservableError  # noqa: E402
+from allscaip_lite.observables import Estimate, ObservableError, less_reweighted  # noqa: E402
 from allscaip_lite.protocol import (  # noqa: E402
     MARKS,
     TARGETS,
@@ -163,13 +164,72 @@ class Swollen(SPCFw):
 
 def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(teacher, tmp_path):
     run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("nvt",), progress=False)
-    pressure, energy = beside_teacher(tmp_path / "nvt")
-    assert len(pressure) == 6  # every 40 fs of 200
-    assert pressure == pytest.approx(500 * np.ones(6), abs=1e-3)
-    assert energy == pytest.approx(0.01 * np.ones(6), abs=1e-9)
+    beside = beside_teacher(tmp_path / "nvt")
+    assert beside["time_ps"] == pytest.approx(0.04 * np.arange(6))  # every 40 fs of 200
+    assert beside["pressure_bar"] == pytest.approx(500 * np.ones(6), abs=1e-3)
+    assert beside["potential_eV"] == pytest.approx(0.01 * SHORT.waters * np.ones(6), abs=1e-9)
     found = collect(tmp_path)["observables"]
     assert found["pressure_beside_bar"].value == pytest.approx(500, abs=1e-3)
     assert "pressure_beside_bar" not in collect(teacher)["observables"]
+
+
+def test_the_density_by_weights_takes_the_settled_structures(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Energies that are all too high by the same leave the teacher's ensemble as it is."""
+    asked = []
+
+    def weigh(series: np.ndarray, excess: np.ndarray, temperature: float) -> Estimate:
+        asked.append((series, excess))
+        return less_reweighted(series, excess, temperature, blocks=2)
+
+    monkeypatch.setattr(room, "less_reweighted", weigh)
+    run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("npt",), progress=False)
+    found = collect(tmp_path)
+    assert found["observables"]["density_beside_g_cm3"] == pytest.approx((0, 0), abs=1e-9)
+    log = read_log(tmp_path / "npt")
+    kept = log["time_ps"][::4] >= SHORT.settle / 1000  # a structure every fourth line
+    assert asked[0][0] == pytest.approx(log["density_g_cm3"][::4][kept])
+    assert asked[0][1] == pytest.approx(0.01 * SHORT.waters * np.ones(kept.sum()), abs=1e-9)
+    series = found["series"]["beside"]
+    assert series["density_g_cm3"] == pytest.approx(asked[0][0], rel=1e-6)
+    assert series["potential_eV"] == pytest.approx(asked[0][1], rel=1e-6)
+    assert "density_beside_g_cm3" not in collect(teacher)["observables"]
+
+
+def test_the_model_is_asked_about_the_teachers_structures(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that pulls boxes together is denser, both by its run and by the teacher's."""
+    monkeypatch.setattr(room, "ASKED_EVERY", 0.08)
+
+    class Pulled(SPCFw):
+        def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+            super().calculate(atoms, properties, system_changes)
+            pull = 2000 * units.bar  # as if of a pressure from outside
+            if "stress" in self.results:  # in a box
+                self.results["energy"] += pull * self.atoms.get_volume()
+                self.results["stress"] = self.results["stress"] + pull * np.eye(3, 6).sum(0)
+
+    mine = tmp_path / "pulled"
+    run_protocol(Pulled(), SHORT, mine, "pulled", ("gas",), progress=False)
+    room.ask_model(Pulled(), mine, [teacher], progress=False)
+    with np.load(mine / room.ASKED) as asked:
+        density, excess = asked["density_g_cm3"], asked["potential_eV"]
+        assert asked["time_ps"] == pytest.approx([0.04, 0.12])
+    volume = SHORT.waters * 18.01528 / 0.602214 / density
+    assert excess == pytest.approx(2000 * units.bar * volume, rel=1e-4)
+    monkeypatch.setattr(
+        room, "less_reweighted", lambda *given: less_reweighted(*given, blocks=2)
+    )
+    assert collect(mine)["observables"]["density_asked_g_cm3"].value > 0
+
+    with pytest.raises(ObservableError, match="is a run of pulled, not of spcfw"):
+        room.ask_model(Pulled(), mine, [mine], progress=False)
+    other = tmp_path / "other"
+    run_protocol(Pulled(), replace(SHORT, waters=9), other, "pulled", ("gas",), progress=False)
+    with pytest.raises(ObservableError, match="with another waters"):
+        room.ask_model(Pulled(), other, [teacher], progress=False)
 
 
 def test_the_error_of_an_average_is_not_made_small_by_short_blocks():
@@ -220,6 +280,18 @@ def test_runs_with_other_seeds_count_as_one():
     assert both["correlation_ps"]["density"] == 2.0
     assert both["distributions"]["OO"] == g
 
+    three = made_up("student", gas_energy_kJ_mol=(4.0, 0.3), liquid_energy_kJ_mol=(-43.0, 0.8))
+    three["protocol"] = {"waters": 32, "seed": 3, "temperature": 300.0}
+    three["lengths_ps"]["gas"] = 5.0
+    four = made_up("student", liquid_energy_kJ_mol=(-42.0, 0.4))
+    four |= {"protocol": {**three["protocol"], "seed": 4}, "lengths_ps": {"npt": 30.0}}
+    found = pool([three, four])["observables"]
+    heat = 4.0 + (43.0 + 3 * 42.0) / 4 + 2.494339  # RT at 300 K
+    error = math.hypot(0.8, 3 * 0.4) / 4
+    assert found["vaporisation_kJ_mol"] == pytest.approx((heat, math.hypot(0.3, error)), rel=1e-5)
+    at_rest = found["vaporisation_unstrained_kJ_mol"]
+    assert at_rest == pytest.approx((heat - 4.0, error), rel=1e-5)
+
     twin = {**one, "protocol": {"waters": 32, "seed": 2}}
     halved = pool([one, twin])["distributions"]["OO"]
     assert halved["g"] == pytest.approx([0.0, 3.0])
@@ -252,6 +324,8 @@ def test_a_verdict_knows_its_error():
     assert (away, error, word) == (pytest.approx(0.01), pytest.approx(0.005), "met")
     assert verdict("density_g_cm3", Estimate(0.95, 0.004), teacher)[2] == "missed"
     assert verdict("density_g_cm3", Estimate(0.981, 0.004), teacher)[2] == "open"
+    beside = verdict("density_beside_g_cm3", Estimate(-0.018, 0.001), Estimate(0.9, 0.5))
+    assert beside == (pytest.approx(-0.02), pytest.approx(0.001 / 0.9), "open")
     # a drift is far from zero or not, whatever the teacher's
     assert verdict("drift_meV_atom_ps", Estimate(0.3, 0.01), Estimate(0.3, 0.01))[2] == "missed"
     assert set(TARGETS) <= set(room.ROWS)
