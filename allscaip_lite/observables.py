@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,6 +110,23 @@ def _scatter(means: Sequence[float]) -> Estimate:
     return Estimate(float(means.mean()), float(error))
 
 
+def jackknife(
+    statistic: Callable[..., float], *series: Sequence[float] | np.ndarray, blocks: int = 10
+) -> Estimate:
+    """A statistic of series (T,) that belong together, its error from leaving out blocks in turn.
+
+    The error holds where blocks are longer than the memory of the series. Raises ObservableError
+    for fewer values than blocks.
+    """
+    parts = _blocks(np.stack([np.asarray(part, float) for part in series], axis=1), blocks)
+
+    def value(parts: Sequence[np.ndarray]) -> float:
+        return statistic(*np.concatenate(parts).T)
+
+    without = [value(parts[:b] + parts[b + 1 :]) for b in range(blocks)]
+    return Estimate(value(parts), float(np.std(without) * np.sqrt(blocks - 1)))
+
+
 def less_reweighted(
     series: Sequence[float] | np.ndarray,
     excess: Sequence[float] | np.ndarray,
@@ -119,11 +136,10 @@ def less_reweighted(
     """A model's mean less that of its reference, both from the model's run alone.
 
     series (T,): any observable; excess (T,): the model's energy less the reference's of the same
-    structures, of the whole system in eV; temperature in K. Structures that the model takes
-    for better than they are occur too often by a factor exp(-excess/kT), so with weights
-    exp(excess/kT) the run is one of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187,
-    1977). What the two means have in common by chance cancels. The error is the jackknife's: the
-    scatter of what comes out when each block in turn is left out.
+    structures, of the whole system in eV; temperature in K. Structures that the model takes for
+    better than they are occur too often by a factor exp(-excess/kT), so with weights exp(excess/kT)
+    the run is one of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187, 1977). What the
+    two means have in common by chance cancels. The error is `jackknife`'s.
 
     Raises ObservableError for fewer values than blocks, and where the weights rest on less than a
     twentieth of the structures: then the two do not visit the same ones.
@@ -136,14 +152,11 @@ def less_reweighted(
             f"the weights rest on {100 * share:.1f} % of the structures: the two models' ensembles "
             "are too far from one another to be compared in this way"
         )
-    parts = _blocks(np.stack([series, weights], axis=1), blocks)
 
-    def difference(parts: Sequence[np.ndarray]) -> float:
-        x, w = np.concatenate(parts).T
+    def difference(x: np.ndarray, w: np.ndarray) -> float:
         return float(x.mean() - (w * x).sum() / w.sum())
 
-    without = [difference(parts[:b] + parts[b + 1 :]) for b in range(blocks)]
-    return Estimate(difference(parts), float(np.std(without) * np.sqrt(blocks - 1)))
+    return jackknife(difference, series, weights, blocks=blocks)
 
 
 # --- Runs ------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from allscaip_lite.observables import (
     energy_drift,
     first_peak,
     heat_of_vaporisation,
+    jackknife,
     less_reweighted,
     radial_distribution,
     read_run,
@@ -265,6 +266,8 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
             settled = beside["time_ps"] >= settle
             density, excess = (beside[key][settled] for key in ("density_g_cm3", "potential_eV"))
             keep("density_beside_g_cm3", less_reweighted, density, excess, temperature)
+            volume = beside["volume_A3"][settled]
+            keep("excess_pressure_bar", jackknife, _as_pressure, volume, excess)
             result["series"]["beside"] = _at_points(
                 {key: beside[key][settled] for key in ("time_ps", "density_g_cm3", "potential_eV")}
             )
@@ -317,6 +320,8 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         result["series"]["nvt"] = _thinned(run, "temperature_K", "potential_eV")
     if "nve" in runs:
         run = runs["nve"]
+        if np.isfinite(run.log["pressure_bar"]).all():
+            keep("pressure_nve_bar", average, run.log["pressure_bar"])
         keep("drift_meV_atom_ps", energy_drift, run)
         keep("temperature_nve_K", average, run.log["temperature_K"])
         result["series"]["nve"] = _thinned(run, "conserved_eV", "temperature_K")
@@ -335,8 +340,8 @@ def _logged(folder: Path, trajectory: Any, log: dict[str, np.ndarray]) -> dict[i
 def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     """Model less teacher on the very structures of a run, each (frames,).
 
-    `pressure_bar`, and `potential_eV` of the whole box; and the log's `time_ps` and `density_g_cm3`
-    there. What structures have in common cancels, so short runs give sharp means.
+    `pressure_bar`, and `potential_eV` of the whole box; and the log's `time_ps`, `volume_A3` and
+    `density_g_cm3` there. What structures have in common cancels, so short runs give sharp means.
     """
     folder = Path(folder)
     log = read_log(folder)
@@ -349,8 +354,9 @@ def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
             pressure = -frame.get_stress(include_ideal_gas=True)[:3].mean() / units.bar
             pressures.append(log["pressure_bar"][row] - pressure)
             energies.append(log["potential_eV"][row] - frame.get_potential_energy())
-    found = {"pressure_bar": np.array(pressures), "potential_eV": np.array(energies)}
-    return found | {name: log[name][[*rows.values()]] for name in ("time_ps", "density_g_cm3")}
+    there = [*rows.values()]
+    found = {name: log[name][there] for name in ("time_ps", "volume_A3", "density_g_cm3")}
+    return found | {"pressure_bar": np.array(pressures), "potential_eV": np.array(energies)}
 
 
 def ask_model(
@@ -393,6 +399,11 @@ def ask_model(
 
 def _per_mole(energy: Estimate) -> Estimate:
     return Estimate(energy.value / KJ_PER_MOL, energy.error / KJ_PER_MOL)
+
+
+def _as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
+    """-dU/dV in bar of energies in eV that change with the volume in Å³, by a straight line."""
+    return float(-np.polyfit(volume, excess, 1)[0] / units.bar)
 
 
 def _vaporisation(liquid: np.ndarray, gas: np.ndarray | float, temperature: float) -> Estimate:
@@ -456,8 +467,10 @@ ROWS = {  # observable: what the table calls it, with its unit
     "gas_energy_kJ_mol": "energy of a molecule in vacuum, kJ/mol",
     "liquid_energy_kJ_mol": "energy of a molecule in the liquid, kJ/mol",
     "pressure_nvt_bar": "pressure at 0.997 g/cm³, bar",
+    "pressure_nve_bar": "the same at constant energy, bar",
     "pressure_beside_bar": "pressure less the teacher's on its structures, bar",
     "energy_beside_kJ_mol": "energy less the teacher's on its structures, kJ/mol",
+    "excess_pressure_bar": "how that changes with the volume at 1 bar, as a pressure, bar",
     "OO_peak_A": "first peak of g_OO at, Å",
     "OO_height": "its height",
     "HH_closest_A": "closest hydrogens of two molecules, Å",
@@ -476,11 +489,13 @@ STAGES = {  # the stage that an observable is from
     "density_g_cm3": "npt",
     "density_beside_g_cm3": "npt",
     "density_asked_g_cm3": "npt",
+    "excess_pressure_bar": "npt",
     "liquid_energy_kJ_mol": "npt",
     "vaporisation_kJ_mol": "npt",
     "vaporisation_unstrained_kJ_mol": "npt",
     "gas_energy_kJ_mol": "gas",
     "drift_meV_atom_ps": "nve",
+    "pressure_nve_bar": "nve",
 }
 
 
@@ -535,8 +550,9 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs of one model with different seeds as one result, of their lengths and hours together.
 
     Estimates and distributions are means weighted by the lengths of the stage they are from, heats
-    of vaporisation follow from such means, series are those of the longest run. Raises ObservableError for runs of different models or protocols,
-    or with the same seed, which would count one run twice.
+    of vaporisation follow from such means, series are those of the longest run. Raises
+    ObservableError for runs of different models or protocols, or with the same seed, which would
+    count one run twice.
     """
     if len(results) == 1:
         return results[0]

@@ -16,7 +16,12 @@ pytest.importorskip("MDAnalysis")
 
 from allscaip_lite import protocol as room  # noqa: E402
 from allscaip_lite.md import MDError, read_log  # noqa: E402
-from allscaip_lite.observables import Estimate, ObservableError, less_reweighted  # noqa: E402
+from allscaip_lite.observables import (  # noqa: E402
+    Estimate,
+    ObservableError,
+    jackknife,
+    less_reweighted,
+)
 from allscaip_lite.protocol import (  # noqa: E402
     MARKS,
     TARGETS,
@@ -195,6 +200,13 @@ def test_the_density_by_weights_takes_the_settled_structures(
     assert series["density_g_cm3"] == pytest.approx(asked[0][0], rel=1e-6)
     assert series["potential_eV"] == pytest.approx(asked[0][1], rel=1e-6)
     assert "density_beside_g_cm3" not in collect(teacher)["observables"]
+
+
+def test_energies_that_change_with_the_volume_are_a_pressure() -> None:
+    volume = np.linspace(900, 1000, 40)
+    noise = np.random.default_rng(0).normal(size=40)
+    push = jackknife(room._as_pressure, volume, -300 * units.bar * volume + 1e-3 * noise)
+    assert abs(push.value - 300) < 3 * push.error < 60
 
 
 def test_the_model_is_asked_about_the_teachers_structures(
