@@ -57,16 +57,17 @@ def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:
 def _harmonic_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
     """What each Y_lm takes of y^k, (degree+1, (degree+1)²): the |m|-th derivative of P_l,
     normalised; and of the circle's parts, (2(degree+1), (degree+1)²): one of them."""
-    polar, around = np.zeros((2, 2 * degree + 2, (degree + 1) ** 2))
+    count = (degree + 1) ** 2
+    polar, around = np.zeros((degree + 1, count)), np.zeros((2 * degree + 2, count))
     for l in range(degree + 1):
         legendre = np.polynomial.Legendre.basis(l).convert(kind=np.polynomial.Polynomial)
         for m in range(-l, l + 1):
             column, a = l * l + l + m, abs(m)
             norm = math.sqrt((2 * l + 1) * math.factorial(l - a) / math.factorial(l + a))
-            slope = (legendre.deriv(a) if a else legendre).coef
+            slope = legendre.deriv(a).coef
             polar[: len(slope), column] = norm * slope * (math.sqrt(2) if m else 1)
             around[2 * a + (m < 0), column] = 1
-    return polar[: degree + 1], around
+    return polar, around
 
 
 def legendre_polynomials(cosine: Tensor, degree: int) -> list[Tensor]:

@@ -121,9 +121,7 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
 
     # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
     rows = torch.cat([first, second])  # (2P,)
-    far = distances.detach().double().repeat(2) / (2 * (config.cutoff + reach))  # below 1
-    order = (rows + far).argsort(stable=True)  # by row, then by distance
-    position = _positions(rows, order, n)
+    position = _positions(rows, distances.double() / (config.cutoff + reach), n)
     width = int(position.max()) + 1 if len(rows) else 1
     if config.truncated_rank:
         width = min(width, config.k + EXTRA_CANDIDATES)
@@ -144,7 +142,7 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     envelope = maximum if config.soft_rank else limits.amax(0)
     alive = envelope < 1
     chosen, envelope = listed.nonzero().squeeze(1)[alive], envelope[alive]
-    position = _slots_by_envelope(torch.cat([first[chosen], second[chosen]]), envelope, n)
+    position = _positions(torch.cat([first[chosen], second[chosen]]), envelope, n)
     longest = int(position.max()) + 1 if len(position) else 1
     num_slots = config.max_neighbors or -(-longest // SLOT_STEP) * SLOT_STEP
     if longest > num_slots:
@@ -155,7 +153,7 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
         )
         fits = (position < num_slots).view(2, -1).all(0)
         chosen, envelope = chosen[fits], envelope[fits]
-        position = _slots_by_envelope(torch.cat([first[chosen], second[chosen]]), envelope, n)
+        position = _positions(torch.cat([first[chosen], second[chosen]]), envelope, n)
 
     first, second, shift = first[chosen], second[chosen], shift[chosen]
     rows, atoms = torch.cat([first, second]), torch.arange(n, device=first.device)
@@ -180,14 +178,12 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     )
 
 
-def _slots_by_envelope(rows: Tensor, envelope: Tensor, n: int) -> Tensor:
-    """(2P,) the slot of each edge in its row, from 1, the strongest first."""
-    order = (rows + envelope.detach().double().repeat(2) / 2).argsort(stable=True)
-    return _positions(rows, order, n)
+def _positions(rows: Tensor, value: Tensor, n: int) -> Tensor:
+    """(2P,) place of each entry within its row, from 1, in the order of the value of its pair.
 
-
-def _positions(rows: Tensor, order: Tensor, n: int) -> Tensor:
-    """(E,) place of each entry within its row, from 1, when `order` sorts entries by row."""
+    value (P,): below 2; envelopes, or distances over the longest.
+    """
+    order = (rows + value.detach().double().repeat(2) / 2).argsort(stable=True)
     counts = torch.bincount(rows, minlength=n)
     starts = counts.cumsum(0) - counts
     position = torch.empty_like(rows)

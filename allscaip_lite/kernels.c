@@ -138,22 +138,17 @@ static void angles(size_t n, size_t wide, int degree, const REAL *direction, REA
     }
 }
 
-/* n directions as rows of W numbers, for `turn`; of the self-edge zeros, whatever it holds */
-static void spread(size_t n, const REAL *direction, REAL *out)
-{
-    for (size_t e = 0; e < n; e++)
-        for (size_t x = 0; x < W; x++)
-            out[e * W + x] = e && x < 3 ? direction[3 * e + x] : 0;
-}
-
 /* d_direction[e] += sum_f (pull[e][f] + pull[f][e]) direction[f], pull being dE/dcos; nothing comes
-   from self-edges and nothing goes to them. direction: from `spread`; memory: 2 n W numbers. */
+   from self-edges and nothing goes to them. memory: 3 n W numbers. */
 static void turn(size_t n, size_t wide, const REAL *pull, const REAL *direction, REAL *memory,
                  REAL *d_direction)
 {
-    REAL *other = memory + n * W;
-    product(n, W, n, pull, wide, 1, direction, W, memory, W);
-    product(n, W, n, pull, 1, wide, direction, W, other, W);
+    REAL *other = memory + n * W, *rows = other + n * W; /* directions in whole vecs */
+    for (size_t e = 0; e < n; e++)
+        for (size_t x = 0; x < W; x++)
+            rows[e * W + x] = e && x < 3 ? direction[3 * e + x] : 0;
+    product(n, W, n, pull, wide, 1, rows, W, memory, W);
+    product(n, W, n, pull, 1, wide, rows, W, other, W);
     for (size_t e = 1; e < n; e++)
         for (int x = 0; x < 3; x++)
             d_direction[3 * e + x] += memory[e * W + x] + other[e * W + x];
@@ -280,7 +275,7 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
     REAL *d_product = d_weight + square, *keys = d_product + square, *values = keys + size * wide;
     REAL *dq = values + size * wide, *dk = dq + tall, *dv = dk + tall;
     REAL *bias = dv + tall, *local = bias + wide, *g = local + longest * 3 * hidden;
-    REAL *spare = g + (longest + TILE) * hidden, *unit = spare + 2 * longest * W;
+    REAL *spare = g + (longest + TILE) * hidden;
     REAL scale = 1 / sqrt((double)rows->size);
     for (int i = begin; i < end; i++) {
         const long *state = rows->state + rows->first[i];
@@ -343,10 +338,8 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
         for (size_t l = 0; l < degrees; l++)
             for (size_t ef = 0; ef < layer; ef++)
                 pull[ef] = (l ? pull[ef] : 0) + pull[l * layer + ef] * slope[l * layer + ef];
-        if (degrees) {
-            spread(n, direction, unit);
-            turn(n, wide, pull, unit, spare, d_direction + 3 * rows->first[i]);
-        }
+        if (degrees)
+            turn(n, wide, pull, direction, spare, d_direction + 3 * rows->first[i]);
     }
     free(memory);
     return 0;
@@ -368,7 +361,7 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step;
     REAL *memory = numbers((8 * degrees + 14) * square + (4 * size + 1) * wide + 7 * tall +
-                           (longest + TILE) * 7 * hidden + 4 * longest * W);
+                           (longest + TILE) * 7 * hidden + 3 * longest * W);
     if (!memory)
         return 1;
     REAL *next = memory;
@@ -408,9 +401,7 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     TAKE(local, longest * 3 * hidden);
     TAKE(change, longest * 3 * hidden);
     TAKE(g, (longest + TILE) * hidden);
-    TAKE(spare, 2 * longest * W);
-    TAKE(unit, longest * W);
-    TAKE(unit_change, longest * W);
+    TAKE(spare, 3 * longest * W);
 #undef TAKE
     REAL scale = 1 / sqrt((double)rows->size);
     for (int i = begin; i < end; i++) {
@@ -534,10 +525,8 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
                 d_cosine_change[ef] += d_turned[lef] * slope[lef];
             }
         if (degrees) {
-            spread(n, direction, unit);
-            spread(n, d_u, unit_change);
-            turn(n, wide, d_cosine, unit, spare, d_direction + 3 * from);
-            turn(n, wide, d_cosine_change, unit_change, spare, d_direction + 3 * from);
+            turn(n, wide, d_cosine, direction, spare, d_direction + 3 * from);
+            turn(n, wide, d_cosine_change, d_u, spare, d_direction + 3 * from);
         }
     }
     free(memory);
@@ -582,7 +571,7 @@ int order_backward(const Rows *rows, int begin, int end, int degree, const REAL 
     if (!legendre)
         return 1;
     REAL *slope = legendre + degree * square, *pull = slope + degree * square;
-    REAL *unit = pull + square, *spare = unit + longest * W;
+    REAL *spare = pull + square;
     for (int i = begin; i < end; i++) {
         int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
         size_t layer = (size_t)n * wide;
@@ -603,8 +592,7 @@ int order_backward(const Rows *rows, int begin, int end, int degree, const REAL 
             d_weight[rows->first[i] + e] = 2 * total;
         }
         memset(d_direction + 3 * rows->first[i], 0, 3 * n * sizeof(REAL));
-        spread(n, direction, unit);
-        turn(n, wide, pull, unit, spare, d_direction + 3 * rows->first[i]);
+        turn(n, wide, pull, direction, spare, d_direction + 3 * rows->first[i]);
     }
     free(legendre);
     return 0;
@@ -616,13 +604,12 @@ int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *we
                 REAL *d_d_sum, REAL *d_weight, REAL *d_direction)
 {
     size_t longest = fullest(rows, begin, end), square = longest * padded(longest);
-    REAL *legendre = numbers((3 * degree + 3) * square + 4 * longest * W);
+    REAL *legendre = numbers((3 * degree + 3) * square + 3 * longest * W);
     if (!legendre)
         return 1;
     REAL *slope = legendre + degree * square, *curvature = slope + degree * square;
     REAL *cosine = curvature + degree * square, *d_cosine = cosine + square;
-    REAL *d_cosine_change = d_cosine + square, *unit = d_cosine_change + square;
-    REAL *unit_change = unit + longest * W, *spare = unit_change + longest * W;
+    REAL *d_cosine_change = d_cosine + square, *spare = d_cosine_change + square;
     for (int i = begin; i < end; i++) {
         int n = rows->first[i + 1] - rows->first[i], wide = padded(n);
         size_t layer = (size_t)n * wide;
@@ -650,10 +637,8 @@ int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *we
             }
             d_d_sum[i * degree + l] = sum;
         }
-        spread(n, direction, unit);
-        spread(n, d_u, unit_change);
-        turn(n, wide, d_cosine, unit, spare, d_direction + 3 * rows->first[i]);
-        turn(n, wide, d_cosine_change, unit_change, spare, d_direction + 3 * rows->first[i]);
+        turn(n, wide, d_cosine, direction, spare, d_direction + 3 * rows->first[i]);
+        turn(n, wide, d_cosine_change, d_u, spare, d_direction + 3 * rows->first[i]);
     }
     free(legendre);
     return 0;

@@ -277,10 +277,19 @@ def heat_of_vaporisation(
     value usually quoted for SPC/Fw is near that. No quantum correction is added.
     """
     vapour = Estimate(float(gas), 0.0) if np.ndim(gas) == 0 else block_average(gas, blocks)
-    bulk = block_average(liquid, blocks)
-    value = vapour.value - bulk.value + units.kB * temperature
-    error = np.hypot(vapour.error, bulk.error)
-    return Estimate(value / KJ_PER_MOL, float(error / KJ_PER_MOL))
+    return boil(per_mole(block_average(liquid, blocks)), per_mole(vapour), temperature)
+
+
+def boil(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
+    """`heat_of_vaporisation` from mean energies of a molecule, in kJ/mol too."""
+    work = units.kB * temperature / KJ_PER_MOL  # RT
+    error = float(np.hypot(gas.error, liquid.error))
+    return Estimate(gas.value - liquid.value + work, error)
+
+
+def per_mole(energy: Estimate) -> Estimate:
+    """kJ/mol from eV."""
+    return Estimate(energy.value / KJ_PER_MOL, energy.error / KJ_PER_MOL)
 
 
 def energy_drift(run: Run) -> Estimate:

@@ -42,19 +42,19 @@ from allscaip_lite.machine import processor_name
 from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
 from allscaip_lite.observables import (
     EXPERIMENT,
-    KJ_PER_MOL,
     Estimate,
     ObservableError,
     Run,
     block_average,
+    boil,
     closest_contact,
     correlation_time,
     dielectric_constant,
     energy_drift,
     first_peak,
-    heat_of_vaporisation,
     jackknife,
     less_reweighted,
+    per_mole,
     radial_distribution,
     read_run,
     self_diffusion,
@@ -248,20 +248,17 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         except ObservableError:
             pass  # too short for this one
 
-    gas = None
     if "gas" in runs:
         gas = runs["gas"].log["potential_eV"][10:]  # of 10 fs each; it starts at rest
-        keep("gas_energy_kJ_mol", lambda: _per_mole(average(gas)))
+        keep("gas_energy_kJ_mol", lambda: per_mole(average(gas)))
     if "npt" in runs:
         run = runs["npt"]
         potential = run.log["potential_eV"] / run.molecules
         keep("density_g_cm3", average, run.log["density_g_cm3"])
         keep("temperature_npt_K", average, run.log["temperature_K"])
-        keep("liquid_energy_kJ_mol", lambda: _per_mole(average(potential)))
-        for key, vapour in (("vaporisation_kJ_mol", gas), ("vaporisation_unstrained_kJ_mol", 0.0)):
-            if vapour is not None:
-                keep(key, _vaporisation, potential, vapour, temperature)
-        if name != TEACHER and np.isfinite(run.log["pressure_bar"]).all():
+        keep("liquid_energy_kJ_mol", lambda: per_mole(average(potential)))
+        _add_vaporisation(found, temperature)
+        if name != TEACHER:
             beside = beside_teacher(folder / "npt")
             settled = beside["time_ps"] >= settle
             density, excess = (beside[key][settled] for key in ("density_g_cm3", "potential_eV"))
@@ -292,7 +289,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
                 beside = beside_teacher(folder / "nvt")
                 keep("pressure_beside_bar", average, beside["pressure_bar"])
                 energy = beside["potential_eV"] / run.molecules
-                keep("energy_beside_kJ_mol", lambda: _per_mole(average(energy)))
+                keep("energy_beside_kJ_mol", lambda: per_mole(average(energy)))
         for first, second in ("OO", "OH", "HH"):
             try:
                 pairs = radial_distribution(run.universe, first, second)
@@ -389,16 +386,11 @@ def ask_model(
                 last, frame = time, trajectory[number]
                 frame.info |= {"charge": 0, "spin": 1}
                 frame.calc = calculator
+                answers["time_ps"].append(time)
+                answers["density_g_cm3"].append(log["density_g_cm3"][row])
                 excess = frame.get_potential_energy() - log["potential_eV"][row]
-                for key, value in zip(
-                    answers, (time, log["density_g_cm3"][row], excess), strict=True
-                ):
-                    answers[key].append(float(value))
+                answers["potential_eV"].append(excess)
     np.savez(folder / ASKED, **answers)
-
-
-def _per_mole(energy: Estimate) -> Estimate:
-    return Estimate(energy.value / KJ_PER_MOL, energy.error / KJ_PER_MOL)
 
 
 def _as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
@@ -406,11 +398,13 @@ def _as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
     return float(-np.polyfit(volume, excess, 1)[0] / units.bar)
 
 
-def _vaporisation(liquid: np.ndarray, gas: np.ndarray | float, temperature: float) -> Estimate:
-    """`heat_of_vaporisation` with the errors of `average`."""
-    value = heat_of_vaporisation(liquid, gas, temperature).value
-    errors = [_per_mole(average(part)).error for part in (liquid, gas) if np.ndim(part)]
-    return Estimate(value, float(np.hypot.reduce(errors)))
+def _add_vaporisation(found: dict[str, Estimate], temperature: float) -> None:
+    """The heats of vaporisation that follow from the energies that are there."""
+    liquid, gas = (found.get(f"{state}_energy_kJ_mol") for state in ("liquid", "gas"))
+    if liquid and gas:
+        found["vaporisation_kJ_mol"] = boil(liquid, gas, temperature)
+    if liquid:
+        found["vaporisation_unstrained_kJ_mol"] = boil(liquid, Estimate(0.0, 0.0), temperature)
 
 
 def _dipole(run: Run) -> np.ndarray:
@@ -519,8 +513,7 @@ TARGETS = {
     "drift_meV_atom_ps": Target(0.05, False),
 }
 
-
-# differences: of what
+# of which observable these are differences already
 BESIDE = dict.fromkeys(("density_beside_g_cm3", "density_asked_g_cm3"), "density_g_cm3")
 
 
@@ -585,14 +578,8 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if having:
             mean = weighted(having, stage, [result["observables"][key] for result in having])
             pooled["observables"][key] = Estimate(*map(float, mean[:, 0]))
-    found = pooled["observables"]
-    if "gas_energy_kJ_mol" in found and "liquid_energy_kJ_mol" in found:
-        # of all runs, as the two energies are, though not every run has both
-        gas, liquid = found["gas_energy_kJ_mol"], found["liquid_energy_kJ_mol"]
-        work = units.kB * results[0]["protocol"]["temperature"] / KJ_PER_MOL  # RT
-        errors = math.hypot(gas.error, liquid.error)
-        found["vaporisation_kJ_mol"] = Estimate(gas.value - liquid.value + work, errors)
-        found["vaporisation_unstrained_kJ_mol"] = Estimate(work - liquid.value, liquid.error)
+    if "liquid_energy_kJ_mol" in pooled["observables"]:  # of all runs, as the energies are
+        _add_vaporisation(pooled["observables"], results[0]["protocol"]["temperature"])
     for pair in ("OO", "OH", "HH"):
         having = [result for result in results if pair in result["distributions"]]
         if having:
