@@ -16,10 +16,22 @@
 #define REAL float
 #endif
 
-/* numbers for the wide registers; they may stand anywhere in memory */
-typedef REAL vec __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
-enum { W = 64 / sizeof(REAL) };   /* numbers in a vec */
-enum { TILE = 8 };                /* vecs of a product that are summed at once */
+/* Bytes of the processor's widest registers: compilers make slow code of vecs that do not fit one. */
+#ifndef BYTES
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+#endif
+
+/* numbers for one such register; they may stand anywhere in memory */
+typedef REAL vec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
+enum { W = BYTES / sizeof(REAL) };     /* numbers in a vec */
+enum { XYZ = (3 + W - 1) / W * W };    /* three of them, in whole vecs */
+enum { TILE = 8 };                     /* vecs of a product that are summed at once */
 
 typedef struct {
     int heads, size, groups;      /* size: channels of a head */
@@ -139,19 +151,19 @@ static void angles(size_t n, size_t wide, int degree, const REAL *direction, REA
 }
 
 /* d_direction[e] += sum_f (pull[e][f] + pull[f][e]) direction[f], pull being dE/dcos; nothing comes
-   from self-edges and nothing goes to them. memory: 3 n W numbers. */
+   from self-edges and nothing goes to them. memory: 3 n XYZ numbers. */
 static void turn(size_t n, size_t wide, const REAL *pull, const REAL *direction, REAL *memory,
                  REAL *d_direction)
 {
-    REAL *other = memory + n * W, *rows = other + n * W; /* directions in whole vecs */
+    REAL *other = memory + n * XYZ, *rows = other + n * XYZ; /* directions in whole vecs */
     for (size_t e = 0; e < n; e++)
-        for (size_t x = 0; x < W; x++)
-            rows[e * W + x] = e && x < 3 ? direction[3 * e + x] : 0;
-    product(n, W, n, pull, wide, 1, rows, W, memory, W);
-    product(n, W, n, pull, 1, wide, rows, W, other, W);
+        for (size_t x = 0; x < XYZ; x++)
+            rows[e * XYZ + x] = e && x < 3 ? direction[3 * e + x] : 0;
+    product(n, 3, n, pull, wide, 1, rows, XYZ, memory, XYZ);
+    product(n, 3, n, pull, 1, wide, rows, XYZ, other, XYZ);
     for (size_t e = 1; e < n; e++)
         for (int x = 0; x < 3; x++)
-            d_direction[3 * e + x] += memory[e * W + x] + other[e * W + x];
+            d_direction[3 * e + x] += memory[e * XYZ + x] + other[e * XYZ + x];
 }
 
 /* change[e][f] = d(cos of e and f) where the directions change by d_direction; 0 as in `angles` */
@@ -266,7 +278,7 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step; /* the last degree writes past `size` */
     REAL *memory = numbers((4 * degrees + 4) * square + (2 * size + 1) * wide + 3 * tall +
-                           (longest + TILE) * 4 * hidden + 3 * longest * W);
+                           (longest + TILE) * 4 * hidden + 3 * longest * XYZ);
     if (!memory)
         return 1;
     REAL *legendre = memory, *slope = legendre + degrees * square, *score = slope + degrees * square;
@@ -361,7 +373,7 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     size_t longest = fullest(rows, begin, end), wide = padded(longest), square = longest * wide;
     size_t step = padded(size + W), tall = longest * step;
     REAL *memory = numbers((8 * degrees + 14) * square + (4 * size + 1) * wide + 7 * tall +
-                           (longest + TILE) * 7 * hidden + 3 * longest * W);
+                           (longest + TILE) * 7 * hidden + 3 * longest * XYZ);
     if (!memory)
         return 1;
     REAL *next = memory;
@@ -401,7 +413,7 @@ int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const
     TAKE(local, longest * 3 * hidden);
     TAKE(change, longest * 3 * hidden);
     TAKE(g, (longest + TILE) * hidden);
-    TAKE(spare, 3 * longest * W);
+    TAKE(spare, 3 * longest * XYZ);
 #undef TAKE
     REAL scale = 1 / sqrt((double)rows->size);
     for (int i = begin; i < end; i++) {
@@ -567,7 +579,7 @@ int order_backward(const Rows *rows, int begin, int end, int degree, const REAL 
                    const REAL *d_sum, REAL *d_weight, REAL *d_direction)
 {
     size_t longest = fullest(rows, begin, end), square = longest * padded(longest);
-    REAL *legendre = numbers((2 * degree + 1) * square + 3 * longest * W);
+    REAL *legendre = numbers((2 * degree + 1) * square + 3 * longest * XYZ);
     if (!legendre)
         return 1;
     REAL *slope = legendre + degree * square, *pull = slope + degree * square;
@@ -604,7 +616,7 @@ int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *we
                 REAL *d_d_sum, REAL *d_weight, REAL *d_direction)
 {
     size_t longest = fullest(rows, begin, end), square = longest * padded(longest);
-    REAL *legendre = numbers((3 * degree + 3) * square + 3 * longest * W);
+    REAL *legendre = numbers((3 * degree + 3) * square + 3 * longest * XYZ);
     if (!legendre)
         return 1;
     REAL *slope = legendre + degree * square, *curvature = slope + degree * square;

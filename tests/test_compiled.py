@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -72,6 +73,22 @@ def test_compiled_answers_in_float32(make_model: ModelMaker, cluster: Atoms) -> 
     forces = AllScAIPCalculator(model).get_forces(cluster)
     found = AllScAIPCalculator(model, compile=True).get_forces(cluster)
     assert np.abs(found - forces).max() < 2e-5 * np.abs(forces).max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_any_width_of_registers(
+    fresh: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_model: ModelMaker,
+    cluster: Atoms,
+    crystal: Atoms,
+    width: int,
+) -> None:
+    """Answers and a training step where registers have 16 bytes (NEON), 32 (AVX2), 64 (AVX-512)."""
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -DBYTES={width}")
+    test_compiled_answers_in_float32(make_model, cluster)
+    test_a_compiled_training_step_is_the_eager_one(make_model, cluster, crystal, {})
 
 
 @needs_compiler
