@@ -30,6 +30,7 @@ from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data import Dataset, Subset, differing, fingerprint
 from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import AllScAIP, Prediction
+from allscaip_lite.muon import Muon
 
 
 class TrainingError(ValueError):
@@ -180,7 +181,7 @@ def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=stage.learning_rate)]
     if turned:
         settings = {"weight_decay": stage.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(turned, lr=stage.learning_rate, **settings))
+        optimizers.append(Muon(turned, lr=stage.learning_rate, **settings))
         optimizers[1].param_groups[0]["times"] = stage.muon
     return optimizers
 
