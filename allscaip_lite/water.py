@@ -261,16 +261,21 @@ KINDS = {  # of 4,600 structures how many; structures a trajectory
     "contact": (200, 20),
     "squeezed": (400, 20),
 }
+SETS = {  # kinds, of 4,600 structures how many, structures a trajectory
+    "main": KINDS,
+    "liquid": {"liquid": (4600, 40)},
+}
 SIZES = {
     "cluster": tuple(range(2, 21)),
     "dimer": (2,),
     "molecule": (1,),
     "contact": (2,),
     "squeezed": (16, 24, 32),
+    "liquid": (32, 48),
 }
 BOX_SIZES = (16, 24, 32, 48, 64)
-TEMPERATURES = {"cluster": (150.0, 350.0)}  # K, of others 280 to 360
-PRESSURES = (-1000.0, 3000.0)  # bar
+TEMPERATURES = {"cluster": (150.0, 350.0), "liquid": (290.0, 310.0)}  # K, of others 280 to 360
+PRESSURES = {"npt": (-1000.0, 3000.0), "liquid": (-500.0, 500.0)}  # bar
 DENSITIES = (0.90, 1.12)  # g/cm³, of boxes of constant volume
 MAX_FORCE = 15.0  # eV/Å: harder collisions teach little
 # What a model may meet in dynamics of its own and the teacher's hardly show: atoms of two molecules
@@ -298,24 +303,28 @@ class Trajectory:
     split: str
 
 
-def plan(structures: int) -> list[Trajectory]:
+def plan(structures: int, chosen: str = "main") -> list[Trajectory]:
     """Trajectories of about that many structures; conditions are spread evenly over their ranges.
 
-    Raises WaterError below 100 structures, where some split would stay empty.
+    `chosen` is one of SETS: main has boxes, clusters and molecules of every kind; liquid has what
+    the teacher's water looks like near 298 K and 1 bar. Raises WaterError below 100 structures,
+    where some split would stay empty.
     """
     if structures < 100:
         raise WaterError(
             f"{structures} structures: give 100 or more, so that every split gets some"
         )
     trajectories = []
-    whole = sum(share for share, _ in KINDS.values())
-    for kind, (share, frames) in KINDS.items():
+    kinds = SETS[chosen]
+    whole = sum(share for share, _ in kinds.values())
+    for kind, (share, frames) in kinds.items():
         sizes = SIZES.get(kind, BOX_SIZES)
         frames = min(frames, max(1, share * structures // (3 * whole)))
         for index in range(round(share * structures / whole / frames)):
             # multiples of these irrational numbers fill the square evenly (the R2 sequence)
             x, y = (0.5 + (index + 1) * np.array([0.7548776662466927, 0.5698402909980532])) % 1
             low, high = TEMPERATURES.get(kind, (280.0, 360.0))
+            least, most = PRESSURES.get(kind, PRESSURES["npt"])
             # 11 has no divisor in common with the number of sizes: each size gets into each split
             split = {0: "test", 1: "val"}.get(index % 11, "train")
             trajectories.append(
@@ -324,7 +333,7 @@ def plan(structures: int) -> list[Trajectory]:
                     kind=kind,
                     waters=sizes[index % len(sizes)],
                     temperature=round(low + (high - low) * x, 1),
-                    pressure=round(PRESSURES[0] + (PRESSURES[1] - PRESSURES[0]) * y),
+                    pressure=round(least + (most - least) * y),
                     density=round(DENSITIES[0] + (DENSITIES[1] - DENSITIES[0]) * y, 3)
                     if kind == "nvt"
                     else 1.0,
@@ -338,18 +347,19 @@ def plan(structures: int) -> list[Trajectory]:
 def sample(trajectory: Trajectory, seed: int) -> list[Atoms]:
     """The labelled structures of one trajectory; the same arguments give the same structures."""
     rng = np.random.default_rng([seed, *trajectory.name.encode()])
-    if trajectory.kind in ("dimer", "molecule"):
+    kind = trajectory.kind
+    if kind in ("dimer", "molecule"):
         frames = _random(trajectory, rng)
-    elif trajectory.kind == "contact":
+    elif kind == "contact":
         frames = (_contact(rng) for _ in range(trajectory.frames))
     else:
         frames = _dynamics(trajectory, rng)
     kept = []
     for number, frame in enumerate(frames):
-        data_id = f"water_{trajectory.kind}"
-        if trajectory.kind == "squeezed":
+        data_id = f"water_{kind}"
+        if kind == "squeezed":
             frame = _squeezed(frame, rng)
-        elif frame.pbc.any() and number % STRAINED_EVERY == STRAINED_EVERY - 1:
+        elif kind in ("npt", "nvt") and number % STRAINED_EVERY == STRAINED_EVERY - 1:
             frame, data_id = _strained(frame, rng), "water_strained"
         labelled = _label(frame)
         if np.abs(labelled.get_forces()).max() < MAX_FORCE:
@@ -507,8 +517,11 @@ def _dynamics(trajectory: Trajectory, rng: np.random.Generator) -> Iterator[Atom
         atoms.positions += np.repeat(shift, 3, axis=0)
     system = openmm_system(atoms)
     temperature = trajectory.temperature
-    if trajectory.kind == "npt":
-        barostat = openmm.MonteCarloBarostat(trajectory.pressure, temperature, 25)
+    if trajectory.kind in ("npt", "liquid"):
+        pressure = trajectory.pressure
+        if trajectory.kind == "liquid":
+            pressure -= missing_pressure(atoms)
+        barostat = openmm.MonteCarloBarostat(pressure, temperature, 25)
         barostat.setRandomNumberSeed(int(rng.integers(1, 2**31)))
         system.addForce(barostat)
     integrator = openmm.LangevinMiddleIntegrator(1.25 * temperature, 2.0, STEP / 1000)
@@ -569,14 +582,29 @@ def openmm_system(atoms: Atoms, cutoff: float | None = None, tolerance: float = 
         nonbonded.addException(first + 1, first + 2, 0, 1, 0)
         angles.addAngle(first + 1, first, first + 2, ANGLE, ANGLE_CONSTANT / kilojoule)
     if atoms.pbc.any():
-        widths = 1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
         nonbonded.setNonbondedMethod(openmm.NonbondedForce.LJPME)
-        nonbonded.setCutoffDistance((cutoff or min(9.0, 0.42 * widths.min())) / 10)
+        nonbonded.setCutoffDistance((cutoff or _cutoff(atoms)) / 10)
         nonbonded.setEwaldErrorTolerance(tolerance)
         system.setDefaultPeriodicBoxVectors(*(atoms.cell.array / 10))
     for force in (nonbonded, bonds, angles):
         system.addForce(force)
     return system
+
+
+def _cutoff(atoms: Atoms) -> float:
+    widths = 1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
+    return min(9.0, 0.42 * widths.min())
+
+
+def missing_pressure(atoms: Atoms) -> float:
+    """The mean pressure (bar) of the repulsion that OpenMM leaves out of a box of water: that of
+    oxygens beyond its cutoff, were they spread evenly there (g_OO = 1). 400 bar for 32 waters.
+
+    2π/3 ρ² ∫ r³ · 12 C12 / r¹³ dr from the cutoff on (Allen and Tildesley, Computer Simulation of
+    Liquids, section 2.8), and of LJPME's dispersion nothing is left out.
+    """
+    oxygens = len(atoms) // 3 / atoms.get_volume()  # Å⁻³
+    return 8 / 9 * np.pi * oxygens**2 * C12 / _cutoff(atoms) ** 9 / (1e5 * units.Pascal)
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -637,6 +665,12 @@ def _work(task: tuple[Trajectory, int, Path]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite data water`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--set",
+        choices=tuple(SETS),
+        default="main",
+        help="main; liquid: boxes near 298 K and 1 bar, the liquid of docs/water.md",
+    )
     parser.add_argument("--structures", type=int, default=4600, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
@@ -644,7 +678,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data water`: make the data set, or go on making one; the exit status."""
-    counts = generate(args.out, plan(args.structures), args.seed, args.workers)
+    counts = generate(args.out, plan(args.structures, args.set), args.seed, args.workers)
     for split, count in counts.items():
         print(f"{split}: {count} structures", file=sys.stderr)
     return 0

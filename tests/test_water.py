@@ -165,6 +165,31 @@ def test_openmm_agrees(small, copies):
     assert forces[: len(small)] == pytest.approx(small.get_forces(), abs=2e-4)
 
 
+@pytest.mark.parametrize("waters", [32, 48])
+def test_the_pressure_that_openmm_leaves_out(waters):
+    """In the mean over boxes: minus the slope, by volume, of our energy less OpenMM's."""
+    openmm = pytest.importorskip("openmm")
+    platform = openmm.Platform.getPlatformByName("Reference")
+    found, expected = [], []
+    for frame in Dataset(Path(__file__).parents[1] / "data/water/train.aselmdb"):
+        if len(frame) != 3 * waters or frame.info["data_id"] != "water_npt":
+            continue
+        missing, volumes = [], []
+        for scale in (0.995, 1.005):
+            scaled = frame.copy()
+            scaled.set_cell(scale * frame.cell, scale_atoms=True)
+            system = water.openmm_system(scaled, cutoff=water._cutoff(frame), tolerance=1e-6)
+            context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+            context.setPositions(scaled.positions / 10)
+            energy = context.getState(getEnergy=True).getPotentialEnergy()._value
+            scaled.calc = SPCFw()
+            missing.append(scaled.get_potential_energy() - energy * units.kJ / units.mol)
+            volumes.append(scaled.get_volume())
+        found.append(-np.diff(missing)[0] / np.diff(volumes)[0] / (1e5 * units.Pascal))
+        expected.append(water.missing_pressure(frame))
+    assert len(found) >= 5 and np.mean(found) == pytest.approx(np.mean(expected), rel=0.2)
+
+
 @pytest.mark.parametrize(
     "atoms, words",
     [
@@ -204,6 +229,16 @@ def test_the_plan_covers_its_ranges_in_every_split():
     assert 0.7 < sum(t.frames for t in trajectories if t.split == "train") / 4600 < 0.9
 
 
+def test_the_liquid_set_stays_near_ambient_conditions_in_every_split():
+    trajectories = plan(1500, "liquid")
+    assert sum(t.frames for t in trajectories) == pytest.approx(1500, rel=0.03)
+    for split in SPLITS:
+        runs = [t for t in trajectories if t.split == split]
+        assert {t.waters for t in runs} == {32, 48} and {t.kind for t in runs} == {"liquid"}
+        assert np.mean([t.temperature for t in runs]) == pytest.approx(298, abs=5)
+        assert abs(np.mean([t.pressure for t in runs])) < 250
+
+
 def test_too_few_structures_for_three_splits_are_refused():
     with pytest.raises(WaterError, match="100 or more"):
         plan(20)
@@ -223,7 +258,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(water, "STRAINED_EVERY", 3)
 
 
-@pytest.mark.parametrize("kind, waters", [("npt", 16), ("nvt", 16), ("cluster", 3)])
+@pytest.mark.parametrize("kind, waters", [("npt", 16), ("nvt", 16), ("cluster", 3), ("liquid", 32)])
 def test_the_same_seed_yields_the_same_labelled_structures(quick, kind, waters):
     trajectory = short("a", kind, waters, "train")
     first, again, other = (sample(trajectory, seed) for seed in (0, 0, 1))
