@@ -252,17 +252,16 @@ def _waves(positions: np.ndarray, cell: np.ndarray) -> Terms:
 
 # --- What is sampled -------------------------------------------------------------------------
 
-KINDS = {  # of 4,600 structures how many; structures a trajectory
-    "npt": (1680, 28),
-    "nvt": (1120, 28),
-    "cluster": (600, 15),
-    "dimer": (300, 20),
-    "molecule": (300, 20),
-    "contact": (200, 20),
-    "squeezed": (400, 20),
-}
-SETS = {  # kinds, of 4,600 structures how many, structures a trajectory
-    "main": KINDS,
+SETS = {  # kinds: of 4,600 structures how many; structures a trajectory
+    "main": {
+        "npt": (1680, 28),
+        "nvt": (1120, 28),
+        "cluster": (600, 15),
+        "dimer": (300, 20),
+        "molecule": (300, 20),
+        "contact": (200, 20),
+        "squeezed": (400, 20),
+    },
     "liquid": {"liquid": (4600, 40)},
 }
 SIZES = {
@@ -289,7 +288,7 @@ STEP, STEPS_BETWEEN, STEPS_BEFORE = 1.0, 200, 2500  # fs; two structures are 0.2
 class Trajectory:
     """One run of the sampler; its structures stay together in one split.
 
-    kind is a key of KINDS; temperature in K; pressure in bar (NPT) and density in g/cm³ (start of
+    kind is one of SETS'; temperature in K; pressure in bar (NPT) and density in g/cm³ (start of
     boxes, and fixed in NVT) are read only where the kind has them.
     """
 
@@ -517,7 +516,7 @@ def _dynamics(trajectory: Trajectory, rng: np.random.Generator) -> Iterator[Atom
         atoms.positions += np.repeat(shift, 3, axis=0)
     system = openmm_system(atoms)
     temperature = trajectory.temperature
-    if trajectory.kind in ("npt", "liquid"):
+    if trajectory.kind in PRESSURES:
         pressure = trajectory.pressure
         if trajectory.kind == "liquid":
             pressure -= missing_pressure(atoms)
@@ -604,7 +603,7 @@ def missing_pressure(atoms: Atoms) -> float:
     Liquids, section 2.8), and of LJPME's dispersion nothing is left out.
     """
     oxygens = len(atoms) // 3 / atoms.get_volume()  # Å⁻³
-    return 8 / 9 * np.pi * oxygens**2 * C12 / _cutoff(atoms) ** 9 / (1e5 * units.Pascal)
+    return 8 / 9 * np.pi * oxygens**2 * C12 / _cutoff(atoms) ** 9 / units.bar
 
 
 # --- The command -----------------------------------------------------------------------------

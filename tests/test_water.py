@@ -143,22 +143,28 @@ def test_rotation_and_translation_change_nothing():
     )
 
 
+def by_openmm(atoms: Atoms, cutoff: float) -> tuple[float, np.ndarray]:
+    """Energy in eV and forces in eV/Å."""
+    openmm = pytest.importorskip("openmm")
+    system = water.openmm_system(atoms, cutoff=cutoff, tolerance=1e-6)
+    platform = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+    context.setPositions(atoms.positions / 10)
+    state = context.getState(getEnergy=True, getForces=True)
+    kilojoule = units.kJ / units.mol
+    forces = state.getForces(asNumpy=True)._value * kilojoule / 10
+    return state.getPotentialEnergy()._value * kilojoule, forces
+
+
 @pytest.mark.parametrize("small, copies", [(box(whole=True), 4), (cluster(), 1)])
 def test_openmm_agrees(small, copies):
     """Its supercell is wide enough for a cutoff of 9 Å, past which it leaves out repulsion."""
-    openmm = pytest.importorskip("openmm")
     if copies > 1:  # OpenMM wants vectors in its own, lower triangular form
         form, turn = small.cell.standard_form()
         small = Atoms(small.numbers, small.positions @ turn.T, cell=form, pbc=True)
         small.calc = SPCFw()
     large = small.repeat(copies)
-    system = water.openmm_system(large, cutoff=9.0, tolerance=1e-6)
-    platform = openmm.Platform.getPlatformByName("Reference")
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
-    context.setPositions(large.positions / 10)
-    state = context.getState(getEnergy=True, getForces=True)
-    energy = state.getPotentialEnergy()._value * units.kJ / units.mol
-    forces = state.getForces(asNumpy=True)._value * units.kJ / units.mol / 10
+    energy, forces = by_openmm(large, cutoff=9.0)
     assert energy / copies**3 / (len(small) // 3) == pytest.approx(
         small.get_potential_energy() / (len(small) // 3), abs=2e-5
     )
@@ -168,8 +174,6 @@ def test_openmm_agrees(small, copies):
 @pytest.mark.parametrize("waters", [32, 48])
 def test_the_pressure_that_openmm_leaves_out(waters):
     """In the mean over boxes: minus the slope, by volume, of our energy less OpenMM's."""
-    openmm = pytest.importorskip("openmm")
-    platform = openmm.Platform.getPlatformByName("Reference")
     found, expected = [], []
     for frame in Dataset(Path(__file__).parents[1] / "data/water/train.aselmdb"):
         if len(frame) != 3 * waters or frame.info["data_id"] != "water_npt":
@@ -178,14 +182,11 @@ def test_the_pressure_that_openmm_leaves_out(waters):
         for scale in (0.995, 1.005):
             scaled = frame.copy()
             scaled.set_cell(scale * frame.cell, scale_atoms=True)
-            system = water.openmm_system(scaled, cutoff=water._cutoff(frame), tolerance=1e-6)
-            context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
-            context.setPositions(scaled.positions / 10)
-            energy = context.getState(getEnergy=True).getPotentialEnergy()._value
             scaled.calc = SPCFw()
-            missing.append(scaled.get_potential_energy() - energy * units.kJ / units.mol)
+            energy, _ = by_openmm(scaled, cutoff=water._cutoff(frame))
+            missing.append(scaled.get_potential_energy() - energy)
             volumes.append(scaled.get_volume())
-        found.append(-np.diff(missing)[0] / np.diff(volumes)[0] / (1e5 * units.Pascal))
+        found.append(-np.diff(missing)[0] / np.diff(volumes)[0] / units.bar)
         expected.append(water.missing_pressure(frame))
     assert len(found) >= 5 and np.mean(found) == pytest.approx(np.mean(expected), rel=0.2)
 
@@ -219,7 +220,7 @@ def test_the_plan_covers_its_ranges_in_every_split():
     boxes = [t for t in trajectories if t.kind in ("npt", "nvt")]
     for split in SPLITS:
         assert {t.waters for t in boxes if t.split == split} == set(water.BOX_SIZES)
-        assert {t.kind for t in trajectories if t.split == split} == set(water.KINDS)
+        assert {t.kind for t in trajectories if t.split == split} == set(water.SETS["main"])
     for values, (low, high) in (
         ([t.temperature for t in boxes], (280, 360)),
         ([t.pressure for t in boxes if t.kind == "npt"], (-1000, 3000)),
@@ -322,8 +323,9 @@ def test_contacts_are_closer_than_the_liquid_s_and_never_closer_than_said(quick)
 
 def test_older_kinds_stay_as_they_were_when_kinds_are_added(monkeypatch):
     names = {trajectory.name for trajectory in plan(4600)}
-    few = {kind: water.KINDS[kind] for kind in ("npt", "nvt", "cluster", "dimer", "molecule")}
-    monkeypatch.setattr(water, "KINDS", few)
+    kinds = ("npt", "nvt", "cluster", "dimer", "molecule")
+    few = {kind: water.SETS["main"][kind] for kind in kinds}
+    monkeypatch.setitem(water.SETS, "main", few)
     assert names > {trajectory.name for trajectory in plan(4000)}
 
 
