@@ -132,10 +132,12 @@ def less_reweighted(
     excess: Sequence[float] | np.ndarray,
     temperature: float,
     blocks: int = 10,
+    reference: Sequence[float] | np.ndarray | None = None,
 ) -> Estimate:
     """A model's mean less that of its reference, both from the model's run alone.
 
-    series (T,): any observable; excess (T,): the model's energy less the reference's of the same
+    series (T,): any observable; reference (T,): what the reference says of it on the same
+    structures, where that is something else (a pressure), else `series` too; excess (T,): the model's energy less the reference's of the same
     structures, of the whole system in eV; temperature in K. Structures that the model takes for
     better than they are occur too often by a factor exp(-excess/kT), so with weights exp(excess/kT)
     the run is one of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187, 1977). What the
@@ -153,10 +155,11 @@ def less_reweighted(
             "are too far from one another to be compared in this way"
         )
 
-    def difference(x: np.ndarray, w: np.ndarray) -> float:
-        return float(x.mean() - (w * x).sum() / w.sum())
+    def difference(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
+        return float(x.mean() - (w * y).sum() / w.sum())
 
-    return jackknife(difference, series, weights, blocks=blocks)
+    other = series if reference is None else np.asarray(reference, float)
+    return jackknife(difference, series, other, weights, blocks=blocks)
 
 
 # --- Runs ------------------------------------------------------------------------------------
@@ -357,6 +360,39 @@ def radial_distribution(
     reach: up to where, in Å; by default, and at most, half the narrowest width of the box, beyond
     which not every pair is seen. width: of a bin, in Å.
     """
+    everything = np.arange(len(universe.trajectory))
+    r, parts = _pairs(universe, first, second, reach, width, _blocks(everything, blocks))
+    error = np.std(parts, axis=0, ddof=1) / np.sqrt(blocks) if blocks > 1 else np.nan * parts[0]
+    return RadialDistribution(r, np.mean(parts, axis=0), error)
+
+
+def pairs_by_structure(
+    universe: Universe, first: str = "O", second: str = "O", width: float = 0.05
+) -> tuple[np.ndarray, np.ndarray]:
+    """g(r) of every structure by itself: r (bins,) in Å, g (T, bins). See `radial_distribution`."""
+    each = np.arange(len(universe.trajectory))[:, None]
+    return _pairs(universe, first, second, None, width, each)
+
+
+def at_first_peak(r: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """g(r) of every structure (T,) at the place where the mean of g (T, bins) has its first peak.
+
+    By the parabola through three bins there, so that the mean is `first_peak`'s height.
+    """
+    top, offset = _peak(g.mean(0))
+    left, middle, right = g[:, top - 1 : top + 2].T
+    return middle + offset * (right - left) / 2 + offset**2 * (left - 2 * middle + right) / 2
+
+
+def _pairs(
+    universe: Universe,
+    first: str,
+    second: str,
+    reach: float | None,
+    width: float,
+    parts: Sequence[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """r (bins,) and g (parts, bins), each part the structures of these numbers together."""
     from MDAnalysis.analysis.rdf import InterRDF
 
     groups = [universe.select_atoms(f"name {element}") for element in (first, second)]
@@ -370,14 +406,13 @@ def radial_distribution(
         raise ObservableError(f"reach {reach:g} Å is beyond half the box: {widest:.2f} Å at most")
     exclusion = tuple(len(group) // len(universe.residues) for group in groups)
     bins = max(1, int(reach / width))
-    parts = []
-    for part in _blocks(np.arange(len(universe.trajectory)), blocks):
+    found = []
+    for part in parts:
         pairs = InterRDF(
             *groups, nbins=bins, range=(0.0, bins * width), exclusion_block=exclusion
         ).run(frames=part)
-        parts.append(pairs.results.rdf)
-    error = np.std(parts, axis=0, ddof=1) / np.sqrt(blocks) if blocks > 1 else np.nan * parts[0]
-    return RadialDistribution(pairs.results.bins, np.mean(parts, axis=0), error)
+        found.append(pairs.results.rdf)
+    return pairs.results.bins, np.array(found)
 
 
 def _half_width(cell: np.ndarray) -> float:
@@ -408,17 +443,11 @@ def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
 
     The height's error is that of its bin; the position's follows from the errors of the three.
     """
-    from scipy.signal import find_peaks
-
     g = distribution.g
-    found, _ = find_peaks(g, prominence=0.2 * g.max())
-    if not len(found):
-        raise ObservableError("g(r) has no peak: the run is too short, or the box too narrow")
-    top = int(found[0])
+    top, offset = _peak(g)
     left, middle, right = g[top - 1 : top + 2]
     width = distribution.r[1] - distribution.r[0]
     bend = left - 2 * middle + right  # < 0 at a peak
-    offset = 0.5 * (left - right) / bend
     # d offset / d(left, middle, right)
     slopes = np.array([0.5 - offset, 2 * offset, -0.5 - offset]) / bend
     uncertainty = float(np.hypot.reduce(slopes * distribution.error[top - 1 : top + 2])) * width
@@ -427,6 +456,18 @@ def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
         Estimate(float(distribution.r[top] + offset * width), uncertainty),
         Estimate(float(height), float(distribution.error[top])),
     )
+
+
+def _peak(g: np.ndarray) -> tuple[int, float]:
+    """The bin of the first peak, and how far from its middle a parabola puts it, in bins."""
+    from scipy.signal import find_peaks
+
+    found, _ = find_peaks(g, prominence=0.2 * g.max())
+    if not len(found):
+        raise ObservableError("g(r) has no peak: the run is too short, or the box too narrow")
+    top = int(found[0])
+    left, middle, right = g[top - 1 : top + 2]
+    return top, float(0.5 * (left - right) / (left - 2 * middle + right))
 
 
 def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:

@@ -23,7 +23,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +45,7 @@ from allscaip_lite.observables import (
     Estimate,
     ObservableError,
     Run,
+    at_first_peak,
     block_average,
     boil,
     closest_contact,
@@ -54,6 +55,9 @@ from allscaip_lite.observables import (
     first_peak,
     jackknife,
     less_reweighted,
+    make_universe,
+    make_whole,
+    pairs_by_structure,
     per_mole,
     radial_distribution,
     read_run,
@@ -68,7 +72,7 @@ DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long ru
 DIFFUSION_BLOCK = 5.0  # ps
 POINTS = 300  # values kept of a series
 ASKED_EVERY = 0.5  # ps between structures of the teacher's run that a model is asked about
-ASKED = "asked.npz"  # what it said
+ASKED = "asked_{}.npz"  # what it said of those of a stage
 PACKAGES = ("torch", "numpy", "ase", "MDAnalysis")
 
 
@@ -270,11 +274,16 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
             )
         result["correlation_ps"]["density"] = _correlation(run, run.log["density_g_cm3"])
         result["series"]["npt"] = _thinned(run, "density_g_cm3", "temperature_K", "potential_eV")
-    if (folder / ASKED).exists():
-        with np.load(folder / ASKED) as asked:
-            density, excess = asked["density_g_cm3"], asked["potential_eV"]
-        # -density: this way round, the teacher's mean is taken from the model's
-        keep("density_asked_g_cm3", less_reweighted, -density, -excess, temperature)
+    # Negative ones: this way round, the teacher's mean is taken from the model's.
+    if asked := _read_asked(folder, "npt"):
+        excess = asked["potential_eV"]
+        keep("density_asked_g_cm3", less_reweighted, -asked["density_g_cm3"], -excess, temperature)
+    if asked := _read_asked(folder, "nvt"):
+        excess, pressure = asked["potential_eV"], asked["pressure_bar"]
+        options = {"reference": -(pressure + asked["excess_bar"])}
+        keep("pressure_asked_bar", less_reweighted, -pressure, -excess, temperature, **options)
+        heights = at_first_peak(asked["r"], asked["g_OO"])
+        keep("OO_height_asked", less_reweighted, -heights, -excess, temperature)
     if "nvt" in runs:
         run = runs["nvt"]
         keep("temperature_nvt_K", average, run.log["temperature_K"])
@@ -288,8 +297,12 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
             if name != TEACHER:
                 beside = beside_teacher(folder / "nvt")
                 keep("pressure_beside_bar", average, beside["pressure_bar"])
-                energy = beside["potential_eV"] / run.molecules
-                keep("energy_beside_kJ_mol", lambda: per_mole(average(energy)))
+                excess, ours = beside["potential_eV"], beside["model_bar"]
+                keep("energy_beside_kJ_mol", lambda: per_mole(average(excess / run.molecules)))
+                options = {"reference": ours - beside["pressure_bar"]}
+                keep("pressure_weighted_bar", less_reweighted, ours, excess, temperature, **options)
+                heights = at_first_peak(*pairs_by_structure(run.universe))[beside["number"]]
+                keep("OO_height_beside", less_reweighted, heights, excess, temperature)
         for first, second in ("OO", "OH", "HH"):
             try:
                 pairs = radial_distribution(run.universe, first, second)
@@ -337,8 +350,9 @@ def _logged(folder: Path, trajectory: Any, log: dict[str, np.ndarray]) -> dict[i
 def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     """Model less teacher on the very structures of a run, each (frames,).
 
-    `pressure_bar`, and `potential_eV` of the whole box; and the log's `time_ps`, `volume_A3` and
-    `density_g_cm3` there. What structures have in common cancels, so short runs give sharp means.
+    `pressure_bar`, and `potential_eV` of the whole box; and of the log there `time_ps`,
+    `volume_A3`, `density_g_cm3`, and as `model_bar` the model's pressure; `number` counts the
+    structures of the trajectory. What structures have in common cancels, so short runs give sharp means.
     """
     folder = Path(folder)
     log = read_log(folder)
@@ -353,6 +367,7 @@ def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
             energies.append(log["potential_eV"][row] - frame.get_potential_energy())
     there = [*rows.values()]
     found = {name: log[name][there] for name in ("time_ps", "volume_A3", "density_g_cm3")}
+    found |= {"model_bar": log["pressure_bar"][there], "number": np.array([*rows])}
     return found | {"pressure_bar": np.array(pressures), "potential_eV": np.array(energies)}
 
 
@@ -362,35 +377,72 @@ def ask_model(
     teachers: Sequence[str | os.PathLike],
     progress: bool = True,
 ) -> None:
-    """Ask a model for the energies of the structures of the teacher's npt runs, for `collect`.
+    """Ask a model about the structures of the teacher's npt and nvt runs, for `collect`.
 
-    folder: the model's, which keeps the answers; teachers: folders of the same protocol. Raises
-    ObservableError for others.
+    folder: the model's, which keeps the answers; teachers: folders of the same protocol, of which
+    each has one of the two stages or both. Raises ObservableError for others.
     """
     folder = Path(folder)
     mine = json.loads((folder / "protocol.json").read_text())
-    answers: dict[str, list[float]] = {"time_ps": [], "density_g_cm3": [], "potential_eV": []}
     for teacher in map(Path, teachers):
         plan = json.loads((teacher / "protocol.json").read_text())
         if plan["name"] != TEACHER:
             raise ObservableError(f"{teacher} is a run of {plan['name']}, not of {TEACHER}")
         if changed := differing(plan, mine, but=["name", "seed", *PROLONGED]):
             raise ObservableError(f"{teacher} is a run with another {', '.join(changed)}")
-        log, last = read_log(teacher / "npt"), -math.inf
-        with Trajectory(teacher / "npt" / "trajectory.traj") as trajectory:
-            rows = _logged(teacher / "npt", trajectory, log)
-            for number, row in tqdm(rows.items(), desc=str(teacher), disable=not progress):
-                time = log["time_ps"][row]
-                if time < plan["settle"] / 1000 or time < last + ASKED_EVERY - 1e-6:
-                    continue
-                last, frame = time, trajectory[number]
-                frame.info |= {"charge": 0, "spin": 1}
-                frame.calc = calculator
-                answers["time_ps"].append(time)
-                answers["density_g_cm3"].append(log["density_g_cm3"][row])
-                excess = frame.get_potential_energy() - log["potential_eV"][row]
-                answers["potential_eV"].append(excess)
-    np.savez(folder / ASKED, **answers)
+    answered = False
+    for stage, settle in (("npt", mine["settle"] / 1000), ("nvt", 0.0)):
+        runs = [Path(teacher) / stage for teacher in teachers]
+        answers: dict[str, list] = {}
+        chosen: list[Atoms] = []
+        for run in (run for run in runs if (run / "trajectory.traj").exists()):
+            for frame, answer in _ask(calculator, run, settle, progress):
+                chosen.append(make_whole(frame))
+                for key, value in answer.items():
+                    answers.setdefault(key, []).append(value)
+        if not chosen:
+            continue
+        answered = True
+        if stage == "nvt":
+            universe = make_universe(
+                chosen[0].numbers,
+                np.stack([frame.positions for frame in chosen]),
+                np.stack([frame.cell.array for frame in chosen]),
+                ASKED_EVERY,
+            )
+            answers["r"], answers["g_OO"] = pairs_by_structure(universe)
+        np.savez(folder / ASKED.format(stage), **answers)
+    if not answered:
+        raise ObservableError(f"no npt or nvt run in {', '.join(map(str, teachers))}")
+
+
+def _ask(
+    calculator: Calculator, run: Path, settle: float, progress: bool
+) -> Iterator[tuple[Atoms, dict[str, float]]]:
+    """Structures of the teacher's run every `ASKED_EVERY` ps, and what a model says of each."""
+    log, last = read_log(run), -math.inf
+    with Trajectory(run / "trajectory.traj") as trajectory:
+        rows = _logged(run, trajectory, log)
+        for number, row in tqdm(rows.items(), desc=str(run), disable=not progress):
+            answer = {key: log[key][row] for key in ("time_ps", "density_g_cm3", "pressure_bar")}
+            if answer["time_ps"] < settle or answer["time_ps"] < last + ASKED_EVERY - 1e-6:
+                continue
+            last, frame = answer["time_ps"], trajectory[number]
+            frame.info |= {"charge": 0, "spin": 1}
+            frame.calc = calculator
+            stress = frame.get_stress(include_ideal_gas=True)
+            answer["excess_bar"] = -stress[:3].mean() / units.bar - answer["pressure_bar"]
+            answer["potential_eV"] = frame.get_potential_energy() - log["potential_eV"][row]
+            yield frame, answer
+
+
+def _read_asked(folder: Path, stage: str) -> dict[str, np.ndarray]:
+    """What `ask_model` kept of a stage; nothing where it was not asked."""
+    file = folder / ASKED.format(stage)
+    if not file.exists():
+        return {}
+    with np.load(file) as asked:
+        return dict(asked)
 
 
 def _as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
@@ -462,11 +514,15 @@ ROWS = {  # observable: what the table calls it, with its unit
     "liquid_energy_kJ_mol": "energy of a molecule in the liquid, kJ/mol",
     "pressure_nvt_bar": "pressure at 0.997 g/cm³, bar",
     "pressure_nve_bar": "the same at constant energy, bar",
+    "pressure_weighted_bar": "pressure at 0.997 g/cm³ less the teacher's, its own run weighted, bar",
+    "pressure_asked_bar": "the same, the teacher's run weighted, bar",
     "pressure_beside_bar": "pressure less the teacher's on its structures, bar",
     "energy_beside_kJ_mol": "energy less the teacher's on its structures, kJ/mol",
     "excess_pressure_bar": "how that changes with the volume at 1 bar, as a pressure, bar",
     "OO_peak_A": "first peak of g_OO at, Å",
     "OO_height": "its height",
+    "OO_height_beside": "its height less the teacher's, its own run weighted",
+    "OO_height_asked": "the same, the teacher's run weighted",
     "HH_closest_A": "closest hydrogens of two molecules, Å",
     "diffusion_box_1e-9_m2_s": "self-diffusion in the box, 1e-9 m²/s",
     "diffusion_1e-9_m2_s": "self-diffusion, corrected for its size, 1e-9 m²/s",
@@ -510,11 +566,16 @@ TARGETS = {
     "vaporisation_kJ_mol": Target(0.03, True),
     "OO_peak_A": Target(0.05, False),
     "OO_height": Target(0.05, True),
+    "OO_height_beside": Target(0.05, True),
+    "OO_height_asked": Target(0.05, True),
     "drift_meV_atom_ps": Target(0.05, False),
 }
 
 # of which observable these are differences already
-BESIDE = dict.fromkeys(("density_beside_g_cm3", "density_asked_g_cm3"), "density_g_cm3")
+BESIDE = {
+    **dict.fromkeys(("density_beside_g_cm3", "density_asked_g_cm3"), "density_g_cm3"),
+    **dict.fromkeys(("OO_height_beside", "OO_height_asked"), "OO_height"),
+}
 
 
 def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float, str]:

@@ -19,6 +19,7 @@ from allscaip_lite.observables import (  # noqa: E402
     ObservableError,
     RadialDistribution,
     Run,
+    at_first_peak,
     block_average,
     closest_contact,
     correlation_time,
@@ -29,6 +30,7 @@ from allscaip_lite.observables import (  # noqa: E402
     less_reweighted,
     make_universe,
     mean_squared_displacement,
+    pairs_by_structure,
     radial_distribution,
     read_run,
     self_diffusion,
@@ -99,6 +101,8 @@ def test_a_mean_less_the_reweighted_one_of_normal_values_is_known():
     assert abs(np.mean(off)) < 0.6 and 0.7 < np.std(off) < 1.8
     constant = less_reweighted(series, np.ones(2000), temperature)
     assert constant == pytest.approx((0, 0), abs=1e-12)
+    lower = less_reweighted(series, excess, temperature, reference=series - 5)
+    assert lower == pytest.approx((found.value + 5, found.error))
 
 
 def test_too_few_values_or_too_different_models_are_not_reweighted():
@@ -218,6 +222,18 @@ def test_the_first_peak_is_found_between_bins():
     assert np.std(noisy) == pytest.approx(small.error, rel=0.3)
     with pytest.raises(ObservableError, match="no peak"):
         first_peak(RadialDistribution(r, np.ones_like(r), error))
+
+
+def test_structures_by_themselves_add_up_to_the_whole_run():
+    positions = ideal_gas(40, 10.0, 30)
+    positions[:, 20:] = positions[:, :20] + [2.1, 0, 0]  # pairs that stay together
+    universe = make_universe([18] * 40, positions, cubes(10.0, 30), 0.1)
+    whole = radial_distribution(universe, "Ar", "Ar", width=0.2)
+    r, g = pairs_by_structure(universe, "Ar", "Ar", width=0.2)
+    assert r == pytest.approx(whole.r) and g.mean(0) == pytest.approx(whole.g)
+    heights = at_first_peak(r, g)
+    assert heights.shape == (30,)
+    assert heights.mean() == pytest.approx(first_peak(whole)[1].value)
 
 
 # --- motion -------------------------------------------------------------------------------------

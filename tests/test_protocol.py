@@ -156,6 +156,11 @@ def test_forces_without_an_energy_show_in_the_drift(teacher, tmp_path):
     assert abs(drift.value) > 20 * abs(sound.value)
 
 
+def in_two_blocks(*given: np.ndarray, **options: np.ndarray) -> Estimate:
+    """`less_reweighted` for runs as short as these."""
+    return less_reweighted(*given, **options, blocks=2)
+
+
 class Swollen(SPCFw):
     """The teacher with 500 bar more, and 0.01 eV more for each molecule."""
 
@@ -167,7 +172,10 @@ class Swollen(SPCFw):
             self.results["stress"] = self.results["stress"] - 500 * units.bar * np.eye(3, 6).sum(0)
 
 
-def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(teacher, tmp_path):
+def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "less_reweighted", in_two_blocks)
     run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("nvt",), progress=False)
     beside = beside_teacher(tmp_path / "nvt")
     assert beside["time_ps"] == pytest.approx(0.04 * np.arange(6))  # every 40 fs of 200
@@ -175,6 +183,9 @@ def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(teache
     assert beside["potential_eV"] == pytest.approx(0.01 * SHORT.waters * np.ones(6), abs=1e-9)
     found = collect(tmp_path)["observables"]
     assert found["pressure_beside_bar"].value == pytest.approx(500, abs=1e-3)
+    # of the ensembles too: energies that are all too high by the same leave the teacher's as it is
+    assert found["pressure_weighted_bar"] == pytest.approx((500, 0), abs=1e-3)
+    assert found["OO_height_beside"] == pytest.approx((0, 0), abs=1e-9)
     assert "pressure_beside_bar" not in collect(teacher)["observables"]
 
 
@@ -186,7 +197,7 @@ def test_the_density_by_weights_takes_the_settled_structures(
 
     def weigh(series: np.ndarray, excess: np.ndarray, temperature: float) -> Estimate:
         asked.append((series, excess))
-        return less_reweighted(series, excess, temperature, blocks=2)
+        return in_two_blocks(series, excess, temperature)
 
     monkeypatch.setattr(room, "less_reweighted", weigh)
     run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("npt",), progress=False)
@@ -226,15 +237,18 @@ def test_the_model_is_asked_about_the_teachers_structures(
     mine = tmp_path / "pulled"
     run_protocol(Pulled(), SHORT, mine, "pulled", ("gas",), progress=False)
     room.ask_model(Pulled(), mine, [teacher], progress=False)
-    with np.load(mine / room.ASKED) as asked:
-        density, excess = asked["density_g_cm3"], asked["potential_eV"]
-        assert asked["time_ps"] == pytest.approx([0.04, 0.12])
-    volume = SHORT.waters * 18.01528 / 0.602214 / density
-    assert excess == pytest.approx(2000 * units.bar * volume, rel=1e-4)
-    monkeypatch.setattr(
-        room, "less_reweighted", lambda *given: less_reweighted(*given, blocks=2)
-    )
-    assert collect(mine)["observables"]["density_asked_g_cm3"].value > 0
+    asked = {stage: room._read_asked(mine, stage) for stage in ("npt", "nvt")}
+    assert asked["npt"]["time_ps"] == pytest.approx([0.04, 0.12])
+    assert asked["nvt"]["time_ps"] == pytest.approx([0.0, 0.08, 0.16])
+    for answers in asked.values():
+        volume = SHORT.waters * 18.01528 / 0.602214 / answers["density_g_cm3"]
+        assert answers["potential_eV"] == pytest.approx(2000 * units.bar * volume, rel=1e-4)
+        assert answers["excess_bar"] == pytest.approx(-2000 * np.ones(len(volume)), abs=1e-3)
+    monkeypatch.setattr(room, "less_reweighted", in_two_blocks)
+    found = collect(mine)["observables"]
+    assert found["density_asked_g_cm3"].value > 0
+    assert found["pressure_asked_bar"] == pytest.approx((-2000, 0), abs=1e-2)
+    assert found["OO_height_asked"] == pytest.approx((0, 0), abs=1e-9)
 
     with pytest.raises(ObservableError, match="is a run of pulled, not of spcfw"):
         room.ask_model(Pulled(), mine, [mine], progress=False)
@@ -242,6 +256,27 @@ def test_the_model_is_asked_about_the_teachers_structures(
     run_protocol(Pulled(), replace(SHORT, waters=9), other, "pulled", ("gas",), progress=False)
     with pytest.raises(ObservableError, match="with another waters"):
         room.ask_model(Pulled(), other, [teacher], progress=False)
+    run_protocol(SPCFw(), SHORT, tmp_path / "gas", "spcfw", ("gas",), progress=False)
+    with pytest.raises(ObservableError, match="no npt or nvt run in .*gas"):
+        room.ask_model(Pulled(), mine, [tmp_path / "gas"], progress=False)
+
+
+def test_a_model_that_likes_full_first_shells_has_a_higher_peak(teacher: Path, tmp_path: Path):
+    """From the teacher's run: energies that fall by kT as g(r) at its peak rises by 1."""
+    run_protocol(Swollen(), SHORT, tmp_path, "likes", ("gas",), progress=False)
+    kT = units.kB * SHORT.temperature
+    rng = np.random.default_rng(0)
+    peak = 3.0 + 0.3 * rng.normal(size=4000)
+    g = np.stack([0 * peak, 0.9 * peak, peak, 0.9 * peak, 0 * peak], axis=1)
+    steady = {"pressure_bar": peak, "excess_bar": 100 + 0 * peak, "time_ps": np.arange(4000)}
+    np.savez(
+        tmp_path / room.ASKED.format("nvt"),
+        **{**steady, "r": np.arange(5.0), "g_OO": g, "potential_eV": -kT * peak},
+    )
+    found = collect(tmp_path)["observables"]
+    for key, more in (("OO_height_asked", 0.0), ("pressure_asked_bar", 100.0)):
+        away, error = found[key]  # weights exp(x) move the mean of normal values by their variance
+        assert abs(away - more - 0.3**2) < 3 * error and 0 < error < 0.01, key
 
 
 def test_the_error_of_an_average_is_not_made_small_by_short_blocks():
