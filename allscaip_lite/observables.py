@@ -137,11 +137,12 @@ def less_reweighted(
     """A model's mean less that of its reference, both from the model's run alone.
 
     series (T,): any observable; reference (T,): what the reference says of it on the same
-    structures, where that is something else (a pressure), else `series` too; excess (T,): the model's energy less the reference's of the same
-    structures, of the whole system in eV; temperature in K. Structures that the model takes for
-    better than they are occur too often by a factor exp(-excess/kT), so with weights exp(excess/kT)
-    the run is one of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187, 1977). What the
-    two means have in common by chance cancels. The error is `jackknife`'s.
+    structures, where that is something else (a pressure), else `series` too; excess (T,): the
+    model's energy less the reference's of these structures, of the whole system in eV; temperature
+    in K. Structures that the model takes for better than they are occur too often by a factor
+    exp(-excess/kT), so with weights exp(excess/kT) the run is one of the reference (Torrie and
+    Valleau, J. Comput. Phys. 23, 187, 1977). What the two means have in common by chance cancels.
+    The error is `jackknife`'s.
 
     Raises ObservableError for fewer values than blocks, and where the weights rest on less than a
     twentieth of the structures: then the two do not visit the same ones.

@@ -352,7 +352,8 @@ def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
 
     `pressure_bar`, and `potential_eV` of the whole box; and of the log there `time_ps`,
     `volume_A3`, `density_g_cm3`, and as `model_bar` the model's pressure; `number` counts the
-    structures of the trajectory. What structures have in common cancels, so short runs give sharp means.
+    structures of the trajectory. What structures have in common cancels, so short runs give sharp
+    means.
     """
     folder = Path(folder)
     log = read_log(folder)
@@ -514,7 +515,7 @@ ROWS = {  # observable: what the table calls it, with its unit
     "liquid_energy_kJ_mol": "energy of a molecule in the liquid, kJ/mol",
     "pressure_nvt_bar": "pressure at 0.997 g/cm³, bar",
     "pressure_nve_bar": "the same at constant energy, bar",
-    "pressure_weighted_bar": "pressure at 0.997 g/cm³ less the teacher's, its own run weighted, bar",
+    "pressure_weighted_bar": "its pressure less the teacher's, its own run weighted, bar",
     "pressure_asked_bar": "the same, the teacher's run weighted, bar",
     "pressure_beside_bar": "pressure less the teacher's on its structures, bar",
     "energy_beside_kJ_mol": "energy less the teacher's on its structures, kJ/mol",
