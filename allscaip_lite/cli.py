@@ -78,6 +78,11 @@ COMMANDS = {
         "train a model on a data set",
         "the same command goes on from its last checkpoint",
     ),
+    "refit": Command(
+        "readout",
+        "fit the last layer of a trained model once more, by least squares",
+        "nothing was kept; the same command starts again",
+    ),
     "evaluate": Command(
         "evaluation",
         "errors of a model on a data set, overall and by domain, element, charge or size",
