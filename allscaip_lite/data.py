@@ -296,6 +296,11 @@ def checksum(structures: Iterable[Atoms]) -> str:
     return digest.hexdigest()
 
 
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Indices of at most `limit` of `count` things, from the first to the last of them."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
+
+
 def write_sample(
     source: str | os.PathLike, out: str | os.PathLike, structures: int, overwrite: bool = False
 ) -> dict[str, int]:

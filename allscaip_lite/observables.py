@@ -375,7 +375,7 @@ def pairs_by_structure(
     return _pairs(universe, first, second, None, width, each)
 
 
-def at_first_peak(r: np.ndarray, g: np.ndarray) -> np.ndarray:
+def at_first_peak(g: np.ndarray) -> np.ndarray:
     """g(r) of every structure (T,) at the place where the mean of g (T, bins) has its first peak.
 
     By the parabola through three bins there, so that the mean is `first_peak`'s height.

@@ -282,7 +282,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         excess, pressure = asked["potential_eV"], asked["pressure_bar"]
         options = {"reference": -(pressure + asked["excess_bar"])}
         keep("pressure_asked_bar", less_reweighted, -pressure, -excess, temperature, **options)
-        heights = at_first_peak(asked["r"], asked["g_OO"])
+        heights = at_first_peak(asked["g_OO"])
         keep("OO_height_asked", less_reweighted, -heights, -excess, temperature)
     if "nvt" in runs:
         run = runs["nvt"]
@@ -301,7 +301,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
                 keep("energy_beside_kJ_mol", lambda: per_mole(average(excess / run.molecules)))
                 options = {"reference": ours - beside["pressure_bar"]}
                 keep("pressure_weighted_bar", less_reweighted, ours, excess, temperature, **options)
-                heights = at_first_peak(*pairs_by_structure(run.universe))[beside["number"]]
+                heights = at_first_peak(pairs_by_structure(run.universe)[1])[beside["number"]]
                 keep("OO_height_beside", less_reweighted, heights, excess, temperature)
         for first, second in ("OO", "OH", "HH"):
             try:
@@ -411,7 +411,7 @@ def ask_model(
                 np.stack([frame.cell.array for frame in chosen]),
                 ASKED_EVERY,
             )
-            answers["r"], answers["g_OO"] = pairs_by_structure(universe)
+            answers["g_OO"] = pairs_by_structure(universe)[1]
         np.savez(folder / ASKED.format(stage), **answers)
     if not answered:
         raise ObservableError(f"no npt or nvt run in {', '.join(map(str, teachers))}")

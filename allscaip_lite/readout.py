@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoint import load_model, read_card, save_model
 from allscaip_lite.compiled import load_kernels
-from allscaip_lite.data import Dataset, Subset
+from allscaip_lite.data import Dataset, Subset, evenly_spaced
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 
@@ -113,6 +113,7 @@ def measure(
         model.compiled = True
     layer, inputs = model.energy_head.contract, []
     layer.register_forward_hook(lambda _layer, given, _result: inputs.append(given[0]))
+    weights = layer.weight[0].double()  # as they are: what they say of a row is row · weights
     energy_scale, force_scale = float(model.energy_scale), float(model.force_scale)
     generator = torch.Generator().manual_seed(seed)
     found: tuple[list, list, list] = ([], [], [])
@@ -120,38 +121,37 @@ def measure(
         atoms = data[index]
         count, results = len(atoms), atoms.calc.results
         structures = structures_from_atoms(atoms, model.dtype).to(layer.weight.device)
-        prediction = model(structures)
         positions = structures.positions.detach().requires_grad_()
         strain = positions.new_zeros(1, 3, 3).requires_grad_()
         moved = structures.replace(positions=positions)
-        boxed = bool(atoms.pbc.any()) and "stress" in results and prediction.stress is not None
+        boxed = bool(atoms.pbc.any()) and "stress" in results and model.config.stress
         moved = moved.strained(strain) if boxed else moved
         inputs.clear()
-        model.energy_head(model.features(moved, fused=False))
+        atomic = model.energy_head(model.features(moved, fused=False)).squeeze(1)
         total = inputs[0].sum(0)  # (2H,): Φ
         change = torch.zeros_like(total).requires_grad_()
         asked = [positions, strain] if boxed else [positions]
         gradients = torch.autograd.grad(total @ change, asked, create_graph=True)
 
         def derivative(value: Tensor, change: Tensor = change) -> Tensor:
-            return torch.autograd.grad(value, change, retain_graph=True)[0]
+            return torch.autograd.grad(value, change, retain_graph=True)[0].double()
 
         def keep(kind: int, row: Tensor, bias: float, missing: float) -> None:
-            found[kind].append(([*row.double().tolist(), bias], missing))
+            found[kind].append(([*row.tolist(), bias], missing))
 
-        off = results["energy"] - float(prediction.energy)
-        keep(0, total.detach() * energy_scale / count, energy_scale, off / count)
+        energy = float(model._in_electronvolts(atomic.detach(), structures))
+        row = total.detach().double() * energy_scale / count
+        keep(0, row, energy_scale, (results["energy"] - energy) / count)
         way = torch.randn(positions.shape, generator=generator).to(positions)
         way *= 3**0.5 / way.norm()  # so that |ΔF·way| is about the root mean square of ‖ΔF‖
-        off = torch.from_numpy(results["forces"]).to(positions) - prediction.forces
         row = -derivative((gradients[0] * way).sum()) * force_scale
-        keep(1, row, 0.0, float((off * way).sum()))
+        along = float((torch.from_numpy(results["forces"]).to(way) * way).sum())
+        keep(1, row, 0.0, along - float(row @ weights))
         if boxed:
             # the mean of three components times the volume, which is the derivative by a strain
-            stress = prediction.stress[0].diagonal().sum()
-            off = (results["stress"][:3].sum() - float(stress)) * atoms.get_volume() / 3 / count
-            row = derivative(gradients[1].diagonal(dim1=1, dim2=2).sum()) * energy_scale
-            keep(2, row / 3 / count, 0.0, off)
+            row = derivative(gradients[1].diagonal(dim1=1, dim2=2).sum()) * energy_scale / 3 / count
+            stress = results["stress"][:3].mean() * atoms.get_volume() / count
+            keep(2, row, 0.0, float(stress) - float(row @ weights))
     width = layer.weight.numel() + 1
     kinds = []
     for rows in found:
@@ -212,9 +212,7 @@ def run(args: argparse.Namespace) -> None:
         raise ReadoutError(f"--out {args.out}: a model's file name ends in .safetensors")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, data = load_model(args.model, device=device), Dataset(args.data)
-    if args.structures < len(data):
-        chosen = np.linspace(0, len(data) - 1, args.structures).astype(int)
-        data = Subset(data, chosen)
+    data = Subset(data, evenly_spaced(len(data), args.structures))
     energy, force = args.weights
     weights = {"energy_weight": energy, "force_weight": force, "stress_weight": args.stress_weight}
     found = refit(model, data, **weights, seed=args.seed, compile=args.compile)

@@ -27,7 +27,7 @@ from allscaip_lite.batches import Batch, Batches, collate
 from allscaip_lite.checkpoint import load_model, save_model
 from allscaip_lite.compiled import load_kernels
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data import Dataset, Subset, differing, fingerprint
+from allscaip_lite.data import Dataset, Subset, differing, evenly_spaced, fingerprint
 from allscaip_lite.evaluation import evaluate
 from allscaip_lite.model import AllScAIP, Prediction
 from allscaip_lite.muon import Muon
@@ -88,7 +88,7 @@ def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tupl
     Of a data set of more than `limit` structures, evenly spaced ones are taken. Elements that do
     not occur keep the reference 0.
     """
-    indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(int))
+    indices = evenly_spaced(len(data), limit)
     counts = np.zeros((len(indices), max_num_elements))
     energies = np.zeros(len(indices))
     squares, components = 0.0, 0
@@ -114,7 +114,7 @@ def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tens
     what an electron costs, GFN2-xTB from density functionals by nearly 5 eV. Changes
     `model.element_references` and `model.charge_reference`; returns the shifts.
     """
-    indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(int))
+    indices = evenly_spaced(len(data), limit)
     counts = torch.zeros(len(indices), model.config.max_num_elements + 1, dtype=torch.float64)
     missing = torch.zeros(len(indices), dtype=torch.float64)
     for row, index in enumerate(indices):

@@ -231,7 +231,7 @@ def test_structures_by_themselves_add_up_to_the_whole_run():
     whole = radial_distribution(universe, "Ar", "Ar", width=0.2)
     r, g = pairs_by_structure(universe, "Ar", "Ar", width=0.2)
     assert r == pytest.approx(whole.r) and g.mean(0) == pytest.approx(whole.g)
-    heights = at_first_peak(r, g)
+    heights = at_first_peak(g)
     assert heights.shape == (30,)
     assert heights.mean() == pytest.approx(first_peak(whole)[1].value)
 

@@ -271,7 +271,7 @@ def test_a_model_that_likes_full_first_shells_has_a_higher_peak(teacher: Path, t
     steady = {"pressure_bar": peak, "excess_bar": 100 + 0 * peak, "time_ps": np.arange(4000)}
     np.savez(
         tmp_path / room.ASKED.format("nvt"),
-        **{**steady, "r": np.arange(5.0), "g_OO": g, "potential_eV": -kT * peak},
+        **{**steady, "g_OO": g, "potential_eV": -kT * peak},
     )
     found = collect(tmp_path)["observables"]
     for key, more in (("OO_height_asked", 0.0), ("pressure_asked_bar", 100.0)):
