@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from allscaip_lite.batches import in_order
 from allscaip_lite.checkpoint import load_model, read_card, save_model
+from allscaip_lite.compiled import load_kernels
 from allscaip_lite.data import Dataset
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
@@ -338,6 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
     parser.add_argument("data", type=Path, nargs="+", help=".aselmdb files, or folders of them")
     parser.add_argument("--device", help="default: a CUDA GPU where there is one")
+    parser.add_argument("--compile", action="store_true", help="kernels in C, on a CPU")
     parser.add_argument(
         "--by",
         nargs="+",
@@ -397,6 +399,9 @@ def run(args: argparse.Namespace) -> None:
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, device=device).requires_grad_(False)
+    if args.compile and device == "cpu":
+        load_kernels(model.dtype)
+        model.compiled = True
     if args.unlabelled:
         if not args.predictions:
             raise EvaluationError("--unlabelled: say where to, with --predictions FILE.npz")

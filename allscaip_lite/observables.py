@@ -26,6 +26,7 @@ from ase.cell import Cell
 from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
 
+from allscaip_lite.data import evenly_spaced
 from allscaip_lite.md import read_log
 from allscaip_lite.water import CHARGES, are_waters
 
@@ -618,7 +619,7 @@ def summarise(
             found["diffusion_window_ps"] = list(window)
             found["diffusion_box_1e-9_m2_s"] = plain
             found["diffusion_1e-9_m2_s"] = Estimate(plain.value + correction, plain.error)
-    chosen = np.unique(np.linspace(0, len(potential) - 1, points).astype(int))
+    chosen = evenly_spaced(len(potential), points)
     found["series"] = {
         name: [float(f"{value:.7g}") for value in run.log[name][chosen]]
         for name in ("time_ps", "potential_eV", "conserved_eV", "temperature_K", "density_g_cm3")
@@ -656,8 +657,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     if args.movie:
         with Trajectory(args.run / "trajectory.traj") as trajectory:
-            count = min(args.movie_frames, len(trajectory))
-            chosen = np.unique(np.linspace(0, len(trajectory) - 1, count).astype(int))
+            chosen = evenly_spaced(len(trajectory), args.movie_frames)
             frames = [trajectory[int(index)] for index in chosen]
         for frame in frames:
             frame.calc = None

@@ -37,7 +37,7 @@ from ase.io.trajectory import Trajectory
 from tqdm import tqdm
 
 from allscaip_lite import __version__
-from allscaip_lite.data import differing, store_text
+from allscaip_lite.data import differing, evenly_spaced, store_text
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
 from allscaip_lite.observables import (
@@ -301,7 +301,9 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
                 keep("energy_beside_kJ_mol", lambda: per_mole(average(excess / run.molecules)))
                 options = {"reference": ours - beside["pressure_bar"]}
                 keep("pressure_weighted_bar", less_reweighted, ours, excess, temperature, **options)
-                heights = at_first_peak(pairs_by_structure(run.universe)[1])[beside["number"]]
+                heights = at_first_peak(pairs_by_structure(run.universe)[1])
+                read = beside["number"] < len(heights)  # the run may have gone on since
+                heights, excess = heights[beside["number"][read]], excess[read]
                 keep("OO_height_beside", less_reweighted, heights, excess, temperature)
         for first, second in ("OO", "OH", "HH"):
             try:
@@ -478,8 +480,7 @@ def _thinned(run: Run, *names: str) -> dict[str, list[float]]:
 
 def _at_points(series: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Series of one length, at `POINTS` of their times at most."""
-    length = len(series["time_ps"])
-    chosen = np.unique(np.linspace(0, length - 1, POINTS).astype(int))
+    chosen = evenly_spaced(len(series["time_ps"]), POINTS)
     return {
         name: [float(f"{value:.7g}") for value in values[chosen]]
         for name, values in series.items()

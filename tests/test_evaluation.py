@@ -103,10 +103,12 @@ def test_the_command_puts_the_errors_into_the_card(
 ) -> None:
     save_model(model, tmp_path / "model.safetensors", {"about": "a test"})
     command = ["evaluate", str(tmp_path / "model.safetensors"), str(labelled), "--device", "cpu"]
-    assert cli.main([*command, "--save", str(tmp_path / "out.safetensors"), "--note", "how"]) == 0
-    card = read_card(tmp_path / "out.safetensors")
-    assert card["about"] == "a test" and card["trained"] == "how"
-    assert card["errors"]["nh3"]["energy_mae"] == pytest.approx(100, abs=0.02)
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        save = ["--save", str(tmp_path / f"{out}.safetensors"), "--note", "how"]
+        assert cli.main([*command, *more, *save]) == 0
+        card = read_card(tmp_path / f"{out}.safetensors")
+        assert card["about"] == "a test" and card["trained"] == "how"
+        assert card["errors"]["nh3"]["energy_mae"] == pytest.approx(100, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,11 @@ def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(
     assert found["pressure_weighted_bar"] == pytest.approx((500, 0), abs=1e-3)
     assert found["OO_height_beside"] == pytest.approx((0, 0), abs=1e-9)
     assert "pressure_beside_bar" not in collect(teacher)["observables"]
+    # a run that goes on while it is collected has more structures when it is read again
+    grown = {name: np.append(values, values[-1]) for name, values in beside.items()}
+    grown["number"][-1] = len(beside["number"])
+    monkeypatch.setattr(room, "beside_teacher", lambda folder: grown)
+    assert collect(tmp_path)["observables"]["OO_height_beside"] == found["OO_height_beside"]
 
 
 def test_the_density_by_weights_takes_the_settled_structures(
@@ -462,7 +467,7 @@ def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
     assert "conservative" in card["trained"] and "without its node attention" in local["trained"]
     ours, theirs = (found["errors"]["water_npt"] for found in (card, local))
     assert ours["force_mae"] < 15  # the goal, meV/Å
-    assert ours["energy_mae"] < 0.6  # meV/atom; the goal, 0.5, is missed by a little
+    assert ours["energy_mae"] < 0.5  # likewise, meV/atom
     assert theirs["force_mae"] > ours["force_mae"]
 
 
