@@ -34,7 +34,6 @@ from scipy.spatial.transform import Rotation
 from allscaip_lite.batches import collate
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoint import load_model
-from allscaip_lite.compiled import load_kernels
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
@@ -436,8 +435,6 @@ def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespac
     stage = conservative_stage(1)
     (optimizer,) = make_optimizers(model, stage)
     sides = [side for side in args.sides if side != THEIRS]
-    if COMPILED in sides:
-        load_kernels(model.dtype)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(WARM_UP + args.rounds):
         for side in sides:

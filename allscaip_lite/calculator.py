@@ -21,7 +21,6 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
 from allscaip_lite.checkpoint import load_model
-from allscaip_lite.compiled import load_kernels
 from allscaip_lite.model import AllScAIP
 
 
@@ -57,13 +56,11 @@ class AllScAIPCalculator(Calculator):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model)
         self.model = _frozen(model).to(device=device, dtype=dtype).eval()
-        if compile:
-            if self.model.device.type != "cpu":
-                raise ValueError(
-                    f"compile=True is for CPUs, and the model is on {self.model.device}: leave it "
-                    'out, or give device="cpu"'
-                )
-            load_kernels(self.model.dtype)  # now, not at the first step
+        if compile and self.model.device.type != "cpu":
+            raise ValueError(
+                f"compile=True is for CPUs, and the model is on {self.model.device}: leave it "
+                'out, or give device="cpu"'
+            )
         self.model.compiled = compile
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from allscaip_lite.batches import in_order
 from allscaip_lite.checkpoint import load_model, read_card, save_model
-from allscaip_lite.compiled import load_kernels
 from allscaip_lite.data import Dataset
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
@@ -399,9 +398,7 @@ def run(args: argparse.Namespace) -> None:
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, device=device).requires_grad_(False)
-    if args.compile and device == "cpu":
-        load_kernels(model.dtype)
-        model.compiled = True
+    model.compiled = args.compile
     if args.unlabelled:
         if not args.predictions:
             raise EvaluationError("--unlabelled: say where to, with --predictions FILE.npz")

@@ -280,15 +280,18 @@ class AllScAIP(nn.Module):
 
     @property
     def compiled(self) -> bool:
-        """Whether the kernels of `compiled` may serve, on a CPU."""
+        """Whether the kernels of `compiled` serve; set, they are compiled now, on a CPU only."""
         return self._compiled
 
     @compiled.setter
-    def compiled(self, compiled: bool) -> None:
-        self._compiled = compiled
+    def compiled(self, wanted: bool) -> None:
+        wanted = wanted and self.device.type == "cpu"
+        if wanted:
+            compiled.load_kernels(self.dtype)  # now, not at the first step
+        self._compiled = wanted
         for module in self.modules():
             if isinstance(module, Activation | RMSNorm):
-                module.compiled = compiled
+                module.compiled = wanted
 
     @property
     def dtype(self) -> torch.dtype:

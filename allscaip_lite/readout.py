@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from allscaip_lite.checkpoint import load_model, read_card, save_model
-from allscaip_lite.compiled import load_kernels
 from allscaip_lite.data import Dataset, Subset, evenly_spaced
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
@@ -108,15 +107,17 @@ def measure(
     derivative by u of the gradient of u·Φ along v.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    if compile and model.energy_scale.device.type == "cpu":
-        load_kernels(model.dtype)
-        model.compiled = True
+    model.compiled = compile
     layer, inputs = model.energy_head.contract, []
     layer.register_forward_hook(lambda _layer, given, _result: inputs.append(given[0]))
     weights = layer.weight[0].double()  # as they are: what they say of a row is row · weights
     energy_scale, force_scale = float(model.energy_scale), float(model.force_scale)
     generator = torch.Generator().manual_seed(seed)
     found: tuple[list, list, list] = ([], [], [])
+
+    def keep(kind: int, row: Tensor, bias: float, missing: float) -> None:
+        found[kind].append(([*row.tolist(), bias], missing))
+
     for index in tqdm(range(len(data)), unit="structures", disable=not progress):
         atoms = data[index]
         count, results = len(atoms), atoms.calc.results
@@ -135,9 +136,6 @@ def measure(
 
         def derivative(value: Tensor, change: Tensor = change) -> Tensor:
             return torch.autograd.grad(value, change, retain_graph=True)[0].double()
-
-        def keep(kind: int, row: Tensor, bias: float, missing: float) -> None:
-            found[kind].append(([*row.tolist(), bias], missing))
 
         energy = float(model._in_electronvolts(atomic.detach(), structures))
         row = total.detach().double() * energy_scale / count
