@@ -97,5 +97,5 @@ def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
         image=image.cpu(),
         envelope=graph.log_weight.exp().cpu(),
         atomic_numbers=structures.atomic_numbers.cpu(),
-        energy=float(model._in_electronvolts(atomic, structures)),
+        energy=float(model.in_electronvolts(atomic, structures)),
     )

@@ -7,7 +7,7 @@ an endless, seeded shuffle to train on, or the whole data set once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from allscaip_lite.data import DataError, Dataset
+from allscaip_lite.fixed import Fixed, FixedSizeError, Size, padded
+from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures, structures_from_atoms
 
 
@@ -24,17 +26,23 @@ from allscaip_lite.structures import Structures, structures_from_atoms
 class Batch:
     """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å.
 
-    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label.
+    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label. fixed: the same
+    structures brought to a size, if they were asked for and fit.
     """
 
     structures: Structures
     energy: Tensor
     forces: Tensor
     stress: Tensor
+    fixed: Fixed | None = None
 
     def to(self, device: torch.device) -> Batch:
         labels = (self.energy, self.forces, self.stress)
-        return Batch(self.structures.to(device), *(label.to(device) for label in labels))
+        return Batch(
+            self.structures.to(device),
+            *(label.to(device) for label in labels),
+            None if self.fixed is None else self.fixed.to(device),
+        )
 
 
 def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
@@ -71,7 +79,8 @@ class Batches(torch.utils.data.Dataset):
     """Batch i of an endless, seeded shuffle, each filled up to `max_atoms` atoms.
 
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
-    the one it would have seen next. Ranks of a distributed run take turns.
+    the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
+    come as `Fixed` too, with the pairs of atoms within `reach` Å, where they fit.
     """
 
     def __init__(
@@ -84,8 +93,11 @@ class Batches(torch.utils.data.Dataset):
         rank: int = 0,
         world_size: int = 1,
         rotate: bool = True,
+        size: Size | None = None,
+        reach: float = 0.0,
     ) -> None:
         self.data, self.max_atoms, self.seed, self.rotate = data, max_atoms, seed, rotate
+        self.size, self.reach = size, reach
         self.first, self.count, self.rank, self.world_size = first, count, rank, world_size
         largest = int(data.natoms.max())
         if largest > max_atoms:
@@ -112,7 +124,14 @@ class Batches(torch.utils.data.Dataset):
             self._epochs[epoch] = self._fill(epoch)
         members = self._epochs[epoch][number - self._starts[epoch]]
         rotation_seed = hash((self.seed, number)) % 2**63 if self.rotate else None
-        return collate([self.data[int(i)] for i in members], rotation_seed)
+        batch = collate([self.data[int(i)] for i in members], rotation_seed)
+        if self.size is None:
+            return batch
+        pairs = candidate_pairs(batch.structures, self.reach)
+        try:
+            return replace(batch, fixed=padded(batch.structures, pairs, self.size))
+        except FixedSizeError:
+            return batch
 
     def _fill(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))

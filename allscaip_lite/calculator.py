@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import (
@@ -22,6 +23,7 @@ from torch import nn
 
 from allscaip_lite.checkpoint import load_model
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.recorded import RecordedModel
 
 
 class AllScAIPCalculator(Calculator):
@@ -33,12 +35,14 @@ class AllScAIPCalculator(Calculator):
     for another place). Results are kept until positions, cell, elements, charge or multiplicity
     change; after a change of the weights, call `reset()`.
 
-    `compile=True` makes it faster on a CPU, by kernels in C that take a second or two to compile,
-    once on a machine (see `compiled`); it needs gcc or clang.
+    `compile=True` makes it faster. On a CPU by kernels in C that take a second or two to compile,
+    once on a machine (see `compiled`); it needs gcc or clang. On a CUDA GPU by recording a step and
+    repeating it (see `recorded`), which takes some seconds for each new composition.
 
-    Raises `CompileError` where the kernels cannot be compiled, `StructureError` for structures the
-    model cannot answer for, and ASE's `PropertyNotImplementedError` for a stress that does not
-    exist: of a structure without periodic directions, or of a model with a head for direct forces.
+    Raises `CompileError` where the kernels cannot be compiled, `FixedSizeError` where a step cannot
+    be recorded, `StructureError` for structures the model cannot answer for, and ASE's
+    `PropertyNotImplementedError` for a stress that does not exist: of a structure without periodic
+    directions, or of a model with a head for direct forces.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
@@ -56,20 +60,27 @@ class AllScAIPCalculator(Calculator):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model)
         self.model = _frozen(model).to(device=device, dtype=dtype).eval()
+        self.model.compiled = compile  # which a GPU leaves undone
+        self.recorded = None
         if compile and self.model.device.type != "cpu":
-            raise ValueError(
-                f"compile=True is for CPUs, and the model is on {self.model.device}: leave it "
-                'out, or give device="cpu"'
-            )
-        self.model.compiled = compile
+            self.recorded = RecordedModel(self.model)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last call; charge and multiplicity in `atoms.info` count too."""
-        changes = super().check_state(atoms, tol)
-        if self.atoms is not None:
-            for key in ("charge", "spin"):
-                if atoms.info.get(key) != self.atoms.info.get(key):
-                    changes.append(key)
+        """What changed since the last call, of all that the model reads: ASE's own way takes longer
+        and leaves out charge and multiplicity in `atoms.info`."""
+        last = self.atoms
+        if last is None:
+            return [*all_changes, "charge", "spin"]
+        changes = [key for key in ("charge", "spin") if atoms.info.get(key) != last.info.get(key)]
+        for name, old, new in (
+            ("positions", last.positions, atoms.positions),
+            ("numbers", last.numbers, atoms.numbers),
+            ("cell", last.cell.array, atoms.cell.array),
+            ("pbc", last.pbc, atoms.pbc),
+        ):
+            same = old.shape == new.shape
+            if not same or not (np.abs(np.subtract(old, new, dtype=float)) <= tol).all():
+                changes.append(name)  # also where there is no number
         return changes
 
     def calculate(
@@ -90,7 +101,7 @@ class AllScAIPCalculator(Calculator):
                     "no stress: the structure is not periodic, or its cell has no volume; "
                     "set atoms.cell and atoms.pbc"
                 )
-        (result,) = self.model.predict(self.atoms)
+        (result,) = self.model.predict(self.atoms, self.recorded)
         self.results = {
             "energy": result.energy,
             "free_energy": result.energy,

@@ -48,13 +48,15 @@ def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:
     for _ in range(degree):
         heights.append(heights[-1] * y)  # y^k
         circle.append(circle[-1] * torch.complex(z, x))  # sinθ^m (cos mφ + i sin mφ)
-    polar, around = (torch.as_tensor(table).to(directions) for table in _harmonic_tables(degree))
+    polar, around = _harmonic_tables(degree, directions.dtype, directions.device)
     parts = torch.view_as_real(torch.stack(circle, dim=1)).flatten(1)  # (E, 2(degree+1))
     return (torch.stack(heights, dim=1) @ polar) * (parts @ around)
 
 
 @functools.cache
-def _harmonic_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
+def _harmonic_tables(
+    degree: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """What each Y_lm takes of y^k, (degree+1, (degree+1)²): the |m|-th derivative of P_l,
     normalised; and of the circle's parts, (2(degree+1), (degree+1)²): one of them."""
     count = (degree + 1) ** 2
@@ -67,7 +69,7 @@ def _harmonic_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
             slope = legendre.deriv(a).coef
             polar[: len(slope), column] = norm * slope * (math.sqrt(2) if m else 1)
             around[2 * a + (m < 0), column] = 1
-    return polar, around
+    return tuple(torch.as_tensor(table, dtype=dtype, device=device) for table in (polar, around))
 
 
 def legendre_polynomials(cosine: Tensor, degree: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What is done to each number of a state on its own, or to each state: activations and the norm.
+"""What is done to each state on its own: activations, the norm, the feed-forward network.
 
 In and out: states of any number of rows. `compiled` on a module says whether its form in C may
 serve, on a CPU; `AllScAIP.compiled` sets it on all.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from allscaip_lite import compiled, fused
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.fused import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": fused.gelu,
@@ -57,3 +58,21 @@ def make_norm(config: AllScAIPConfig, size: int) -> nn.Module:
     if config.normalization == "rms":
         return RMSNorm(size)
     return nn.LayerNorm(size) if config.normalization == "layer" else nn.Identity()
+
+
+class FeedForward(nn.Module):
+    """norm ▸ Lin(H→2H) ▸ act ▸ Lin(2H→out); dropout after both in the blocks."""
+
+    def __init__(self, config: AllScAIPConfig, out: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.activation = Activation(config)
+        self.dropout = dropout
+        self.norm = make_norm(config, size)
+        self.expand = Linear(size, config.ffn_ratio * size)
+        self.contract = Linear(config.ffn_ratio * size, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.expand(self.norm(x)))  # (R, 2H)
+        x = self.contract(F.dropout(x, self.dropout, self.training))  # (R, out)
+        return F.dropout(x, self.dropout, self.training)

@@ -298,7 +298,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="default: a CUDA GPU where there is one")
     parser.add_argument("--max-atoms", type=int, default=400, help="atoms of a batch")
-    parser.add_argument("--compile", action="store_true", help="kernels in C, on a CPU")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

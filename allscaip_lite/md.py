@@ -594,7 +594,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_const",
         const=True,
-        help="faster on a CPU, by kernels in C that are compiled first (needs gcc or clang)",
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
     )
 
 
@@ -651,8 +651,7 @@ def run(args: argparse.Namespace) -> int:
         from allscaip_lite.calculator import AllScAIPCalculator
 
         compiled = bool(others.get("compile", False))
-        device = others.get("device", "cpu" if compiled else None)
-        calculator = AllScAIPCalculator(model, device, compile=compiled)
+        calculator = AllScAIPCalculator(model, others.get("device"), compile=compiled)
     folder = Path(others.get("out", "runs/md"))
     final = run_md(atoms, calculator, settings, folder, label=model)
     print(

@@ -9,7 +9,8 @@ States are one flat list (M, H): the N atoms, then the 2P edges (see `graph`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from allscaip_lite.attention import SelfAttention
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.fused import Linear
 from allscaip_lite.graph import Graph, build_graph
-from allscaip_lite.layers import Activation, RMSNorm, make_norm
+from allscaip_lite.layers import Activation, FeedForward, RMSNorm, make_norm
 from allscaip_lite.neighbors import system_distances
 from allscaip_lite.slots import AttentionRecord, Layout, SystemTable, by_count
 from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, structures_from_atoms
@@ -111,8 +112,8 @@ class Input(nn.Module):
         distances = torch.cat([graph.distances.new_zeros(1), graph.distances])  # self-edge first
         radial = fused.linear(self.basis(distances), basis_weight, self.edge_attributes.bias)
         harmonics = encodings.spherical_harmonics(graph.directions, degree)  # (P, 36)
-        degrees = torch.arange(degree + 1, device=harmonics.device)
-        parity = (1 - 2 * (degrees % 2)).repeat_interleave(2 * degrees + 1)  # Y(-r) = (-1)^l Y(r)
+        number = torch.arange((degree + 1) ** 2, device=harmonics.device)  # l² + l + m
+        parity = 1 - 2 * (number.sqrt().long() % 2)  # Y(-r) = (-1)^l Y(r)
         harmonics = torch.cat([harmonics, harmonics * parity])  # (2P, 36)
         edges = radial[1:].repeat(2, 1) + fused.linear(harmonics, direction_weight, None)  # (2P, H)
         alone = radial[:1] + direction_weight[:, 0]  # only Y_00 = 1 survives without a direction
@@ -127,24 +128,6 @@ class Input(nn.Module):
         return encodings.radial_basis(
             distances, config.distance_basis, config.cutoff, config.num_distance_basis
         )
-
-
-class FeedForward(nn.Module):
-    """norm ▸ Lin(H→2H) ▸ act ▸ Lin(2H→out); dropout after both in the blocks."""
-
-    def __init__(self, config: AllScAIPConfig, out: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.activation = Activation(config)
-        self.dropout = dropout
-        self.norm = make_norm(config, size)
-        self.expand = Linear(size, config.ffn_ratio * size)
-        self.contract = Linear(config.ffn_ratio * size, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.expand(self.norm(x)))  # (R, 2H)
-        x = self.contract(F.dropout(x, self.dropout, self.training))  # (R, out)
-        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -315,7 +298,7 @@ class AllScAIP(nn.Module):
         structures = structures.to(self.device, self.dtype)
         if not self.config.conservative:
             nodes = self.features(structures, fused=True)
-            energy = self._in_electronvolts(self.energy_head(nodes).squeeze(1), structures)
+            energy = self.in_electronvolts(self.energy_head(nodes).squeeze(1), structures)
             forces = self.force_head(nodes) * self.force_scale.to(self.dtype)
             return Prediction(energy, forces, None)
         with torch.enable_grad():
@@ -330,12 +313,12 @@ class AllScAIP(nn.Module):
             gradients = torch.autograd.grad(
                 atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
             )
-            energy = self._in_electronvolts(atomic, structures)
+            energy = self.in_electronvolts(atomic, structures)
         forces = -gradients[0] * self.force_scale.to(self.dtype)
         stress = None
         if with_stress:
-            volume = torch.linalg.det(structures.cell).abs()  # (B,), of a molecule as if infinite:
-            volume = volume.masked_fill(~structures.pbc.any(1), torch.inf)  # 0/0 spoils gradients
+            volume = structures.volume  # (B,), of a molecule as if infinite: 0/0 spoils gradients
+            volume = volume.masked_fill(~structures.pbc.any(1), torch.inf)
             stress = gradients[1] * self.energy_scale.to(self.dtype) / volume[:, None, None]
         return Prediction(energy if create_graph else energy.detach(), forces, stress)
 
@@ -361,13 +344,19 @@ class AllScAIP(nn.Module):
             fused=fused,
             rows=rows,
         )
-        states = self.input(structures, graph, self.bond_order(geometry))  # (M, H)
+        nodes = self.states(structures, geometry, record)
+        return nodes if atoms is None else torch.empty_like(nodes).index_copy(0, atoms, nodes)
+
+    def states(
+        self, structures: Structures, geometry: Geometry, record: AttentionRecord | None = None
+    ) -> Tensor:
+        """(N, H): the same from a geometry that is made, in the order of its atoms."""
+        states = self.input(structures, geometry.graph, self.bond_order(geometry))  # (M, H)
         for index, block in enumerate(self.blocks):
             states = block(states, geometry, index, record)
         if record is not None:
             record.geometry = geometry
-        nodes = states[: graph.num_atoms]
-        return nodes if atoms is None else torch.empty_like(nodes).index_copy(0, atoms, nodes)
+        return states[: geometry.graph.num_atoms]
 
     def bond_order(self, geometry: Geometry) -> Tensor:
         """(N, 10): the bond-orientational order of all atoms."""
@@ -382,13 +371,19 @@ class AllScAIP(nn.Module):
             sums = encodings.pair_sums(encodings.slot_legendre(graph, degree), weights)
         return encodings.bond_orientational_order(sums, weights)
 
-    def biases(self, structures: Structures, systems: SystemTable) -> Sequence[Any]:
-        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
+    def biases(
+        self, structures: Structures, systems: SystemTable, distances: Tensor | None = None
+    ) -> Sequence[Any]:
+        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys.
+
+        distances (B, n, n) Å between nearest images, if they are known already.
+        """
         config, empty = self.config, systems.mask(self.dtype)
         if not config.rotary:
             return [empty] * config.num_layers
-        positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
-        distances = system_distances(structures, positions)  # (B, n, n)
+        if distances is None:
+            positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
+            distances = system_distances(structures, positions)
         weight = torch.cat([block.rotary_weight for block in self.blocks])  # (L·h, F)
         frequencies = encodings.rotary_frequencies(weight.shape[1], distances)
         # all blocks at once, (L·h, B, n, n)
@@ -396,14 +391,17 @@ class AllScAIP(nn.Module):
         bias = bias.unflatten(0, (config.num_layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
         return (bias if empty is None else bias + empty).unbind(0)
 
-    def _in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
+    def in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
+        """(N,), what the energy head says of each atom → (B,) eV, in float64."""
         per_atom = atomic.double() * self.energy_scale
         per_atom = per_atom + self.element_references[structures.atomic_numbers]
         energy = per_atom.new_zeros(len(structures)).index_add(0, structures.system, per_atom)
         return energy + self.energy_mean + self.charge_reference * structures.charge
 
-    def predict(self, atoms: Atoms | Sequence[Atoms]) -> list[Result]:
-        """Energies, forces and stresses of structures, in one batch.
+    def predict(
+        self, atoms: Atoms | Sequence[Atoms], forward: Callable[..., Prediction] | None = None
+    ) -> list[Result]:
+        """Energies, forces and stresses of structures, in one batch; `forward` may be recorded.
 
         Charge and multiplicity come from `atoms.info["charge"]` and `["spin"]`. Raises
         `StructureError` for what the model cannot answer for.
@@ -411,8 +409,9 @@ class AllScAIP(nn.Module):
         batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         limit = self.config.max_num_elements
         structures = structures_from_atoms(batch, torch.float64, max_num_elements=limit)
-        with torch.no_grad(), fused.frozen(self):  # gradients are switched on for forces alone
-            energy, forces, stress = self(structures, create_graph=False)
+        # gradients are switched on for forces alone
+        with torch.no_grad(), nullcontext() if forward else fused.frozen(self):
+            energy, forces, stress = (forward or self)(structures, create_graph=False)
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
         full = [bool(system.pbc.any()) and system.cell.rank == 3 for system in batch]

@@ -1,51 +1,77 @@
-"""The optimiser Muon, fast on every CPU: PyTorch's, with its products in single precision there.
+"""The optimiser Muon, all matrices of one shape at a time, and fast on every CPU.
 
 In: matrices with gradients. Out: steps whose singular values are all about one (K. Jordan et al.,
-2024). PyTorch finds them in bfloat16, for GPUs. Of CPUs only the newest have instructions for it;
-on the others the optimiser takes longer than the model's forward and backward passes together.
+2024). PyTorch's takes one matrix after the other, which leaves a GPU waiting for its next order
+most of the time, and finds singular values in bfloat16, for which only the newest of CPUs have
+instructions: on the others it takes longer than the model's forward and backward passes together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import _muon
+from torch import Tensor, nn
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, which it is on a GPU; on a CPU faster, and exact to more digits."""
+    """`torch.optim.Muon`: the same settings, state and steps, up to the rounding of bfloat16."""
 
-    def step(self, closure: Callable[[], Tensor] | None = None):  # type: ignore
-        # there is no hook for it, hence the private name
-        _muon._zeropower_via_newtonschulz = _on_its_device
-        try:
-            return super().step(closure)
-        finally:
-            _muon._zeropower_via_newtonschulz = _stock
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step of all matrices that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    alike.setdefault((weight.shape, weight.device), []).append(weight)
+            for weights in alike.values():
+                self._step(weights, group)
+        return loss
+
+    def _step(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        means = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        if group["nesterov"]:
+            updates = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
+        else:
+            updates = torch.stack(means)
+        if updates.device.type != "cpu":
+            updates = updates.bfloat16()
+        settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = orthogonalized(updates, *settings).to(weights[0].dtype)
+        rate, (rows, columns) = group["lr"], weights[0].shape
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            rate *= 0.2 * math.sqrt(max(rows, columns))
+        else:
+            rate *= math.sqrt(max(1, rows / columns))
+        torch._foreach_add_(weights, list(updates.unbind()), alpha=-rate)
 
 
 def orthogonalized(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """U V^T of `matrix` (m, n) = U S V^T, about: singular values end between 0.7 and 1.2.
+    """U V^T of `matrix` (..., m, n) = U S V^T, about: singular values end between 0.7 and 1.2.
 
     Each of the steps of Newton and Schulz, X <- a X + b (X X^T) X + c (X X^T)² X, does it to every
     singular value alone, x <- a x + b x³ + c x⁵; from below 1 they come near it and stay there.
     """
     a, b, c = coefficients
-    tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=eps)
+    tall = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if tall else matrix
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
-
-
-_stock = _muon._zeropower_via_newtonschulz
-
-
-def _on_its_device(matrix: Tensor, *settings) -> Tensor:  # type: ignore[no-untyped-def]
-    return (orthogonalized if matrix.device.type == "cpu" else _stock)(matrix, *settings)
+    return x.mT if tall else x

@@ -29,14 +29,16 @@ def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tenso
     """
     found = []
     offset = 0
+    device = structures.positions.device
+    structures = structures.to("cpu")  # a GPU would wait for the next order most of the time
     periodic = structures.pbc.any(1).tolist()
     for index, natoms in enumerate(structures.natoms.tolist()):
-        positions = structures.positions[offset : offset + natoms].detach()
+        positions = structures.positions[offset : offset + natoms]
         if periodic[index] or natoms > DENSE_SEARCH_ATOMS:
-            cell, pbc = structures.cell[index].detach(), structures.pbc[index]
+            cell, pbc = structures.cell[index], structures.pbc[index]
             first, second, shift = _search_cells(positions, cell, pbc, reach)
         else:
-            first, second = torch.triu_indices(natoms, natoms, 1, device=positions.device)
+            first, second = torch.triu_indices(natoms, natoms, 1)
             squared = (positions[second] - positions[first]).square().sum(1)
             near = squared < reach * reach
             first, second, squared = first[near], second[near], squared[near]
@@ -45,7 +47,7 @@ def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tenso
             shift = first.new_zeros(len(first), 3)
         found.append((first + offset, second + offset, shift))
         offset += natoms
-    first, second, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
+    first, second, shift = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
     return first, second, shift
 
 
@@ -54,16 +56,15 @@ def _search_cells(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs within `reach` by vesin's cell list: O(N), any cell, images beyond the first too."""
     first, second, shift, distance = vesin.NeighborList(cutoff=reach, full_list=False).compute(
-        points=positions.double().cpu().numpy(),
-        box=cell.double().cpu().numpy(),
-        periodic=pbc.cpu().numpy(),
+        points=positions.double().numpy(),
+        box=cell.double().numpy(),
+        periodic=pbc.numpy(),
         quantities="ijSd",
     )
     if len(distance) and distance.min() < COINCIDENT:
         _raise_coincident(first, second, int(distance.argmin()))
     first, second, shift = (
-        torch.as_tensor(np.asarray(part).astype(np.int64), device=positions.device)
-        for part in (first, second, shift)
+        torch.as_tensor(np.asarray(part).astype(np.int64)) for part in (first, second, shift)
     )
     return first, second, shift
 

@@ -781,7 +781,7 @@ def _make_calculator(model: str, compiled: bool) -> Calculator:
         return SPCFw()
     from allscaip_lite.calculator import AllScAIPCalculator
 
-    return AllScAIPCalculator(model, "cpu" if compiled else None, compile=compiled)
+    return AllScAIPCalculator(model, compile=compiled)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -854,7 +854,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--stages", nargs="+", choices=PROLONGED, default=PROLONGED, help="default: all"
     )
-    run.add_argument("--compile", action="store_true", help="faster on a CPU (needs gcc or clang)")
+    run.add_argument(
+        "--compile",
+        action="store_true",
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
+    )
     run.add_argument(
         "--collect", action="store_true", help="only write what the folder holds by now"
     )

@@ -137,7 +137,7 @@ def measure(
         def derivative(value: Tensor, change: Tensor = change) -> Tensor:
             return torch.autograd.grad(value, change, retain_graph=True)[0].double()
 
-        energy = float(model._in_electronvolts(atomic.detach(), structures))
+        energy = float(model.in_electronvolts(atomic.detach(), structures))
         row = total.detach().double() * energy_scale / count
         keep(0, row, energy_scale, (results["energy"] - energy) / count)
         way = torch.randn(positions.shape, generator=generator).to(positions)

@@ -246,7 +246,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--duration", type=float, default=trial.duration, help="fs")
     parser.add_argument("--timestep", type=float, default=trial.timestep, help="fs")
     parser.add_argument("--temperature", type=float, default=trial.temperature, help="K")
-    parser.add_argument("--compile", action="store_true", help="kernels in C, on a CPU")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
 
 

@@ -48,9 +48,15 @@ class Structures:
     @property
     def system(self) -> Tensor:
         """(N,) which system each atom belongs to."""
-        return torch.repeat_interleave(
-            torch.arange(len(self), device=self.natoms.device), self.natoms
-        )
+        systems = torch.arange(len(self), device=self.natoms.device)
+        # the size is said, or a GPU would have to be asked for it
+        return systems.repeat_interleave(self.natoms, output_size=len(self.atomic_numbers))
+
+    @property
+    def volume(self) -> Tensor:
+        """(B,) Å³; 0 where there is no cell."""
+        first, second, third = self.cell.unbind(1)
+        return (torch.linalg.cross(first, second) * third).sum(1).abs()
 
     def replace(self, **changes: Tensor) -> Structures:
         return replace(self, **changes)
@@ -93,7 +99,7 @@ def structures_from_atoms(
     for index, system in enumerate(batch):
         if not isinstance(system, Atoms):
             raise TypeError(f"structure {index} is a {type(system).__name__}, not an ase.Atoms")
-        where = f"structure {index} ({system.get_chemical_formula()})"
+        where = _Place(index, system)
         _check_geometry(system, where, max_num_elements)
         charge, spin = charge_and_spin(system, where)
         charges.append(charge)
@@ -112,7 +118,18 @@ def structures_from_atoms(
     ).to(device)
 
 
-def charge_and_spin(atoms: Atoms, where: str = "the structure") -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Place:
+    """What messages call a structure; put into words only where there is one, thousands are not."""
+
+    index: int
+    system: Atoms
+
+    def __str__(self) -> str:
+        return f"structure {self.index} ({self.system.get_chemical_formula()})"
+
+
+def charge_and_spin(atoms: Atoms, where: object = "the structure") -> tuple[int, int]:
     """Total charge in e and spin multiplicity 2S + 1 of a structure.
 
     From `atoms.info["charge"]` and `atoms.info["spin"]`. Where they are absent the structure is
@@ -145,7 +162,7 @@ def charge_and_spin(atoms: Atoms, where: str = "the structure") -> tuple[int, in
     return charge, spin
 
 
-def _whole_number(value: object, name: str, where: str) -> int:
+def _whole_number(value: object, name: str, where: object) -> int:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -155,7 +172,7 @@ def _whole_number(value: object, name: str, where: str) -> int:
     return int(number)
 
 
-def _check_geometry(atoms: Atoms, where: str, max_num_elements: int) -> None:
+def _check_geometry(atoms: Atoms, where: object, max_num_elements: int) -> None:
     if len(atoms) == 0:
         raise StructureError(f"{where} has no atoms")
     outside = sorted({int(z) for z in atoms.numbers if not 0 < z < max_num_elements})

@@ -19,6 +19,7 @@ from pathlib import Path
 import lightning_fabric
 import numpy as np
 import torch
+import torch.nn.functional as F
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,8 +30,11 @@ from allscaip_lite.compiled import load_kernels
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data import Dataset, Subset, differing, evenly_spaced, fingerprint
 from allscaip_lite.evaluation import evaluate
+from allscaip_lite.fixed import Fixed, Size, fixed_prediction
+from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.model import AllScAIP, Prediction
 from allscaip_lite.muon import Muon
+from allscaip_lite.recorded import Recording
 
 
 class TrainingError(ValueError):
@@ -141,23 +145,37 @@ def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subs
     return Subset(data, np.sort(order[held:])), Subset(data, np.sort(order[:held]))
 
 
-def loss(prediction: Prediction, batch: Batch, model: AllScAIP, stage: Stage) -> Tensor:
+def loss(
+    prediction: Prediction,
+    batch: Batch,
+    model: AllScAIP,
+    stage: Stage,
+    real: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖ + stress_weight · mean ‖Δσ‖V/N.
 
-    Errors in units of the rmsd; stresses of the structures that have one.
+    Errors in units of the rmsd; stresses of the structures that have one. real: which systems (B,)
+    and atoms (N,) count, if some are padding.
     """
-    natoms = batch.structures.natoms
+    systems, atoms = (None, None) if real is None else real
+    natoms = batch.structures.natoms.clamp(min=1)
     per_atom = (prediction.energy - batch.energy).abs() / natoms
-    energy = (per_atom / model.energy_scale).mean()
-    force = torch.linalg.vector_norm(prediction.forces - batch.forces, dim=1).mean()
+    energy = _mean(per_atom / model.energy_scale, systems)
+    force = _mean(torch.linalg.vector_norm(prediction.forces - batch.forces, dim=1), atoms)
     value = stage.energy_weight * energy + stage.force_weight * force / model.force_scale
-    known = batch.stress.isfinite().all(2).all(1)  # (B,)
-    if stage.stress_weight and prediction.stress is not None and bool(known.any()):
-        volume = torch.linalg.det(batch.structures.cell[known]).abs()
-        error = torch.linalg.matrix_norm(prediction.stress[known] - batch.stress[known])
-        stress = (error * volume / natoms[known] / model.energy_scale).mean()
-        value = value + stage.stress_weight * stress
+    if stage.stress_weight and prediction.stress is not None:
+        known = batch.stress.isfinite().all(2).all(1)  # (B,)
+        error = torch.where(known[:, None, None], prediction.stress - batch.stress, 0.0)
+        scaled = torch.linalg.matrix_norm(error) * batch.structures.volume / natoms
+        value = value + stage.stress_weight * _mean(scaled / model.energy_scale, known)
     return value
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Of those that are real; 0 of none."""
+    if real is None:
+        return values.mean()
+    return torch.where(real, values, 0.0).sum() / real.sum().clamp(min=1)
 
 
 def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -208,6 +226,73 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
     return update
 
 
+def batch_size(data: Dataset, max_atoms: int, config: AllScAIPConfig) -> Size:
+    """The size of nearly all batches of up to `max_atoms` atoms; the others do not fit."""
+    natoms, longest = data.natoms, int(data.natoms.max())
+    usual = max_atoms / float(natoms.mean())
+    return Size(
+        atoms=max_atoms,
+        systems=math.ceil(usual + 4 * math.sqrt(usual) + 2),
+        longest=longest,
+        pairs=max_atoms * (longest - 1) // 2,
+        slots=-(-(config.k + 3) // SLOT_STEP) * SLOT_STEP,
+    )
+
+
+def can_record(model: AllScAIP, data: Dataset, fabric: lightning_fabric.Fabric) -> bool:
+    """Whether steps can be recorded: on one CUDA GPU, of molecules, without dropout."""
+    config = model.config
+    plain = config.soft_rank and config.truncated_rank and config.max_neighbors is None
+    still = max(config.ffn_dropout, config.attention_dropout) == 0
+    alone = fabric.device.type == "cuda" and fabric.world_size == 1
+    return alone and plain and still and not data[0].pbc.any()
+
+
+class RecordedLoss:
+    """The loss of batches of one size, with its gradients by the weights: one recording."""
+
+    def __init__(self, model: AllScAIP, stage: Stage, size: Size) -> None:
+        self.model, self.stage, self.size = model, stage, size
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.recording: Recording | None = None
+        self.pattern: Fixed | None = None
+
+    def __call__(self, batch: Batch) -> float | None:
+        """The loss; its gradients are the weights' afterwards. None of a batch that does not fit."""
+        if batch.fixed is None:
+            return None
+        fixed = batch.fixed.to(self.model.device, self.model.dtype)
+        systems, atoms = self.size.systems, self.size.atoms
+        tensors = [
+            F.pad(batch.energy, (0, systems - len(batch.energy))),
+            F.pad(batch.forces, (0, 0, 0, atoms - len(batch.forces))),
+            *fixed.tensors(),
+        ]
+        if self.recording is None:
+            self.pattern = fixed
+            self.recording = Recording(self._loss, tensors)
+            self.gradients = [weight.grad for weight in self.weights]
+        self.recording.set(tensors)
+        value, lost = self.recording().tolist()
+        if self.recording.graph is not None:
+            for weight, gradient in zip(self.weights, self.gradients, strict=True):
+                weight.grad = gradient  # where the recording writes, whatever happened since
+        return None if lost else value
+
+    def _loss(self, energy: Tensor, forces: Tensor, *tensors: Tensor) -> Tensor:
+        """What is recorded: (2,), the loss and how many edges found no slot."""
+        for weight in self.weights:
+            weight.grad = None
+        assert self.pattern is not None
+        fixed = self.pattern.like(list(tensors))
+        prediction, lost = fixed_prediction(self.model, fixed, self.size, create_graph=True)
+        batch = Batch(fixed.structures, energy, forces, energy.new_zeros(0))
+        real = (fixed.real_systems, fixed.real_atoms)
+        value = loss(prediction, batch, self.model, self.stage, real)
+        value.backward()
+        return torch.stack([value.detach(), lost.to(value.dtype)])
+
+
 def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
     """The model as a stage trains it: same backbone, direct or conservative heads."""
     conservative = stage.name == "conservative"
@@ -244,10 +329,11 @@ def train(
     a curve for example.
 
     `compile=True` trains faster on a CPU, by kernels in C (see `compiled`), to the same numbers but
-    for rounding; it raises `CompileError` without a C compiler, and does nothing on a GPU or where
-    attention has dropout.
+    for rounding; it raises `CompileError` without a C compiler, and does nothing where attention
+    has dropout. On one CUDA GPU it records a step on molecules and repeats it (see `recorded`).
     """
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
+    record = compile
     compile = compile and fabric.device.type == "cpu"
     if compile:
         load_kernels(model.dtype)  # now, not at the first step
@@ -314,6 +400,11 @@ def train(
             fabric.global_rank,
             fabric.world_size,
         )
+        recorded = None
+        if record and can_record(model, training_data, fabric):
+            batches.size = batch_size(training_data, max_atoms, model.config)
+            batches.reach = model.config.cutoff + 4 * model.config.rank_width
+            recorded = RecordedLoss(model, stage, batches.size)
         # a generator of its own: starting a loader draws a number, which would move the dropout
         own = torch.Generator()
         loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=own)
@@ -322,11 +413,14 @@ def train(
             batch = batch.to(fabric.device)
             set_rate(optimizers, stage.learning_rate_at(step))
             model.train()
-            value = loss(trained(batch.structures), batch, model, stage)
-            trained.zero_grad()
-            fabric.backward(value)
+            value = recorded(batch) if recorded else None
+            if value is None:
+                trained.zero_grad()
+                of_batch = loss(trained(batch.structures), batch, model, stage)
+                fabric.backward(of_batch)
+                value = of_batch.item()
             norm = nn.utils.clip_grad_norm_(trained.parameters(), stage.clip)
-            losses.append(value.item())
+            losses.append(value)
             done = step + 1
             if not math.isfinite(losses[-1] + float(norm)):
                 raise TrainingError(
@@ -453,7 +547,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="faster on a CPU, by kernels in C (needs gcc or clang)",
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
+    )
+    parser.add_argument(
+        "--tf32",
+        action="store_true",
+        help="on a GPU, products of matrices with 10 bits behind the point, on its tensor cores",
     )
     parser.add_argument("--devices", default="1", help="as Lightning Fabric takes it")
     parser.add_argument("--nodes", type=int, default=1)
@@ -526,6 +625,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         training_data, validation_data = hold_out(training_data, args.seed)
     torch.manual_seed(args.seed)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
     direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
     if args.start:

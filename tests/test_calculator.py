@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,9 +48,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Atoms]:
     """Every call of the model from here on, so that caching can be seen."""
     calls, predict = [], AllScAIP.predict
 
-    def counting(self: AllScAIP, atoms: Atoms) -> list:
+    def counting(self: AllScAIP, atoms: Atoms, *options: Any) -> list:
         calls.append(atoms)
-        return predict(self, atoms)
+        return predict(self, atoms, *options)
 
     monkeypatch.setattr(AllScAIP, "predict", counting)
     return calls

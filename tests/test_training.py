@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite import AllScAIP, AllScAIPConfig, cli, compiled, load_model
-from allscaip_lite.batches import Batches, collate, in_order
+from allscaip_lite import AllScAIP, AllScAIPConfig, cli, compiled, load_model, training
+from allscaip_lite.batches import Batch, Batches, collate, in_order
 from allscaip_lite.config import PRESETS
 from allscaip_lite.data import DataError, Dataset, Subset, write_aselmdb
 from allscaip_lite.evaluation import evaluate
+from allscaip_lite.fixed import Size
 from allscaip_lite.model import Prediction
 from allscaip_lite.training import (
     Stage,
@@ -388,6 +390,40 @@ def test_compiled_training_reaches_the_same_weights(
         model = train(model, stages, some, some, folder, max_atoms=60, compile=compile)
         assert not model.compiled and bool(calls) == compile
         ends.append(dict(model.named_parameters()))
+    for name, weight in ends[0].items():
+        if not name.endswith("key.bias"):  # its gradient is rounding that Adam blows up
+            torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("kind", ["direct", "conservative"])
+def test_recorded_training_reaches_the_same_weights(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Steps of fixed size, which a GPU would record, and one batch that does not fit."""
+    values, ends = [], []
+    for record in (False, True):
+        model = small_model(data, conservative=kind == "conservative").double()
+        stage = conservative_stage(6, 1e-3) if kind == "conservative" else direct_stage(6, 1e-3)
+        some, folder = Subset(data, range(12)), tmp_path / str(record)
+        monkeypatch.setattr(training, "can_record", lambda *_, answer=record: answer)
+        call, batch_size = training.RecordedLoss.__call__, training.batch_size
+
+        def watched(self: training.RecordedLoss, batch: Batch, call=call) -> float | None:
+            values.append(call(self, batch))
+            return values[-1]
+
+        def tight(*arguments: Any, batch_size=batch_size) -> Size:
+            size = batch_size(*arguments)
+            sizes = [len(b.energy) for b in (Batches(some, 40, 0)[i] for i in range(6))]
+            return replace(size, systems=max(sizes) - 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.RecordedLoss, "__call__", watched)
+            patch.setattr(training, "batch_size", tight)
+            model = train(model, [stage], some, some, folder, max_atoms=40, compile=True)
+        ends.append(dict(model.named_parameters()))
+    assert len(values) == 6 and 0 < values.count(None) < 6
     for name, weight in ends[0].items():
         if not name.endswith("key.bias"):  # its gradient is rounding that Adam blows up
             torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-7)
