@@ -258,7 +258,7 @@ class RecordedLoss:
         self.pattern: Fixed | None = None
 
     def __call__(self, batch: Batch) -> float | None:
-        """The loss; its gradients are the weights' afterwards. None of a batch that does not fit."""
+        """The loss, whose gradients are the weights' then; None of a batch that does not fit."""
         if batch.fixed is None:
             return None
         fixed = batch.fixed.to(self.model.device, self.model.dtype)
