@@ -196,6 +196,15 @@ def run_md(
     return moving
 
 
+def is_finished(folder: str | os.PathLike, settings: Settings) -> bool:
+    """Whether the run in `folder` has got to the end of these settings."""
+    file = Path(folder) / "state.npz"
+    if not file.exists():
+        return False
+    with np.load(file) as state:
+        return int(state["step"]) >= settings.steps("duration")
+
+
 def make_integrator(
     atoms: Atoms, settings: Settings, generator: np.random.Generator
 ) -> MolecularDynamics:

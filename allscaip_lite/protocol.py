@@ -38,8 +38,16 @@ from tqdm import tqdm
 
 from allscaip_lite import __version__
 from allscaip_lite.data import differing, evenly_spaced, store_text
-from allscaip_lite.machine import processor_name
-from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
+from allscaip_lite.machine import device_name, processor_name
+from allscaip_lite.md import (
+    Explosion,
+    MDError,
+    Settings,
+    femtoseconds,
+    is_finished,
+    read_log,
+    run_md,
+)
 from allscaip_lite.observables import (
     EXPERIMENT,
     Estimate,
@@ -74,6 +82,7 @@ POINTS = 300  # values kept of a series
 ASKED_EVERY = 0.5  # ps between structures of the teacher's run that a model is asked about
 ASKED = "asked_{}.npz"  # what it said of those of a stage
 PACKAGES = ("torch", "numpy", "ase", "MDAnalysis")
+MACHINES = "machines.json"  # what the stages of a folder ran on
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,11 @@ def run_protocol(
     def stage(what: str, atoms: Atoms, by: Calculator, label: str) -> Atoms | None:
         if progress:
             print(f"{name}: {what}, {getattr(protocol, what) / 1000:g} ps", file=sys.stderr)
+        settings = protocol.settings(what)
+        if not is_finished(folder / what, settings):
+            _note_machine(folder / MACHINES, what, by)
         try:
-            return run_md(atoms, by, protocol.settings(what), folder / what, label, progress)
+            return run_md(atoms, by, settings, folder / what, label, progress)
         except Explosion as error:
             exploded[what] = str(error).split(". Up to there")[0]
             return None
@@ -191,6 +203,16 @@ def _claim(listing: Path, protocol: Protocol, name: str) -> None:
                 "another folder"
             )
     store_text(listing, json.dumps(plan, indent=1))
+
+
+def _note_machine(listing: Path, stage: str, calculator: Calculator) -> None:
+    """Adds what a stage is about to run on to what it has run on."""
+    known = json.loads(listing.read_text()) if listing.exists() else {}
+    model = getattr(calculator, "model", None)
+    name = processor_name() if model is None else device_name(model.device)
+    if name not in known.setdefault(stage, []):
+        known[stage].append(name)
+        store_text(listing, json.dumps(known, indent=1))
 
 
 # --- Reading ---------------------------------------------------------------------------------
@@ -236,6 +258,8 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         ],
         "machine": machine(),
     }
+    if (folder / MACHINES).exists():  # where the stages ran, which need not be here
+        result["machine"]["stages"] = json.loads((folder / MACHINES).read_text())
     runs: dict[str, Run] = {}
     for what in ("gas", "equilibrate", "npt", "nvt", "nve"):
         try:

@@ -226,9 +226,12 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
     return update
 
 
-def batch_size(data: Dataset, max_atoms: int, config: AllScAIPConfig) -> Size:
-    """The size of nearly all batches of up to `max_atoms` atoms; the others do not fit."""
-    natoms, longest = data.natoms, int(data.natoms.max())
+def batch_size(natoms: np.ndarray, max_atoms: int, config: AllScAIPConfig) -> Size:
+    """The size of nearly all batches of up to `max_atoms` atoms; the others do not fit.
+
+    natoms: how many atoms each structure of the data has.
+    """
+    longest = int(natoms.max())
     usual = max_atoms / float(natoms.mean())
     return Size(
         atoms=max_atoms,
@@ -402,7 +405,7 @@ def train(
         )
         recorded = None
         if record and can_record(model, training_data, fabric):
-            batches.size = batch_size(training_data, max_atoms, model.config)
+            batches.size = batch_size(training_data.natoms, max_atoms, model.config)
             batches.reach = model.config.cutoff + 4 * model.config.rank_width
             recorded = RecordedLoss(model, stage, batches.size)
         # a generator of its own: starting a loader draws a number, which would move the dropout

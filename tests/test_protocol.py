@@ -15,6 +15,7 @@ from ase.calculators.calculator import Calculator, all_changes
 pytest.importorskip("MDAnalysis")
 
 from allscaip_lite import protocol as room  # noqa: E402
+from allscaip_lite.machine import processor_name  # noqa: E402
 from allscaip_lite.md import MDError, read_log  # noqa: E402
 from allscaip_lite.observables import (  # noqa: E402
     Estimate,
@@ -429,6 +430,7 @@ def test_the_command_writes_files_that_the_table_reads(tmp_path, capsys):
         found["observables"]["drift_meV_atom_ps"], Estimate
     )
     assert found["machine"]["threads"] >= 1 and "torch" in found["machine"]["versions"]
+    assert found["machine"]["stages"]["nve"] == [processor_name()]
     assert max(map(len, out.read_text().splitlines())) > 200  # a list is one line
     again = tmp_path / "again.json"
     plain[plain.index(str(out))] = str(again)
