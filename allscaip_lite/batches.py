@@ -80,7 +80,7 @@ class Batches(torch.utils.data.Dataset):
 
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
     the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
-    come as `Fixed` too, with the pairs of atoms within `reach` Å, where they fit.
+    of molecules come as `Fixed` too, with the pairs of atoms within `reach` Å, where they fit.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Batches(torch.utils.data.Dataset):
         members = self._epochs[epoch][number - self._starts[epoch]]
         rotation_seed = hash((self.seed, number)) % 2**63 if self.rotate else None
         batch = collate([self.data[int(i)] for i in members], rotation_seed)
-        if self.size is None:
+        if self.size is None or bool(batch.structures.pbc.any()):
             return batch
         pairs = candidate_pairs(batch.structures, self.reach)
         try:

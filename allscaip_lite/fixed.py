@@ -92,9 +92,9 @@ class Fixed:
 def padded(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size) -> Fixed:
     """A batch on a CPU brought to a size; `pairs` from `candidate_pairs`.
 
-    Padding atoms are hydrogen, each without neighbours, in systems of their own. A system that is
-    left over has no atoms. Raises
-    `FixedSizeError` where the batch does not fit or is periodic in some directions only.
+    Padding atoms are hydrogen, each without neighbours, in systems of their own; what is then left
+    of the systems has no atoms. Raises `FixedSizeError` where the batch does not fit or is periodic
+    in some directions only.
     """
     n, batch = len(structures.positions), len(structures)
     first, second, shift = pairs
