@@ -284,15 +284,17 @@ class RecordedLoss:
 
     def _loss(self, energy: Tensor, forces: Tensor, *tensors: Tensor) -> Tensor:
         """What is recorded: (2,), the loss and how many edges found no slot."""
-        for weight in self.weights:
-            weight.grad = None
         assert self.pattern is not None
         fixed = self.pattern.like(list(tensors))
         prediction, lost = fixed_prediction(self.model, fixed, self.size, create_graph=True)
         batch = Batch(fixed.structures, energy, forces, energy.new_zeros(0))
         real = (fixed.real_systems, fixed.real_atoms)
         value = loss(prediction, batch, self.model, self.stage, real)
-        value.backward()
+        # not backward(), for what adds up a weight's gradient may be left from a step that was not
+        # recorded, and belong to another stream
+        gradients = torch.autograd.grad(value, self.weights, allow_unused=True)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
         return torch.stack([value.detach(), lost.to(value.dtype)])
 
 
