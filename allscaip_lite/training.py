@@ -630,7 +630,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         training_data, validation_data = hold_out(training_data, args.seed)
     torch.manual_seed(args.seed)
-    if args.tf32:
+    if args.tf32 and fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
     direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
