@@ -44,6 +44,11 @@ class Batch:
             None if self.fixed is None else self.fixed.to(device),
         )
 
+    def brought_to(self, size: Size, reach: float) -> Batch:
+        """With `fixed`, whose pairs are within `reach` Å; FixedSizeError if it does not fit."""
+        pairs = candidate_pairs(self.structures, reach)
+        return replace(self, fixed=padded(self.structures, pairs, size))
+
 
 def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
     """Labelled structures as one batch; with a seed, each turned by a random rotation."""
@@ -127,9 +132,8 @@ class Batches(torch.utils.data.Dataset):
         batch = collate([self.data[int(i)] for i in members], rotation_seed)
         if self.size is None or bool(batch.structures.pbc.any()):
             return batch
-        pairs = candidate_pairs(batch.structures, self.reach)
         try:
-            return replace(batch, fixed=padded(batch.structures, pairs, self.size))
+            return batch.brought_to(self.size, self.reach)
         except FixedSizeError:
             return batch
 

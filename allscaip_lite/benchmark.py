@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,8 @@ from allscaip_lite.batches import collate
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoint import load_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.fixed import padded
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.official import save_official
 from allscaip_lite.training import (
     RecordedLoss,
@@ -449,8 +446,7 @@ def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespac
     if args.device == "cuda" and args.compile:
         natoms = batch.structures.natoms.numpy()
         recorded = RecordedLoss(model, stage, batch_size(natoms, int(natoms.sum()), config))
-        pairs = candidate_pairs(batch.structures, config.cutoff + 4 * config.rank_width)
-        batch = replace(batch, fixed=padded(batch.structures, pairs, recorded.size))
+        batch = batch.brought_to(recorded.size, config.reach)
     batch = batch.to(torch.device(args.device))
     sides = [side for side in args.sides if side != THEIRS]
     seconds: dict[str, list[float]] = {side: [] for side in sides}

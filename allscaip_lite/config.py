@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 DISTANCE_BASES = ("gaussian", "sigmoid", "linear_sigmoid", "silu")
 NORMALIZATIONS = ("rms", "layer", "none")
+SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
 ACTIVATIONS = ("gelu", "squared_relu", "leaky_relu", "relu", "smelu", "star_relu")
 
 
@@ -86,6 +87,11 @@ class AllScAIPConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def reach(self) -> float:
+        """Å; pairs of atoms farther apart change neither an edge nor a rank."""
+        return self.cutoff + self.rank_width * (4 if self.truncated_rank else SIGMOID_REACH)
 
     def replace(self, **changes: Any) -> AllScAIPConfig:
         """The same configuration with some values changed."""

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from allscaip_lite import encodings, fused
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.graph import EXTRA_CANDIDATES, Graph, log_envelope, soft_maximum
+from allscaip_lite.graph import EXTRA_CANDIDATES, Graph, in_slots, log_envelope, soft_maximum
 from allscaip_lite.model import AllScAIP, Geometry, Prediction
-from allscaip_lite.neighbors import safe_norm
+from allscaip_lite.neighbors import pair_vectors, places_in_rows, safe_norm
 from allscaip_lite.slots import Layout, Run, SystemTable
 from allscaip_lite.structures import Structures
 
-ABSENT = 1.9  # stands behind every value of what is there, in `_positions`
+ABSENT = 1.9  # stands behind every value of what is there, in `places_in_rows`
 
 
 class FixedSizeError(ValueError):
@@ -67,6 +67,11 @@ class Fixed:
     operation: Tensor
     real_systems: Tensor
     real_atoms: Tensor
+
+    @property
+    def periodic(self) -> bool:
+        """Whether anything in it is."""
+        return len(self.reduced) > 0
 
     def tensors(self) -> list[Tensor]:
         """All of it, in a fixed order; the inverse of `like`."""
@@ -155,23 +160,18 @@ def fixed_graph(fixed: Fixed, config: AllScAIPConfig, slots: int) -> tuple[Graph
 
     Where an edge is lost the results are wrong: take more slots.
     """
-    positions, n = fixed.structures.positions, len(fixed.structures.positions)
-    first, second = fixed.first, fixed.second
-    ends = [positions.gather(0, end.unsqueeze(1).expand(-1, 3)) for end in (first, second)]
-    vectors = ends[1] - ends[0]  # (P, 3)
-    if len(fixed.reduced):
-        cell = fixed.structures.cell.index_select(0, fixed.structures.system.gather(0, first))
-        vectors = vectors + (fixed.shift.to(cell.dtype).unsqueeze(2) * cell).sum(1)
+    n, pairs = len(fixed.structures.positions), (fixed.first, fixed.second, fixed.shift)
+    first, second, shift = pairs
+    vectors = pair_vectors(fixed.structures, *pairs, fixed.periodic)  # (P, 3)
     upwards = torch.eye(3, dtype=vectors.dtype, device=vectors.device)[1]
     vectors = torch.where(fixed.present.unsqueeze(1), vectors, upwards)
     distances = safe_norm(vectors)
-    reach = config.cutoff + 4 * config.rank_width
-    near = fixed.present & (distances < reach)
+    near = fixed.present & (distances < config.reach)
 
     # the table of candidates, its last entry for those that are none
     width = config.k + EXTRA_CANDIDATES
     rows = torch.cat([first, second])  # (2P,)
-    position = _positions(rows, torch.where(near, distances.double() / reach, ABSENT), n)
+    position = places_in_rows(rows, torch.where(near, distances.double() / config.reach, ABSENT), n)
     kept = (position < width) & near.repeat(2)
     listed = kept.view(2, -1).all(0)
     entry = torch.where(kept, rows * width + position, n * width)
@@ -188,17 +188,18 @@ def fixed_graph(fixed: Fixed, config: AllScAIPConfig, slots: int) -> tuple[Graph
 
     # who keeps a place in the table of slots
     order = torch.where(alive, envelope.detach(), ABSENT)
-    position = _positions(rows, order, n).view(2, -1)
+    position = places_in_rows(rows, order, n).view(2, -1)
     lost = alive.sum()
     alive = alive & (position < slots).all(0)
     lost = lost - alive.sum()
     count = min(len(first), n * (slots - 1) // 2)
     chosen = (~alive).to(torch.int8).argsort(stable=True)[:count]  # the living ones first
-    alive, position, shift = alive[chosen], position[:, chosen], fixed.shift[chosen]
+    alive, position, shift = alive[chosen], position[:, chosen], shift[chosen]
     first, second = first[chosen], second[chosen]
     vectors = torch.where(alive.unsqueeze(1), vectors[chosen], upwards)
     distances = safe_norm(vectors)
-    directions = vectors / distances.unsqueeze(1)
+    directions = torch.where(alive.unsqueeze(1), vectors, 0.0) / distances.unsqueeze(1)
+    pair_weight = torch.where(alive, log_envelope(envelope[chosen]), -torch.inf)
 
     # the others take the empty slots, two each
     edge_slot = torch.stack([first, second]) * slots + position  # (2, P')
@@ -212,41 +213,14 @@ def fixed_graph(fixed: Fixed, config: AllScAIPConfig, slots: int) -> tuple[Graph
     rest = torch.stack([rest, rest + 1]).clamp(max=spare - 1)
     edge_slot = torch.where(alive, edge_slot, empty[rest])
 
-    log_weight = distances.new_full((spare,), -torch.inf).scatter(0, self_slot, 0.0)
-    seen = torch.where(alive, log_envelope(envelope[chosen]), -torch.inf)
-    log_weight = log_weight.scatter(0, edge_slot.flatten(), seen.repeat(2))
-    seen = torch.where(alive.unsqueeze(1), directions, 0.0)
-    slot_directions = distances.new_zeros(spare, 3)
-    slot_directions = slot_directions.index_put((edge_slot.flatten(),), torch.cat([seen, -seen]))
-    graph = Graph(
-        source=torch.cat([first, second]),
-        target=torch.cat([second, first]),
-        shift=torch.cat([shift, -shift]),
-        distances=distances,
-        directions=directions,
-        log_weight=log_weight.view(n, slots),
-        slot_directions=slot_directions.view(n, slots, 3),
-        source_slot=torch.cat([self_slot, edge_slot.flatten()]),
-        destination_slot=torch.cat([self_slot, edge_slot.flip(0).flatten()]),
-        counts=occupied.view(n, slots).sum(1),
-    )
-    return graph, lost
-
-
-def _positions(rows: Tensor, value: Tensor, n: int) -> Tensor:
-    """`graph._positions`, without a question to the device."""
-    order = (rows + value.detach().double().repeat(2) / 2).argsort(stable=True)
-    ones = torch.ones_like(rows)
-    counts = torch.zeros(n, dtype=rows.dtype, device=rows.device).index_add(0, rows, ones)
-    starts = counts.cumsum(0) - counts
-    place = ones.cumsum(0) - starts[rows[order]]  # from 1
-    return torch.empty_like(rows).scatter(0, order, place)
+    pairs = (first, second, shift, distances, directions, pair_weight)
+    return in_slots(pairs, edge_slot.flatten(), n, slots), lost
 
 
 def fixed_distances(fixed: Fixed, positions: Tensor) -> Tensor:
     """(B, n, 3) padded positions → (B, n, n) Å between nearest images: `system_distances`."""
     vectors = positions.unsqueeze(1) - positions.unsqueeze(2)  # (B, n, n, 3)
-    if len(fixed.reduced):
+    if fixed.periodic:
         with torch.no_grad():
             periodic = fixed.structures.pbc.all(1)
             shift = -torch.einsum("bijx,bxs->bijs", vectors, fixed.inverse).round()
@@ -304,6 +278,11 @@ def fixed_geometry(
     return geometry, lost
 
 
+def has_fixed_size(config: AllScAIPConfig) -> bool:
+    """Whether a model ranks neighbours in the way for which there is a form of fixed size."""
+    return config.soft_rank and config.truncated_rank and not config.max_neighbors
+
+
 def fixed_prediction(
     model: AllScAIP, fixed: Fixed, size: Size, create_graph: bool = False
 ) -> tuple[Prediction, Tensor]:
@@ -311,36 +290,18 @@ def fixed_prediction(
 
     Raises `FixedSizeError` for a model that ranks neighbours by other than truncated soft ranks.
     """
-    config = model.config
-    if not (config.soft_rank and config.truncated_rank) or config.max_neighbors:
+    if not has_fixed_size(model.config):
         raise FixedSizeError(
             "the form of fixed size is for soft_rank=True, truncated_rank=True and max_neighbors="
             "None, and this model has others"
         )
-    if not config.conservative:
-        geometry, lost = fixed_geometry(model, fixed, size, once=True)
-        nodes = model.states(fixed.structures, geometry)
-        atomic = model.energy_head(nodes).squeeze(1)
-        forces = model.force_head(nodes) * model.force_scale.to(model.dtype)
-        energy = model.in_electronvolts(atomic, fixed.structures)
-        return Prediction(energy, forces, None), lost
-    with torch.enable_grad():
-        positions = fixed.structures.positions.detach().requires_grad_()
-        inputs, moved = [positions], fixed.structures.replace(positions=positions)
-        with_stress = config.stress and len(fixed.reduced) > 0
-        if with_stress:
-            inputs.append(positions.new_zeros(size.systems, 3, 3).requires_grad_())
-            moved = moved.strained(inputs[1])
-        moved = replace(fixed, structures=moved)
-        geometry, lost = fixed_geometry(model, moved, size, once=not create_graph)
-        atomic = model.energy_head(model.states(moved.structures, geometry)).squeeze(1)
-        gradients = torch.autograd.grad(
-            atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
-        )
-        energy = model.in_electronvolts(atomic, fixed.structures)
-    forces = -gradients[0] * model.force_scale.to(model.dtype)
-    stress = None
-    if with_stress:
-        volume = fixed.structures.volume.masked_fill(~fixed.structures.pbc.any(1), torch.inf)
-        stress = gradients[1] * model.energy_scale.to(model.dtype) / volume[:, None, None]
-    return Prediction(energy if create_graph else energy.detach(), forces, stress), lost
+    found = []
+
+    def features(structures: Structures, fused: bool) -> Tensor:
+        moved = replace(fixed, structures=structures)
+        geometry, lost = fixed_geometry(model, moved, size, once=fused)
+        found.append(lost)
+        return model.states(structures, geometry)
+
+    prediction = model(fixed.structures, create_graph, features, fixed.periodic)
+    return prediction, *found

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from allscaip_lite import fused
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.neighbors import candidate_pairs, pair_vectors, safe_norm
+from allscaip_lite.neighbors import candidate_pairs, pair_vectors, places_in_rows, safe_norm
 from allscaip_lite.structures import Structures
 
 EXTRA_CANDIDATES = 20  # ranks count the k + 20 nearest
 SLOT_STEP = 4  # rows are as long as a multiple of this: small matrix products run best so
-SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,13 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     Raises `StructureError` where two atoms stand on one spot.
     """
     positions, n = structures.positions, len(structures.positions)
-    reach = config.rank_width * (4 if config.truncated_rank else SIGMOID_REACH)
-    first, second, shift = candidate_pairs(structures, config.cutoff + reach)
+    first, second, shift = candidate_pairs(structures, config.reach)
     vectors = pair_vectors(structures, first, second, shift)  # (P, 3)
     distances = safe_norm(vectors)  # (P,)
 
     # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
     rows = torch.cat([first, second])  # (2P,)
-    position = _positions(rows, distances.double() / (config.cutoff + reach), n)
+    position = places_in_rows(rows, distances.double() / config.reach, n)
     width = int(position.max()) + 1 if len(rows) else 1
     if config.truncated_rank:
         width = min(width, config.k + EXTRA_CANDIDATES)
@@ -135,14 +133,13 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
     soft = fused.soft_rank(table, scale) if truncated else soft_rank(table, scale, truncated)
     rank = (soft if config.soft_rank else hard_rank(table)).flatten()
 
-    forward, backward = entry.view(2, -1)[:, listed]  # (P',) each
-    limits = [rank.gather(0, forward) / config.k, rank.gather(0, backward) / config.k]
-    limits = torch.stack([*limits, distances[listed] / config.cutoff])
+    ranks = rank.gather(0, entry.view(2, -1)[:, listed].flatten()).view(2, -1)  # (2, P')
+    limits = torch.cat([ranks / config.k, distances[listed].unsqueeze(0) / config.cutoff])
     maximum = soft_maximum(limits, config.envelope_temperature)
     envelope = maximum if config.soft_rank else limits.amax(0)
     alive = envelope < 1
     chosen, envelope = listed.nonzero().squeeze(1)[alive], envelope[alive]
-    position = _positions(torch.cat([first[chosen], second[chosen]]), envelope, n)
+    position = places_in_rows(torch.cat([first[chosen], second[chosen]]), envelope, n)
     longest = int(position.max()) + 1 if len(position) else 1
     num_slots = config.max_neighbors or -(-longest // SLOT_STEP) * SLOT_STEP
     if longest > num_slots:
@@ -153,39 +150,36 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
         )
         fits = (position < num_slots).view(2, -1).all(0)
         chosen, envelope = chosen[fits], envelope[fits]
-        position = _positions(torch.cat([first[chosen], second[chosen]]), envelope, n)
+        position = places_in_rows(torch.cat([first[chosen], second[chosen]]), envelope, n)
 
     first, second, shift = first[chosen], second[chosen], shift[chosen]
-    rows, atoms = torch.cat([first, second]), torch.arange(n, device=first.device)
-    edge_slot = rows * num_slots + position  # (2P,)
+    edge_slot = torch.cat([first, second]) * num_slots + position  # (2P,)
     distances, directions = distances[chosen], vectors[chosen] / distances[chosen].unsqueeze(1)
+    pairs = (first, second, shift, distances, directions, log_envelope(envelope))
+    return in_slots(pairs, edge_slot, n, num_slots)
+
+
+def in_slots(pairs: tuple[Tensor, ...], edge_slot: Tensor, n: int, num_slots: int) -> Graph:
+    """The graph of n atoms from P pairs: their atoms, shifts, distances, directions, log envelopes.
+
+    edge_slot (2P,): the slot of each edge, of the forward ones first; no two are the same.
+    """
+    first, second, shift, distances, directions, pair_weight = pairs
+    self_slot = torch.arange(n, device=first.device) * num_slots
     log_weight = distances.new_full((n * num_slots,), -torch.inf)
-    log_weight = log_weight.index_put((atoms * num_slots,), distances.new_zeros(()))
-    log_weight = log_weight.index_put((edge_slot,), log_envelope(envelope).repeat(2))
+    log_weight = log_weight.index_put((self_slot,), distances.new_zeros(()))
+    log_weight = log_weight.index_put((edge_slot,), pair_weight.repeat(2)).view(n, num_slots)
     slot_directions = distances.new_zeros(n * num_slots, 3)
     slot_directions = slot_directions.index_put((edge_slot,), torch.cat([directions, -directions]))
     return Graph(
-        source=rows,
+        source=torch.cat([first, second]),
         target=torch.cat([second, first]),
         shift=torch.cat([shift, -shift]),
         distances=distances,
         directions=directions,
-        log_weight=log_weight.view(n, num_slots),
+        log_weight=log_weight,
         slot_directions=slot_directions.view(n, num_slots, 3),
-        source_slot=torch.cat([atoms * num_slots, edge_slot]),
-        destination_slot=torch.cat([atoms * num_slots, *edge_slot.view(2, -1).flip(0)]),
-        counts=1 + torch.bincount(rows, minlength=n),
+        source_slot=torch.cat([self_slot, edge_slot]),
+        destination_slot=torch.cat([self_slot, *edge_slot.view(2, -1).flip(0)]),
+        counts=log_weight.isfinite().sum(1),
     )
-
-
-def _positions(rows: Tensor, value: Tensor, n: int) -> Tensor:
-    """(2P,) place of each entry within its row, from 1, in the order of the value of its pair.
-
-    value (P,): below 2; envelopes, or distances over the longest.
-    """
-    order = (rows + value.detach().double().repeat(2) / 2).argsort(stable=True)
-    counts = torch.bincount(rows, minlength=n)
-    starts = counts.cumsum(0) - counts
-    position = torch.empty_like(rows)
-    position[order] = torch.arange(1, len(rows) + 1, device=rows.device) - starts[rows[order]]
-    return position

@@ -288,16 +288,24 @@ class AllScAIP(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, structures: Structures, create_graph: bool | None = None) -> Prediction:
+    def forward(
+        self,
+        structures: Structures,
+        create_graph: bool | None = None,
+        features: Callable[..., Tensor] | None = None,
+        periodic: bool | None = None,
+    ) -> Prediction:
         """Energy, forces and, for a conservative model with periodic systems, stress.
 
         `create_graph` keeps forces differentiable (default: in training mode); otherwise the fused
-        kernels run, which can be differentiated once. The compiled ones serve for both.
+        kernels run, which can be differentiated once. The compiled ones serve for both. `features`
+        may replace those below, and `periodic` say whether anything is.
         """
+        features = features or self.features
         create_graph = self.training if create_graph is None else create_graph
         structures = structures.to(self.device, self.dtype)
         if not self.config.conservative:
-            nodes = self.features(structures, fused=True)
+            nodes = features(structures, fused=True)
             energy = self.in_electronvolts(self.energy_head(nodes).squeeze(1), structures)
             forces = self.force_head(nodes) * self.force_scale.to(self.dtype)
             return Prediction(energy, forces, None)
@@ -305,11 +313,12 @@ class AllScAIP(nn.Module):
             positions = structures.positions.detach().requires_grad_()
             inputs = [positions]
             moved = structures.replace(positions=positions)
-            with_stress = self.config.stress and bool(structures.pbc.any())
+            periodic = bool(structures.pbc.any()) if periodic is None else periodic
+            with_stress = self.config.stress and periodic
             if with_stress:
                 inputs.append(positions.new_zeros(len(structures), 3, 3).requires_grad_())
                 moved = moved.strained(inputs[1])
-            atomic = self.energy_head(self.features(moved, fused=not create_graph)).squeeze(1)
+            atomic = self.energy_head(features(moved, fused=not create_graph)).squeeze(1)
             gradients = torch.autograd.grad(
                 atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
             )
@@ -374,10 +383,8 @@ class AllScAIP(nn.Module):
     def biases(
         self, structures: Structures, systems: SystemTable, distances: Tensor | None = None
     ) -> Sequence[Any]:
-        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys.
-
-        distances (B, n, n) Å between nearest images, if they are known already.
-        """
+        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys, from
+        `distances` (B, n, n) Å between nearest images, if they are known."""
         config, empty = self.config, systems.mask(self.dtype)
         if not config.rotary:
             return [empty] * config.num_layers

@@ -104,15 +104,24 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     return shift @ operation
 
 
-def pair_vectors(structures: Structures, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
-    """(P, 3) Å from atom `first` to the image `shift` of atom `second`; differentiable."""
+def pair_vectors(
+    structures: Structures,
+    first: Tensor,
+    second: Tensor,
+    shift: Tensor,
+    periodic: bool | None = None,
+) -> Tensor:
+    """(P, 3) Å from atom `first` to the image `shift` of atom `second`; differentiable.
+
+    periodic: whether anything is, if that is known already.
+    """
     positions = structures.positions
     # gather rather than indexing: its backward adds up fast and in a fixed order
     vectors = positions.gather(0, second.unsqueeze(1).expand(-1, 3)) - positions.gather(
         0, first.unsqueeze(1).expand(-1, 3)
     )
-    if bool(structures.pbc.any()):
-        cell = structures.cell[structures.system[first]]  # (P, 3, 3)
+    if bool(structures.pbc.any()) if periodic is None else periodic:
+        cell = structures.cell.index_select(0, structures.system.gather(0, first))  # (P, 3, 3)
         vectors = vectors + (shift.to(cell.dtype).unsqueeze(2) * cell).sum(1)
     return vectors
 
@@ -138,3 +147,15 @@ def system_distances(structures: Structures, positions: Tensor) -> Tensor:
             )
         vectors = vectors + torch.einsum("bijs,bsx->bijx", shift, structures.cell)
     return safe_norm(vectors)
+
+
+def places_in_rows(rows: Tensor, value: Tensor, n: int) -> Tensor:
+    """(2P,) place of each entry within its row, from 1, in the order of the value of its pair.
+
+    value (P,): below 2; envelopes, or distances over the longest.
+    """
+    order = (rows + value.detach().double().repeat(2) / 2).argsort(stable=True)
+    ones = torch.ones_like(rows)
+    counts = rows.new_zeros(n).index_add(0, rows, ones)  # bincount would ask a GPU for its size
+    starts = counts.cumsum(0) - counts
+    return torch.empty_like(rows).scatter(0, order, ones.cumsum(0) - starts[rows[order]])

@@ -79,7 +79,7 @@ class RecordedModel:
 
     def __init__(self, model: AllScAIP) -> None:
         self.model = model
-        self.reach = model.config.cutoff + 4 * model.config.rank_width + SKIN
+        self.reach = model.config.reach + SKIN
         self.recording: Recording | None = None
         self.size: Size | None = None
         self.fixed: Fixed | None = None  # what is recorded reads these tensors

@@ -30,7 +30,7 @@ from allscaip_lite.compiled import load_kernels
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data import Dataset, Subset, differing, evenly_spaced, fingerprint
 from allscaip_lite.evaluation import evaluate
-from allscaip_lite.fixed import Fixed, Size, fixed_prediction
+from allscaip_lite.fixed import Fixed, Size, fixed_prediction, has_fixed_size
 from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.model import AllScAIP, Prediction
 from allscaip_lite.muon import Muon
@@ -245,10 +245,9 @@ def batch_size(natoms: np.ndarray, max_atoms: int, config: AllScAIPConfig) -> Si
 def can_record(model: AllScAIP, data: Dataset, fabric: lightning_fabric.Fabric) -> bool:
     """Whether steps can be recorded: on one CUDA GPU, of molecules, without dropout."""
     config = model.config
-    plain = config.soft_rank and config.truncated_rank and config.max_neighbors is None
     still = max(config.ffn_dropout, config.attention_dropout) == 0
     alone = fabric.device.type == "cuda" and fabric.world_size == 1
-    return alone and plain and still and not data[0].pbc.any()
+    return alone and has_fixed_size(config) and still and not data[0].pbc.any()
 
 
 class RecordedLoss:
@@ -408,7 +407,7 @@ def train(
         recorded = None
         if record and can_record(model, training_data, fabric):
             batches.size = batch_size(training_data.natoms, max_atoms, model.config)
-            batches.reach = model.config.cutoff + 4 * model.config.rank_width
+            batches.reach = model.config.reach
             recorded = RecordedLoss(model, stage, batches.size)
         # a generator of its own: starting a loader draws a number, which would move the dropout
         own = torch.Generator()

@@ -62,8 +62,7 @@ def water(tilted: bool = False, waters: int = 10) -> Atoms:
 
 def as_batch(atoms: list[Atoms], model: AllScAIP, size: Size) -> tuple[Structures, Fixed]:
     structures = structures_from_atoms(atoms, torch.float64)
-    reach = model.config.cutoff + 4 * model.config.rank_width + 1
-    fixed = padded(structures, candidate_pairs(structures, reach), size)
+    fixed = padded(structures, candidate_pairs(structures, model.config.reach + 1), size)
     return structures.to(model.device), fixed.to(model.device)
 
 
