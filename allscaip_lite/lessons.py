@@ -1,7 +1,7 @@
 """Where the lessons' weights and data come from, in one place, so that others drop in.
 
 In: the environment variables ALLSCAIP_MODEL (a name or a file that `load_model` takes, default
-`lite`), ALLSCAIP_DATA (a file or folder of `.aselmdb`, OMol25's too, default the sample that comes
+`lite-xtb`), ALLSCAIP_DATA (a file or folder of `.aselmdb`, OMol25's too, default the sample that comes
 with the package's source) and ALLSCAIP_DEVICE (default a GPU where there is one). Out: a model and
 a data set. What a lesson teaches stands in the lesson.
 """
@@ -18,7 +18,7 @@ from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data import DataError, Dataset
 from allscaip_lite.model import AllScAIP
 
-BUNDLED_MODEL = "lite"  # has everything that a lesson may need
+BUNDLED_MODEL = "lite-xtb"  # has everything that a lesson may need
 BUNDLED_DATA = Path(__file__).parent.parent / "data" / "xtb"
 
 # what a lesson may ask of a model: how to say that it is absent, and how to see that it is there
@@ -39,9 +39,9 @@ def open_model(
     """The model that ALLSCAIP_MODEL names, in evaluation mode; says in one line which.
 
     `needs` are names out of `NEEDS`. Where the model lacks one of them, a line says so, and
-    `default` is taken instead, as where no model is named: the bundled `lite`, or another. `device`
-    overrules ALLSCAIP_DEVICE, for lessons that take the model apart on the CPU. Raises `ValueError`
-    for an unknown need, and what `load_model` raises.
+    `default` is taken instead, as where no model is named: the bundled `lite-xtb`, or another.
+    `device` overrules ALLSCAIP_DEVICE, for lessons that take the model apart on the CPU. Raises
+    `ValueError` for an unknown need, and what `load_model` raises.
     """
     unknown = set(needs) - set(NEEDS)
     if unknown:

@@ -23,8 +23,8 @@ from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data import SPLITS
-from allscaip_lite.species import System, split_of
-from allscaip_lite.teacher import GFN2xTB, langevin
+from allscaip_lite.species import Job, System, split_of
+from allscaip_lite.teacher import GFN2xTB, JobFailed, label, langevin
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
@@ -147,6 +147,17 @@ SIZES = {
     "dimers": 160,
     "metal_complexes": 80,
 }
+# The shares of the domains in what GFN2-xTB alone labels: more of what is far from a minimum.
+REACTIVE = SIZES | {
+    "organic": 240,
+    "stretches": 570,
+    "transfers": 260,
+    "radicals": 260,
+    "two_spins": 210,
+    "electrolytes": 150,
+    "water_clusters": 20,
+    "metal_complexes": 120,
+}
 SHARES = {"train": 0.80, "val": 0.08, "test": 0.12}
 MOST_ATOMS = 12
 MAX_FORCE = 30.0  # eV/Å, by GFN2-xTB: beyond it, a structure is no use for training
@@ -231,6 +242,35 @@ def plan(seed: int = 0) -> list[Item]:
                 item = Item(domain, members[k % len(members)], split, k // len(members), seed)
                 placed.append(((k + 0.5) / wanted, _digest(item.name), item))
     return [item for *_, item in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def jobs(structures: int) -> list[Job]:
+    """The set `reactive` of `data xtb`: the systems of all domains, by the shares of REACTIVE."""
+    found = []
+    for domain, listed in systems().items():
+        wanted = structures * REACTIVE[domain] / sum(REACTIVE.values())
+        count = max(1, round(wanted / len(listed) / (2 if domain == "two_spins" else 1)))
+        found += [Job(system, count, split_of(system)) for system in listed]
+    return found
+
+
+def sample(job: Job, seed: int = 0) -> list[Atoms]:
+    """The first `job.count` entries of a system, labelled by GFN2-xTB.
+
+    Raises JobFailed if there is none.
+    """
+    found = []
+    for index in range(job.count):
+        item = Item(job.system.domain, job.system, job.split, index, seed)
+        for atoms in item.structures():
+            labelled = label(atoms, job.system)
+            if labelled is not None:
+                how = atoms.info["source"].removeprefix("omol-mini/")
+                labelled.info["source"] = f"xtb/reactive/{how}"
+                found.append(labelled)
+    if not found:
+        raise JobFailed(f"no usable structure of {job.system.name}")
+    return found
 
 
 def _digest(text: str) -> str:

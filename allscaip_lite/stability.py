@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from allscaip_lite.machine import processor_name
 from allscaip_lite.md import Explosion, Settings, read_log, run_md
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.observables import drift
+from allscaip_lite.workers import in_processes
 
 BONDED = 1.25  # times the sum of covalent radii: the bonds of the relaxed start
 BROKEN = 1.5  # times its length in the start: far beyond any vibration at 300 K
@@ -198,16 +200,44 @@ def run_trial(
     its error, temperature in K, rotation_rms and rotation_worst in meV/atom. A stopped run goes on.
     """
     calculator = AllScAIPCalculator(model, compile=compile)
-    rows = []
-    for number, atoms in enumerate(tqdm(molecules, unit="molecules", disable=not progress)):
-        row = try_molecule(calculator, atoms, trial, folder / f"{number:02d}", label)
-        by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
-        row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
-        row["rotation_worst"] = float(np.abs(by_turning).max())
-        rows.append(row)
+    tried = (
+        _row(calculator, atoms, trial, folder / f"{number:02d}", label)
+        for number, atoms in enumerate(molecules)
+    )
+    return _told(tried, len(molecules), progress)
+
+
+def _row(
+    calculator: AllScAIPCalculator, atoms: Atoms, trial: Trial, folder: Path, label: str
+) -> dict[str, Any]:
+    row = try_molecule(calculator, atoms, trial, folder, label)
+    by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
+    row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
+    row["rotation_worst"] = float(np.abs(by_turning).max())
+    return row
+
+
+def _told(rows: Iterable[dict[str, Any]], count: int, progress: bool) -> list[dict[str, Any]]:
+    """The rows, each shown as it comes."""
+    found = []
+    for row in tqdm(rows, total=count, unit="molecules", disable=not progress):
+        found.append(row)
         if progress:
             tqdm.write(_line(row), file=sys.stderr)
-    return rows
+    return found
+
+
+@cache
+def _calculator(model: str, compile: bool) -> AllScAIPCalculator:
+    """One for all molecules of a process."""
+    from allscaip_lite.checkpoint import load_model
+
+    return AllScAIPCalculator(load_model(model), compile=compile)
+
+
+def _work(task: tuple[str, bool, Atoms, Trial, Path]) -> dict[str, Any]:
+    model, compile, atoms, trial, folder = task
+    return _row(_calculator(model, compile), atoms, trial, folder, model)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -251,24 +281,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes, a molecule each: one core, or one GPU"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
 
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite stability`: run or go on; the exit status is 0 however it ends."""
-    from allscaip_lite.checkpoint import load_model
-
     given = vars(args).keys() & {field.name for field in fields(Trial)}
     trial = Trial(**{name: getattr(args, name) for name in given})
-    rows = run_trial(
-        load_model(args.model),
-        choose(Dataset(args.data), trial),
-        trial,
-        args.out,
-        str(args.model),
-        compile=args.compile,
-    )
-    result = {"model": str(args.model), "trial": asdict(trial), "machine": processor_name()}
+    molecules = choose(Dataset(args.data), trial)
+    _calculator(args.model, args.compile)  # what is wrong with it is said at once
+    tasks = [
+        (args.model, args.compile, atoms, trial, args.out / f"{number:02d}")
+        for number, atoms in enumerate(molecules)
+    ]
+    alone = args.workers == 1
+    tried = map(_work, tasks) if alone else in_processes(_work, tasks, args.workers)
+    rows = _told(tried, len(tasks), progress=True)
+    result = {"model": args.model, "trial": asdict(trial), "machine": processor_name()}
     store_text(args.out / "stability.json", json.dumps({**result, "rows": rows}, indent=1))
     print(table(rows))
     return 0

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -254,24 +254,35 @@ def _label(
     reach = 1.8 * bond if len(system.parts) == 1 else system.reach or 6.0
     if not _connected(distance < reach):
         return None
-    labelled = Atoms(numbers, positions - positions.mean(axis=0))
-    labelled.info = {"charge": system.charge, "spin": system.multiplicity}
+    centred = Atoms(numbers, positions - positions.mean(axis=0))
+    centred.info = {"charge": system.charge, "spin": system.multiplicity}
+    found = label(centred, system)
+    if found is None or expected is None:
+        return found
+    energy = found.get_potential_energy()
+    return found if abs(energy - expected) <= tolerance else None  # so for NaN too
+
+
+def label(atoms: Atoms, system: System) -> Atoms | None:
+    """The structure, charge and spin in `info`, with GFN2-xTB's energy (eV), forces (eV/Å) and
+    metadata; None if the SCF fails or a force is above MAX_FORCE."""
     # A calculator of its own: the label depends on the structure alone, not on how a run came by.
     teacher = GFN2xTB(accuracy=0.1)
     try:
-        teacher.calculate(labelled)
+        teacher.calculate(atoms)
     except CalculatorError:
         return None
     energy, forces = teacher.results["energy"], teacher.results["forces"]
     if not (np.isfinite(energy) and np.abs(forces).max() < MAX_FORCE):
         return None
-    if expected is not None and not abs(energy - expected) <= tolerance:  # so for NaN too
-        return None
-    labelled.info |= {
+    labelled = Atoms(atoms.numbers, atoms.positions)
+    labelled.info = {
+        "charge": atoms.info["charge"],
+        "spin": atoms.info["spin"],
         "reference_source": "allscaip-lite data xtb",
         "data_id": system.domain,
         "num_atoms": len(atoms),
-        "num_electrons": int(numbers.sum()) - system.charge,
+        "num_electrons": int(atoms.numbers.sum()) - atoms.info["charge"],
         "composition": labelled.get_chemical_formula("hill"),
         "homo_lumo_gap": teacher.results["homo_lumo_gap"],
         "molecule": system.molecule,
@@ -443,9 +454,13 @@ def _turn(atoms: Atoms, i: int, j: int, side: np.ndarray, angle: float) -> None:
 
 
 def generate(
-    folder: str | os.PathLike, jobs: Sequence[Job], seed: int = 0, workers: int = 1
+    folder: str | os.PathLike,
+    jobs: Sequence[Job],
+    seed: int = 0,
+    workers: int = 1,
+    sampler: Callable[[Job, int], list[Atoms]] = sample,
 ) -> None:
-    """Run the jobs and write `{train,val,test}.aselmdb` and `references.json` into `folder`, and
+    """Run `sampler` for each of the jobs and write `{train,val,test}.aselmdb` and `references.json` into `folder`, and
     `checksums.json`, by which two runs of one command are compared.
 
     Each job's result is stored under `folder/jobs` as it is done; a run that was stopped goes on
@@ -464,7 +479,7 @@ def generate(
         raise ValueError(f"{folder} holds another data set (its plan.json): choose a new --out")
     store_text(listing, text)
 
-    tasks = [(job, seed, store / f"{index:05d}") for index, job in enumerate(jobs)]
+    tasks = [(job, seed, store / f"{index:05d}", sampler) for index, job in enumerate(jobs)]
     waiting = [task for task in tasks if not any(_outcomes(task[2]))]
     started = shown = time.monotonic()
     for done, _ in enumerate(in_processes(_work, waiting, workers), start=1):
@@ -480,7 +495,7 @@ def generate(
             )
             shown = now
 
-    results = [_outcomes(stem) for _, _, stem in tasks]
+    results = [_outcomes(stem) for _, _, stem, _ in tasks]
     failed = {
         job.system.name: bad.read_text() for job, (_, bad) in zip(jobs, results, strict=True) if bad
     }
@@ -515,10 +530,10 @@ def _outcomes(stem: Path) -> tuple[Path | None, Path | None]:
     return tuple(file if file.exists() else None for file in files)
 
 
-def _work(task: tuple[Job, int, Path]) -> None:
-    job, seed, stem = task
+def _work(task: tuple[Job, int, Path, Callable[[Job, int], list[Atoms]]]) -> None:
+    job, seed, stem, sampler = task
     try:
-        write_aselmdb(stem.with_suffix(".aselmdb"), sample(job, seed))
+        write_aselmdb(stem.with_suffix(".aselmdb"), sampler(job, seed))
     except (ArithmeticError, RuntimeError, ValueError) as error:
         # One odd system must not end a run of hundreds; a full disk or a missing library does.
         store_text(stem.with_suffix(".failed"), f"{type(error).__name__}: {error}")
@@ -529,21 +544,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument(
         "--set",
-        choices=tuple(SETS),
+        choices=(*SETS, "reactive"),
         default="main",
         help="main; charged: more ions, radicals, triplets and metals, of which main has few; "
-        "apart: two molecules from contact to 14 Å",
+        "apart: two molecules from contact to 14 Å; reactive: small systems of the domains of "
+        "`data dft`, bonds that break and hydrogens that move among them",
     )
     parser.add_argument("--structures", type=int, default=60_000, help="about how many")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="make only this share of the systems: a part of the same set",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
 
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data xtb`: make the data set, or go on making one; the exit status."""
-    apart = 1_000_000 * list(SETS).index(args.set)  # what two sets have in common is made anew
-    generate(args.out, plan(args.structures, args.set), args.seed + apart, args.workers)
+    from allscaip_lite import omol_mini
+
+    # What two sets have in common is made anew.
+    seed = args.seed + 1_000_000 * [*SETS, "reactive"].index(args.set)
+    if not 0 < args.share <= 1:
+        raise ValueError(f"--share {args.share}: a number above 0, up to 1")
+    reactive = args.set == "reactive"
+    jobs = omol_mini.jobs(args.structures) if reactive else plan(args.structures, args.set)
+    jobs = [job for job in jobs if _place(job) < args.share]
+    generate(args.out, jobs, seed, args.workers, omol_mini.sample if reactive else sample)
     return 0
+
+
+def _place(job: Job) -> float:
+    """Between 0 and 1, by a hash of the system's name: a larger share holds a smaller one."""
+    return int(hashlib.sha256(job.system.name.encode()).hexdigest()[:8], 16) / 16**8
 
 
 if __name__ == "__main__":

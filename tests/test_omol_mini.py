@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,3 +87,34 @@ def test_dimers_reach_from_contact_to_eight_angstrom(items):
         away = atoms.positions[:first, None] - atoms.positions[None, first:]
         gaps.append(np.linalg.norm(away, axis=-1).min())
     assert min(gaps) < 2.4 and 5 < max(gaps) < 8.5
+
+
+def test_the_set_reactive_holds_every_system_and_draws_anew(items):
+    jobs = omol_mini.jobs(24_000)
+    assert {job.system for job in jobs} == {s for listed in systems().values() for s in listed}
+    wanted = Counter()
+    for job in jobs:
+        wanted[job.system.domain] += job.count * (2 if job.system.domain == "two_spins" else 1)
+    assert sum(wanted.values()) == pytest.approx(24_000, rel=0.05)
+    assert wanted["stretches"] == max(wanted.values())
+    for job in jobs:
+        assert job.split == species.split_of(job.system)
+
+    job = next(j for j in jobs if j.system.domain == "stretches" and j.system.parts == ("CCO",))
+    made = omol_mini.sample(replace(job, count=3), 3_000_000)
+    assert 0 < len(made) <= 3
+    known = [item.structures() for item in items if item.system == job.system]
+    for atoms in made:
+        assert atoms.info["source"].startswith("xtb/reactive/stretches/CCO")
+        assert atoms.info["data_id"] == "stretches" and "xtb_energy" not in atoms.info
+        probe = atoms.copy()
+        probe.calc = teacher.GFN2xTB(accuracy=0.1)
+        assert atoms.get_potential_energy() == pytest.approx(probe.get_potential_energy(), abs=1e-6)
+        for others in known:
+            assert all(np.abs(atoms.positions - o.positions).max() > 1e-3 for o in others)
+
+
+def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch):
+    monkeypatch.setattr(Item, "structures", lambda item: [])
+    with pytest.raises(teacher.JobFailed, match="no usable structure"):
+        omol_mini.sample(species.Job(items[0].system, 2, "train"))

@@ -155,6 +155,10 @@ def test_the_command_goes_on_and_writes_its_rows(model, data, tmp_path, capsys):
     assert result["rows"][1]["rotation_worst"] >= result["rows"][1]["rotation_rms"] > 0
     assert main(command) == 0
     assert capsys.readouterr().out == first
+    shared = tmp_path / "shared"
+    assert main([*command, "--out", str(shared), "--workers", "2"]) == 0
+    assert capsys.readouterr().out == first
+    assert json.loads((shared / "stability.json").read_text())["rows"] == result["rows"]
     assert main([*command, "--timestep", "0.25"]) == 2
     assert "another folder" in capsys.readouterr().err
     assert main([*command[:3], "--out", str(tmp_path / "b"), "--largest", "12"]) == 2

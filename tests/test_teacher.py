@@ -20,7 +20,8 @@ from ase.calculators.calculator import CalculatorError
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import species, teacher  # noqa: E402
+from allscaip_lite import omol_mini, species, teacher  # noqa: E402
+from allscaip_lite.cli import main  # noqa: E402
 from allscaip_lite.data import SPLITS, Dataset  # noqa: E402
 from allscaip_lite.species import Job, plan  # noqa: E402
 from allscaip_lite.teacher import GFN2xTB, free_atom_energies, sample  # noqa: E402
@@ -389,3 +390,27 @@ def test_a_job_that_fails_is_recorded_and_skipped(tmp_path, capsys):
     text = capsys.readouterr().err
     assert "2 of 2 systems" in text
     assert "1 of 2 systems failed" in text
+
+
+def test_a_share_of_the_systems_is_a_part_of_the_same_set(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(teacher, "generate", lambda folder, jobs, *rest: asked.append((jobs, rest)))
+    command = ["data", "xtb", "--out", str(tmp_path), "--structures", "60000"]
+    for share in ("0.1", "0.3", "1"):
+        assert main([*command, "--share", share]) == 0
+    tenth, third, whole = (set(jobs) for jobs, _ in asked)
+    assert tenth < third < whole == set(species.plan(60_000))
+    assert len(third) / len(whole) == pytest.approx(0.3, abs=0.03)
+    assert {job.split for job in tenth} == {"train", "val", "test"}
+    assert len({rest for _, rest in asked}) == 1  # seed, workers and sampler are the same
+
+    assert main([*command, "--share", "0"]) == 2
+
+
+def test_the_set_reactive_is_sampled_by_its_own_rules(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(teacher, "generate", lambda *rest: asked.append(rest))
+    assert main(["data", "xtb", "--set", "reactive", "--out", str(tmp_path), "--seed", "2"]) == 0
+    [(_, jobs, seed, _, sampler)] = asked
+    assert jobs == omol_mini.jobs(60_000)
+    assert (seed, sampler) == (3_000_002, omol_mini.sample)
