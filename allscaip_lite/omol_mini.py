@@ -505,6 +505,10 @@ def _symbols(smiles: str) -> tuple[str, ...]:
 def _minimum(system: System, conformer: int) -> Atoms:
     from rdkit.Chem import AllChem
 
+    if len(system.parts) > 1:  # an ion that falls in two by its SMILES, such as bifluoride
+        parts = [_relaxed(_part(part), 0) for part in system.parts]
+        whole = _assembled(parts, np.random.default_rng(conformer), lambda: 1.0)
+        return _relax(_in_state(whole, system.charge, system.multiplicity), steps=80)
     smiles = system.parts[0]
     symbols = _symbols(smiles)
     positions = np.zeros((1, 3))

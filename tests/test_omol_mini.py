@@ -114,6 +114,14 @@ def test_the_set_reactive_holds_every_system_and_draws_anew(items):
             assert all(np.abs(atoms.positions - o.positions).max() > 1e-3 for o in others)
 
 
+def test_an_ion_of_two_parts_is_whole(items):
+    item = next(i for i in items if i.domain == "ions" and i.system.parts == ("[F-]", "F"))
+    [atoms] = item.structures()
+    assert sorted(atoms.symbols) == ["F", "F", "H"]
+    hydrogen = list(atoms.symbols).index("H")
+    assert (np.delete(atoms.get_all_distances()[hydrogen], hydrogen) < 1.5).all()
+
+
 def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch):
     monkeypatch.setattr(Item, "structures", lambda item: [])
     with pytest.raises(teacher.JobFailed, match="no usable structure"):
