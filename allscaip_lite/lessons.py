@@ -1,9 +1,9 @@
 """Where the lessons' weights and data come from, in one place, so that others drop in.
 
 In: the environment variables ALLSCAIP_MODEL (a name or a file that `load_model` takes, default
-`lite-xtb`), ALLSCAIP_DATA (a file or folder of `.aselmdb`, OMol25's too, default the sample that comes
-with the package's source) and ALLSCAIP_DEVICE (default a GPU where there is one). Out: a model and
-a data set. What a lesson teaches stands in the lesson.
+`lite-xtb`), ALLSCAIP_DATA (a file or folder of `.aselmdb`, OMol25's too, default the sample that
+comes with the package's source) and ALLSCAIP_DEVICE (default a GPU where there is one). Out: a
+model and a data set. What a lesson teaches stands in the lesson.
 """
 
 from __future__ import annotations

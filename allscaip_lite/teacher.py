@@ -479,7 +479,8 @@ def generate(
         raise ValueError(f"{folder} holds another data set (its plan.json): choose a new --out")
     store_text(listing, text)
 
-    tasks = [(job, seed, store / f"{index:05d}", sampler) for index, job in enumerate(jobs)]
+    stems = [store / f"{index:05d}" for index in range(len(jobs))]
+    tasks = [(job, seed, stem, sampler) for job, stem in zip(jobs, stems, strict=True)]
     waiting = [task for task in tasks if not any(_outcomes(task[2]))]
     started = shown = time.monotonic()
     for done, _ in enumerate(in_processes(_work, waiting, workers), start=1):
@@ -495,7 +496,7 @@ def generate(
             )
             shown = now
 
-    results = [_outcomes(stem) for _, _, stem, _ in tasks]
+    results = [_outcomes(stem) for stem in stems]
     failed = {
         job.system.name: bad.read_text() for job, (_, bad) in zip(jobs, results, strict=True) if bad
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import pytest
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import omol_mini, species, teacher  # noqa: E402
+from allscaip_lite import evaluation, omol_mini, species, teacher  # noqa: E402
+from allscaip_lite.checkpoint import load_model, read_card  # noqa: E402
+from allscaip_lite.data import Dataset  # noqa: E402
 from allscaip_lite.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
 
 
@@ -126,3 +129,13 @@ def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch)
     monkeypatch.setattr(Item, "structures", lambda item: [])
     with pytest.raises(teacher.JobFailed, match="no usable structure"):
         omol_mini.sample(species.Job(items[0].system, 2, "train"))
+
+
+def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near():
+    data = Dataset(Path(__file__).parents[1] / "data" / "omol-mini" / "test.aselmdb")
+    described = evaluation.describe(data)
+    xtb = evaluation.summary(evaluation.xtb_residuals(described))
+    found = evaluation.evaluate(load_model("lite", device="cpu").requires_grad_(False), data)
+    assert found["force_mae"] < 0.8 * xtb["force_mae"]
+    for name in ("energy_mae", "force_mae"):
+        assert found[name] == pytest.approx(read_card("lite")["errors"]["all"][name], rel=0.01)
