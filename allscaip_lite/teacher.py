@@ -460,8 +460,9 @@ def generate(
     workers: int = 1,
     sampler: Callable[[Job, int], list[Atoms]] = sample,
 ) -> None:
-    """Run `sampler` for each of the jobs and write `{train,val,test}.aselmdb` and `references.json` into `folder`, and
-    `checksums.json`, by which two runs of one command are compared.
+    """Run `sampler` for each of the jobs and write `{train,val,test}.aselmdb` and
+    `references.json` into `folder`, and `checksums.json`, by which two runs of one command are
+    compared.
 
     Each job's result is stored under `folder/jobs` as it is done; a run that was stopped goes on
     from there, and yields what an uninterrupted one does. The number of workers changes nothing
