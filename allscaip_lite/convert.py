@@ -82,6 +82,23 @@ def _converted(
     if not all(np.isfinite(value).all() for value in labels.values()):
         raise ConversionError(f"{where} has labels that are not finite numbers: leave it out")
     info = atoms.info
+    charge, spin = charge_and_spin(atoms, where, charge, spin)
+    kept = {key: value for key, value in info.items() if key not in CHARGES + MULTIPLICITIES}
+    atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
+    if domain:
+        atoms.info["data_id"] = domain
+    return atoms
+
+
+def charge_and_spin(
+    atoms: Atoms, where: str, charge: int | None = None, spin: int | None = None
+) -> tuple[int, int]:
+    """Charge and multiplicity that a structure says in `info`, under one of CHARGES and
+    MULTIPLICITIES; else the given ones; else neutral, and the lowest its electrons allow.
+
+    Raises ConversionError, which calls the structure `where`, for what its electrons forbid.
+    """
+    info = atoms.info
     charge = _whole(next((info[key] for key in CHARGES if key in info), charge or 0), where)
     electrons = int(atoms.numbers.sum()) - charge
     lowest = 1 + electrons % 2
@@ -92,11 +109,7 @@ def _converted(
             f"{where} has {electrons} electrons, which cannot have multiplicity {spin}: give the "
             "right --charge and --spin (2S + 1, 1 for a closed shell)"
         )
-    kept = {key: value for key, value in info.items() if key not in CHARGES + MULTIPLICITIES}
-    atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
-    if domain:
-        atoms.info["data_id"] = domain
-    return atoms
+    return charge, spin
 
 
 def _whole(value: float, where: str) -> int:

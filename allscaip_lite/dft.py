@@ -26,11 +26,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import ase.io
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.calculator import CalculatorError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
+from allscaip_lite.convert import ConversionError, charge_and_spin
 from allscaip_lite.data import SPLITS, Dataset, checksum, store_text, write_aselmdb
 from allscaip_lite.workers import ignore_interrupt, one_thread_each
 
@@ -58,6 +61,7 @@ COARSE = Level(grid=1, nonlocal_grid=0, convergence=1e-6)
 SMALL_GAP = 11.0
 LOW_TRIPLET = 2.5
 LOWER = 1e-6  # hartree by which a state must be lower to be taken instead
+HEAVIEST = 36  # krypton: from there on the basis is made for effective core potentials
 MAX_NET_FORCE = 0.02  # eV/Å: more says that something went wrong
 
 
@@ -85,6 +89,9 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
     from allscaip_lite.faster_pyscf import products_by_numpy
     from allscaip_lite.vv10 import compiled_vv10
 
+    if atoms.numbers.max() > HEAVIEST:
+        heavy = atoms.symbols[int(atoms.numbers.argmax())]
+        raise LabelFailed(f"{heavy} needs a core potential, and elements beyond Kr are not done")
     started = time.process_time()
     lib.num_threads(1)  # sums in one order: the same label every time, and fastest on few cores
     charge, spin = int(atoms.info["charge"]), int(atoms.info["spin"])
@@ -444,7 +451,7 @@ def collect(
                 references[entry.element] = atoms.get_potential_energy()
             else:
                 atoms.info["entry"] = entry.name
-                found[entry.split].append(atoms)
+                found.setdefault(entry.split, []).append(atoms)
     checksums = {}
     for split, structures in found.items():
         if structures:
@@ -530,6 +537,68 @@ class FreeAtom:
         return [Atoms(self.element, [[0.0, 0.0, 0.0]], info=info)]
 
 
+# --- One's own structures --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """The entry of one structure of a file, charge and spin in its `info`."""
+
+    atoms: Atoms
+
+    @property
+    def name(self) -> str:
+        atoms = self.atoms
+        what = [atoms.numbers.tolist(), atoms.positions.round(8).tolist()]
+        what += [atoms.info["charge"], atoms.info["spin"]]
+        return f"{atoms.symbols} {hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+
+    @property
+    def split(self) -> str:
+        return "labelled"
+
+    def structures(self) -> list[Atoms]:
+        """The structure with GFN2-xTB's energy (eV) and forces (eV/Å) in `info`, if it has any."""
+        from allscaip_lite.teacher import GFN2xTB
+
+        atoms, teacher = self.atoms.copy(), GFN2xTB(accuracy=0.1)
+        try:
+            teacher.calculate(atoms)
+        except CalculatorError:
+            return [atoms]
+        results = teacher.results
+        atoms.info |= {"xtb_energy": results["energy"], "xtb_forces": results["forces"]}
+        return [atoms]
+
+
+def read_given(files: Sequence[str | os.PathLike]) -> list[Given]:
+    """The structures of files, `.aselmdb` or what ASE reads; their labels, if any, are left.
+
+    Charge and multiplicity are those of `info`, else neutral and the lowest. Raises
+    FileNotFoundError, and ConversionError for a structure that is periodic or whose multiplicity
+    its electrons forbid.
+    """
+    found = []
+    for file in map(Path, files):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file")
+        lmdb = file.suffix == ".aselmdb"
+        for index, atoms in enumerate(
+            Dataset(file, labelled=False) if lmdb else ase.io.iread(file, index=":")
+        ):
+            where = f"{file}, structure {index} ({atoms.symbols})"
+            if atoms.pbc.any():
+                raise ConversionError(f"{where} is periodic: only molecules can be labelled")
+            charge, spin = charge_and_spin(atoms, where)
+            kept = {key: atoms.info[key] for key in ("data_id", "molecule") if key in atoms.info}
+            bare = Atoms(atoms.numbers, atoms.positions)
+            bare.info = {"data_id": file.stem} | kept | {"charge": charge, "spin": spin}
+            bare.info["source"] = str(atoms.info.get("source", where))
+            bare.info["reference_source"] = "allscaip-lite data dft"
+            found.append(Given(bare))
+    return found
+
+
 # --- The command -----------------------------------------------------------------------------
 
 
@@ -541,6 +610,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
+    parser.add_argument(
+        "--structures",
+        nargs="+",
+        metavar="FILE",
+        help="label these, .aselmdb or what ASE reads, and no others; into labelled.aselmdb",
+    )
     parser.add_argument("--known", type=Path, help=KNOWN)
     parser.add_argument(
         "--collect",
@@ -553,14 +628,18 @@ def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data dft`: label, or go on labelling, and collect; the exit status."""
     from allscaip_lite import omol_mini
 
-    entries = [FreeAtom(element) for element in GROUND_STATES]
-    entries += omol_mini.plan(args.seed)
+    if args.structures:
+        entries: list[Entry] = [*read_given(args.structures)]
+    else:
+        entries = [FreeAtom(element) for element in GROUND_STATES]
+        entries += omol_mini.plan(args.seed)
     if args.known:
         print(f"{take_over(args.out, entries, args.known)} entries taken from {args.known}")
     if not args.collect:
         label_all(args.out, entries, workers=args.workers)
     for split, count in collect(args.out, entries).items():
-        print(f"{split}: {count} structures")
+        if count or not args.structures:
+            print(f"{split}: {count} structures")
     return 0
 
 

@@ -9,17 +9,22 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 
 pytest.importorskip("pyscf")
 pytest.importorskip("numba")
 
 from allscaip_lite import dft  # noqa: E402
+from allscaip_lite.cli import main  # noqa: E402
+from allscaip_lite.convert import ConversionError  # noqa: E402
 from allscaip_lite.data import Dataset, checksum, write_aselmdb  # noqa: E402
 from allscaip_lite.dft import FreeAtom, LabelFailed, Level, collect, job_file, label  # noqa: E402
 
@@ -313,3 +318,38 @@ def test_a_queue_refuses_what_is_not_its_own(tmp_path):
 def test_another_level_is_another_job(tmp_path):
     assert job_file(tmp_path, ENTRIES[0], SMALL) != job_file(tmp_path, ENTRIES[0])
     assert job_file(tmp_path, ENTRIES[0]) != job_file(tmp_path, ENTRIES[1])
+
+
+# --- one's own structures ------------------------------------------------------------------------
+
+
+def test_one_s_own_structures_are_labelled_and_xtb_stands_beside(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tblite")
+    ase.io.write(tmp_path / "mine.xyz", [molecule("H2"), molecule("H2")])
+    ion = in_state(Atoms("H2", [[0, 0, 0], [0, 0, 1.1]]), charge=1, spin=2)
+    ion.calc = SinglePointCalculator(ion, energy=7.0, forces=np.zeros((2, 3)))
+    write_aselmdb(tmp_path / "ion.aselmdb", [ion])
+    for name in ("label_all", "collect"):
+        monkeypatch.setattr(dft, name, partial(getattr(dft, name), level=SMALL))
+    files = [str(tmp_path / "mine.xyz"), str(tmp_path / "ion.aselmdb")]
+    command = ["data", "dft", "--out", str(tmp_path / "out"), "--structures", *files]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "labelled: 3 structures\n"
+    first, twin, positive = Dataset(tmp_path / "out" / "labelled.aselmdb")
+    assert first.get_potential_energy() == twin.get_potential_energy() == energy(in_state(molecule("H2")))
+    assert (positive.info["charge"], positive.info["spin"]) == (1, 2)
+    assert positive.get_potential_energy() - energy(ion) == pytest.approx(0, abs=1e-6)
+    assert "wb97m_v" in positive.info["label"] and positive.info["source"].endswith("(H2)")
+    assert np.abs(positive.info["xtb_forces"] - positive.get_forces()).max() < 2  # eV/Å
+
+
+def test_structures_that_cannot_be_labelled_are_refused(tmp_path):
+    crystal, wrong = molecule("H2", pbc=True, cell=[4, 4, 4]), in_state(molecule("H2"), spin=2)
+    for atoms, what in ((crystal, "is periodic"), (wrong, "cannot have multiplicity 2")):
+        ase.io.write(tmp_path / "it.extxyz", atoms)
+        with pytest.raises(ConversionError, match=what):
+            dft.read_given([tmp_path / "it.extxyz"])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        dft.read_given([tmp_path / "none.xyz"])
+    with pytest.raises(LabelFailed, match="I needs a core potential"):
+        label(in_state(Atoms("HI", [[0, 0, 0], [0, 0, 1.6]])), SMALL)
