@@ -336,7 +336,8 @@ def test_one_s_own_structures_are_labelled_and_xtb_stands_beside(tmp_path, monke
     assert main(command) == 0
     assert capsys.readouterr().out == "labelled: 3 structures\n"
     first, twin, positive = Dataset(tmp_path / "out" / "labelled.aselmdb")
-    assert first.get_potential_energy() == twin.get_potential_energy() == energy(in_state(molecule("H2")))
+    assert first.get_potential_energy() == twin.get_potential_energy()
+    assert first.get_potential_energy() == energy(in_state(molecule("H2")))
     assert (positive.info["charge"], positive.info["spin"]) == (1, 2)
     assert positive.get_potential_energy() - energy(ion) == pytest.approx(0, abs=1e-6)
     assert "wb97m_v" in positive.info["label"] and positive.info["source"].endswith("(H2)")
