@@ -22,7 +22,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
 from allscaip_lite.checkpoint import load_model
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import AllScAIP, Result
 from allscaip_lite.recorded import RecordedModel
 
 
@@ -101,7 +101,7 @@ class AllScAIPCalculator(Calculator):
                     "no stress: the structure is not periodic, or its cell has no volume; "
                     "set atoms.cell and atoms.pbc"
                 )
-        (result,) = self.model.predict(self.atoms, self.recorded)
+        result = self.answer(self.atoms)
         self.results = {
             "energy": result.energy,
             "free_energy": result.energy,
@@ -109,6 +109,10 @@ class AllScAIPCalculator(Calculator):
         }
         if result.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)
+
+    def answer(self, atoms: Atoms) -> Result:
+        """The model's, from scratch."""
+        return self.model.predict(atoms, self.recorded)[0]
 
 
 def _frozen(model: AllScAIP) -> AllScAIP:

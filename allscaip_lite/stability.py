@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from allscaip_lite.machine import processor_name
 from allscaip_lite.md import Explosion, Settings, read_log, run_md
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.observables import drift
+from allscaip_lite.together import side_by_side
 from allscaip_lite.workers import in_processes
 
 BONDED = 1.25  # times the sum of covalent radii: the bonds of the relaxed start
@@ -195,49 +196,47 @@ def run_trial(
     *,
     compile: bool = False,
     progress: bool = True,
+    names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row a molecule: formula, atoms, broken (None or what happened), drift in meV/atom/ps with
     its error, temperature in K, rotation_rms and rotation_worst in meV/atom. A stopped run goes on.
+
+    The molecules move side by side, all in one batch of the model. Each has a folder in `folder`,
+    called by its number or by one of `names`.
     """
     calculator = AllScAIPCalculator(model, compile=compile)
-    tried = (
-        _row(calculator, atoms, trial, folder / f"{number:02d}", label)
-        for number, atoms in enumerate(molecules)
-    )
-    return _told(tried, len(molecules), progress)
+    names = names or [f"{number:02d}" for number in range(len(molecules))]
+    folders = [folder / name for name in names]
+    works = [
+        partial(try_molecule, atoms=atoms, trial=trial, folder=own, label=label)
+        for atoms, own in zip(molecules, folders, strict=True)
+    ]
+    done = [_steps_done(own, trial) for own in folders]
+    total = len(molecules) * round((trial.warming + trial.duration) / trial.timestep)
+    bar = tqdm(total=total, initial=sum(done), unit="steps", smoothing=0, disable=not progress)
+    with bar:
+        rows = side_by_side(calculator, works, tick=bar.update)
+    for row, atoms in zip(rows, molecules, strict=True):
+        by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
+        row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
+        row["rotation_worst"] = float(np.abs(by_turning).max())
+    return rows
 
 
-def _row(
-    calculator: AllScAIPCalculator, atoms: Atoms, trial: Trial, folder: Path, label: str
-) -> dict[str, Any]:
-    row = try_molecule(calculator, atoms, trial, folder, label)
-    by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
-    row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
-    row["rotation_worst"] = float(np.abs(by_turning).max())
-    return row
+def _steps_done(folder: Path, trial: Trial) -> int:
+    """Of an earlier run, up to what its logs hold."""
+    logs = [folder / part for part in ("warm", "nve") if (folder / part / "log.csv").exists()]
+    times = [read_log(log)["time_ps"] for log in logs]
+    return round(sum(1e3 * float(time[-1]) for time in times if len(time)) / trial.timestep)
 
 
-def _told(rows: Iterable[dict[str, Any]], count: int, progress: bool) -> list[dict[str, Any]]:
-    """The rows, each shown as it comes."""
-    found = []
-    for row in tqdm(rows, total=count, unit="molecules", disable=not progress):
-        found.append(row)
-        if progress:
-            tqdm.write(_line(row), file=sys.stderr)
-    return found
-
-
-@cache
-def _calculator(model: str, compile: bool) -> AllScAIPCalculator:
-    """One for all molecules of a process."""
+def _work(task: tuple[str, bool, list[Atoms], Trial, Path, list[str]]) -> list[dict[str, Any]]:
     from allscaip_lite.checkpoint import load_model
 
-    return AllScAIPCalculator(load_model(model), compile=compile)
-
-
-def _work(task: tuple[str, bool, Atoms, Trial, Path]) -> dict[str, Any]:
-    model, compile, atoms, trial, folder = task
-    return _row(_calculator(model, compile), atoms, trial, folder, model)
+    model, compile, molecules, trial, folder, names = task
+    return run_trial(
+        load_model(model), molecules, trial, folder, model, compile=compile, names=names
+    )
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -282,7 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, help="processes, a molecule each: one core, or one GPU"
+        "--workers", type=int, default=1, help="processes, which share the molecules"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
 
@@ -292,14 +291,17 @@ def run(args: argparse.Namespace) -> int:
     given = vars(args).keys() & {field.name for field in fields(Trial)}
     trial = Trial(**{name: getattr(args, name) for name in given})
     molecules = choose(Dataset(args.data), trial)
-    _calculator(args.model, args.compile)  # what is wrong with it is said at once
+    names = [f"{number:02d}" for number in range(len(molecules))]
+    shares = [slice(first, None, args.workers) for first in range(args.workers)]
     tasks = [
-        (args.model, args.compile, atoms, trial, args.out / f"{number:02d}")
-        for number, atoms in enumerate(molecules)
+        (args.model, args.compile, molecules[share], trial, args.out, names[share])
+        for share in shares
+        if molecules[share]
     ]
-    alone = args.workers == 1
-    tried = map(_work, tasks) if alone else in_processes(_work, tasks, args.workers)
-    rows = _told(tried, len(tasks), progress=True)
+    rows: list[dict[str, Any]] = [{}] * len(molecules)
+    tried = map(_work, tasks) if len(tasks) == 1 else in_processes(_work, tasks, len(tasks))
+    for share, found in zip(shares, tried, strict=False):
+        rows[share] = found
     result = {"model": args.model, "trial": asdict(trial), "machine": processor_name()}
     store_text(args.out / "stability.json", json.dumps({**result, "rows": rows}, indent=1))
     print(table(rows))
