@@ -205,7 +205,7 @@ def run_trial(
     called by its number or by one of `names`.
     """
     calculator = AllScAIPCalculator(model, compile=compile)
-    names = names or [f"{number:02d}" for number in range(len(molecules))]
+    names = names or _names(len(molecules))
     folders = [folder / name for name in names]
     works = [
         partial(try_molecule, atoms=atoms, trial=trial, folder=own, label=label)
@@ -221,6 +221,10 @@ def run_trial(
         row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
         row["rotation_worst"] = float(np.abs(by_turning).max())
     return rows
+
+
+def _names(molecules: int) -> list[str]:
+    return [f"{number:02d}" for number in range(molecules)]
 
 
 def _steps_done(folder: Path, trial: Trial) -> int:
@@ -291,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
     given = vars(args).keys() & {field.name for field in fields(Trial)}
     trial = Trial(**{name: getattr(args, name) for name in given})
     molecules = choose(Dataset(args.data), trial)
-    names = [f"{number:02d}" for number in range(len(molecules))]
+    names = _names(len(molecules))
     shares = [slice(first, None, args.workers) for first in range(args.workers)]
     tasks = [
         (args.model, args.compile, molecules[share], trial, args.out, names[share])

@@ -38,7 +38,7 @@ def side_by_side(
     Ctrl-C is, after the others were stopped where they next asked. `tick` is called after each call
     of the model, with the number of runs it answered.
     """
-    table = _Table(calculator, len(works))
+    table = _Table(len(works))
 
     def go(number: int) -> Outcome:
         try:
@@ -82,7 +82,7 @@ def _answers(calculator: AllScAIPCalculator, batch: dict[int, Atoms]) -> dict[in
 class _Table:
     """Where the runs meet: each lays down its question, and takes up its answer."""
 
-    def __init__(self, calculator: AllScAIPCalculator, seats: int) -> None:
+    def __init__(self, seats: int) -> None:
         self.seated = set(range(seats))
         self.asked: dict[int, Atoms] = {}
         self.answers: dict[int, Answer] = {}

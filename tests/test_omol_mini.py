@@ -134,11 +134,11 @@ def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch)
 def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near():
     folder = Path(__file__).parents[1] / "data" / "omol-mini"
     model = load_model("lite", device="cpu").requires_grad_(False)
-    for name, share in (("test", 0.8), ("larger", 0.65)):
+    for name, share in (("larger", 0.65), ("test", 0.8)):
         data = Dataset(folder / f"{name}.aselmdb")
         errors = [(w.xtb[1] - w.forces).ravel() for w in evaluation.describe(data)]
         found = evaluation.evaluate(model, data)
         assert found["force_mae"] < share * 1e3 * np.abs(np.concatenate(errors)).mean(), name
-    found = evaluation.evaluate(model, Dataset(folder / "test.aselmdb"))
+    # `found` is that of the test set now, on which the card was measured
     for name in ("energy_mae", "force_mae"):
         assert found[name] == pytest.approx(read_card("lite")["errors"]["all"][name], rel=0.01)
