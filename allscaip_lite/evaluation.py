@@ -2,8 +2,9 @@
 
 In: a model and a data set in OMol25's format. Out: mean absolute (MAE) and root mean square (RMSE)
 errors of the energy in meV/atom, of force components in meV/Å, and, where there are such labels, of
-the stress in bar, overall and by domain, element, charge, multiplicity and size; pictures of them;
-and the predictions themselves, in the format of OMol25's leaderboard.
+the stress in bar, overall and by domain, element, charge, multiplicity, molecule and size, of one
+model or of several side by side; pictures of them; and the predictions themselves, in the format of
+OMol25's leaderboard.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +99,7 @@ class Description(NamedTuple):
 
     domain: str
     source: str
+    molecule: str  # SMILES, with a dot between two that are not bound, where it is kept
     charge: int
     multiplicity: int
     numbers: np.ndarray
@@ -116,6 +119,7 @@ def describe(data: Dataset) -> list[Description]:
             Description(
                 str(info.get("data_id", "unknown")),
                 str(info.get("source", index)),
+                str(info.get("molecule", "unknown")),
                 int(info.get("charge", 0)),
                 int(info.get("spin", 1)),
                 atoms.numbers,
@@ -132,8 +136,14 @@ GROUPS: dict[str, Callable[[Description], str | int]] = {
     "domain": lambda what: what.domain,
     "charge": lambda what: what.charge,
     "multiplicity": lambda what: what.multiplicity,
+    "molecule": lambda what: f"`{what.molecule}`",  # brackets would be links in markdown
     "atoms": lambda what: _bin(len(what.numbers)),
 }
+
+
+def containing(smiles: str) -> Callable[[Description], str]:
+    """A key for `by_group`: whether this is one of the molecules of a structure."""
+    return lambda what: f"{'with' if smiles in what.molecule.split('.') else 'without'} `{smiles}`"
 
 
 def _bin(size: int) -> int:
@@ -204,12 +214,30 @@ def fit_references(described: Sequence[Description], found: Residuals) -> Residu
 def xtb_residuals(described: Sequence[Description]) -> Residuals:
     """GFN2-xTB's own errors against the labels, of data that keep `xtb_energy` and `xtb_forces`,
     after `fit_references`. Raises EvaluationError for other data."""
+    return fit_references(described, _xtb_unfitted(described))
+
+
+def _xtb_unfitted(described: Sequence[Description]) -> Residuals:
     if any(what.xtb is None for what in described):
         raise EvaluationError("not every structure keeps xtb_energy and xtb_forces")
     energies = [1e3 * (w.xtb[0] - w.energy) / len(w.numbers) for w in described]
     forces = [torch.as_tensor(1e3 * (w.xtb[1] - w.forces)) for w in described]
     none = torch.full((len(described), 3, 3), torch.nan)
-    return fit_references(described, Residuals(torch.tensor(energies), forces, none))
+    return Residuals(torch.tensor(energies), forces, none)
+
+
+ANOTHER_LEVEL = 1000.0  # meV/atom, the median error above which energies have another zero
+ENOUGH = 100  # structures, for what is left after a fit of references to say something
+
+
+def _on_one_zero(described: Sequence[Description], found: Residuals) -> tuple[Residuals, bool]:
+    """`fit_references` where energies are of another level of theory, and whether that was done;
+    without energies (not a number) where there are not `ENOUGH` structures for it."""
+    if found.energies.abs().median() <= ANOTHER_LEVEL:
+        return found, False
+    if len(described) < ENOUGH:
+        return found._replace(energies=torch.full_like(found.energies, torch.nan)), False
+    return fit_references(described, found), True
 
 
 # --- Tables, pictures, files -----------------------------------------------------------------
@@ -234,6 +262,23 @@ def table(rows: dict[str, dict[str, float]], head: str = "domain") -> str:
     for name, row in rows.items():
         numbers = [f"{row[column]:.1f}" if column in row else "–" for column in columns]
         lines.append(f"| {name} | {row['structures']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def side_by_side(models: dict[str, dict[str, dict[str, float]]], head: str = "domain") -> str:
+    """A markdown table of the MAEs of several models, each with its rows of `by_group`; a dash
+    where there is none."""
+    first = next(iter(models.values()))
+    names = " | ".join(models)
+    lines = [
+        f"| {head} | structures | force MAE (meV/Å): {names} | energy MAE (meV/atom): {names} |",
+        "|---|---:|" + "---:|" * 2 * len(models),
+    ]
+    for group, row in first.items():
+        kinds = ("force_mae", "energy_mae")
+        errors = [rows[group][kind] for kind in kinds for rows in models.values()]
+        numbers = ["–" if np.isnan(error) else f"{error:.0f}" for error in errors]
+        lines.append(f"| {group} | {row['structures']} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
@@ -315,10 +360,10 @@ def write_predictions(
         "forces": np.concatenate(forces),
         "natoms": data.natoms,
     }
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
+    unfinished = file.with_name(file.name + ".partial")
+    with unfinished.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
-    partial.replace(file)
+    unfinished.replace(file)
 
 
 def _filled(natoms: np.ndarray, max_atoms: int) -> Iterable[list[int]]:
@@ -345,6 +390,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["domain"],
         choices=[*GROUPS, "element"],
         help="tables by these (default: domain)",
+    )
+    parser.add_argument(
+        "--containing",
+        metavar="SMILES",
+        help="one table more: structures with this molecule, and without it",
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="mean absolute errors of these models, and of GFN2-xTB where the data keep it, in the "
+        "same tables; energies of another level of theory after --fit-references",
     )
     parser.add_argument("--plots", type=Path, metavar="FILE", help="write a picture (.png, .pdf)")
     parser.add_argument(
@@ -396,6 +454,8 @@ def run(args: argparse.Namespace) -> None:
         raise EvaluationError(
             "--save writes the errors of the model as it is: leave out --fit-references"
         )
+    if args.beside and (args.physics or args.unlabelled):
+        raise EvaluationError("--beside compares errors: leave out --physics and --unlabelled")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, device=device).requires_grad_(False)
     model.compiled = args.compile
@@ -412,20 +472,32 @@ def run(args: argparse.Namespace) -> None:
         found = physics.differences(model, data, proton=args.proton)
         print(physics.table(physics.summary(found)))
         return
-    found, described = residuals(model, data, progress=True), describe(data)
+    described = describe(data)
+    tables = _tables(args, described)
+    found = residuals(model, data, progress=True)
     if args.fit_references:
         found = fit_references(described, found)
-    for group in args.by:
-        rows = (
-            by_element(described, found)
-            if group == "element"
-            else by_group(described, found, GROUPS[group])
-        )
-        print(table(rows, "up to so many atoms" if group == "atoms" else group), end="\n\n")
-    if all(what.xtb is not None for what in described) and len(described) > 100:
-        print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
-        print(table(by_group(described, xtb_residuals(described), GROUPS["domain"])), end="\n\n")
-    if not args.fit_references and found.energies.abs().median() > 1000:
+    if args.beside:
+        models = {args.model: (found, args.fit_references)}
+        for name in args.beside:
+            other = load_model(name, device=device).requires_grad_(False)
+            other.compiled = args.compile
+            models[name] = _on_one_zero(described, residuals(other, data, progress=True))
+        if all(what.xtb is not None for what in described):
+            models["GFN2-xTB"] = _on_one_zero(described, _xtb_unfitted(described))
+        for head, rows_of in tables:
+            rows = {name: rows_of(errors) for name, (errors, _) in models.items()}
+            print(side_by_side(rows, head), end="\n\n")
+        if fitted := [name for name, (_, fitted) in models.items() if fitted]:
+            print(f"Energies after a fit of elements and charge: {', '.join(fitted)}.")
+    else:
+        for head, rows_of in tables:
+            print(table(rows_of(found), head), end="\n\n")
+        if all(what.xtb is not None for what in described) and len(described) >= ENOUGH:
+            print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
+            rows = by_group(described, xtb_residuals(described), GROUPS["domain"])
+            print(table(rows), end="\n\n")
+    if not args.fit_references and found.energies.abs().median() > ANOTHER_LEVEL:
         print(
             "Energies are off by more than 1 eV/atom: labels of another level of theory? "
             "--fit-references takes off what is a constant of each element and of a charge."
@@ -449,3 +521,29 @@ def run(args: argparse.Namespace) -> None:
             card["trained"] = args.note
         save_model(model, args.save, card)
         print(f"written: {args.save}")
+
+
+Rows = dict[str, dict[str, float]]
+
+
+def _tables(
+    args: argparse.Namespace, described: Sequence[Description]
+) -> list[tuple[str, Callable[[Residuals], Rows]]]:
+    """What was asked for: the head of each table, and what makes its rows."""
+    tables: list[tuple[str, Callable[[Residuals], Rows]]] = []
+    for group in args.by:
+        if group == "element":
+            tables.append((group, partial(by_element, described)))
+        else:
+            head = "up to so many atoms" if group == "atoms" else group
+            tables.append((head, partial(by_group, described, key=GROUPS[group])))
+    if args.containing:
+        key = containing(args.containing)
+        if len({key(what) for what in described}) < 2:
+            molecules = sorted({what.molecule for what in described})
+            raise EvaluationError(
+                f"--containing {args.containing}: all structures or none; molecules here are "
+                f"{', '.join(molecules[:8])}{', ...' if len(molecules) > 8 else ''}"
+            )
+        tables.append(("molecules", partial(by_group, described, key=key)))
+    return tables

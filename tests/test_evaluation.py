@@ -12,7 +12,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from allscaip_lite import AllScAIP, AllScAIPConfig, cli, save_model
+from allscaip_lite import AllScAIP, AllScAIPConfig, cli, evaluation, save_model
 from allscaip_lite.checkpoint import read_card
 from allscaip_lite.data import Dataset, write_aselmdb
 from allscaip_lite.evaluation import (
@@ -150,7 +150,7 @@ def relabelled(model: AllScAIP, tmp_path: Path, own: dict[str, float]) -> Datase
         atoms.rattle(0.05, seed=seed)
         charge = {"NH3": 1, "CH3OH": -1, "N2H4": 2}.get(name, 0)
         atoms.info |= {"charge": charge, "spin": 1 + charge % 2}
-        atoms.info |= {"data_id": "any", "source": f"here/{name}"}
+        atoms.info |= {"data_id": "any", "source": f"here/{name}", "molecule": f"{name}.Ne"}
         (result,) = model.predict(atoms)
         zero = sum(own[symbol] for symbol in atoms.symbols) - 4700.0 * charge
         error = 1e-3 * (-1) ** seed * len(atoms)
@@ -198,6 +198,51 @@ def test_the_command_writes_predictions_and_pictures(
             (alone,) = model.predict(data[index])
             np.testing.assert_allclose(part, alone.forces, atol=1e-5)
             assert found["energy"][index] == pytest.approx(alone.energy, abs=1e-4)
+
+
+def test_models_side_by_side(
+    model: AllScAIP,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = relabelled(model, tmp_path, {"H": 9.0, "C": 0.0, "N": 0.0, "O": 5000.0})
+    torch.manual_seed(1)
+    other = AllScAIP(SMALL).eval()
+    names = {name: str(tmp_path / f"{name}.safetensors") for name in ("one", "two")}
+    save_model(model, names["one"])
+    save_model(other, names["two"])
+    command = ["evaluate", names["one"], str(tmp_path / "other.aselmdb"), "--device", "cpu"]
+    command += ["--fit-references", "--beside", names["two"], "--containing", "H2O"]
+
+    def printed() -> tuple[list[str], dict[str, list[str]]]:
+        assert cli.main(command) == 0
+        words = capsys.readouterr().out
+        lines = [line.strip("| ").split(" | ") for line in words.splitlines() if "|" in line]
+        return words.splitlines(), {line[0]: line[1:] for line in lines}
+
+    described = describe(data)
+    errors = [
+        fit_references(described, residuals(model, data)),
+        fit_references(described, residuals(other, data)),
+        xtb_residuals(described),
+    ]
+    monkeypatch.setattr(evaluation, "ENOUGH", len(data))
+    lines, rows = printed()
+    assert f"elements and charge: {names['one']}, {names['two']}, GFN2-xTB." in lines[-1]
+    for group, chosen in (("all", range(8)), ("with `H2O`", [0]), ("without `H2O`", range(1, 8))):
+        forces = [torch.cat([found.forces[i] for i in chosen]).abs().mean() for found in errors]
+        energies = [found.energies[list(chosen)].abs().mean() for found in errors]
+        wanted = [f"{float(error):.0f}" for error in (*forces, *energies)]
+        assert rows[group] == [str(len(chosen)), *wanted]
+    assert rows["all"][1:3] != rows["with `H2O`"][1:3] and len(set(rows["all"][1:3])) == 2
+
+    monkeypatch.setattr(evaluation, "ENOUGH", len(data) + 1)
+    _, rows = printed()
+    assert rows["all"][4] != "–" and rows["all"][5:] == ["–", "–"]
+    command[-1] = "Ne"
+    assert cli.main(command) == 2
+    assert "molecules here are C" in capsys.readouterr().err
 
 
 def test_structures_without_labels_get_predictions_only(

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import evaluation, omol_mini, species, teacher  # noqa: E402
+from allscaip_lite import cli, evaluation, omol_mini, species, teacher  # noqa: E402
 from allscaip_lite.checkpoint import load_model, read_card  # noqa: E402
 from allscaip_lite.data import Dataset  # noqa: E402
 from allscaip_lite.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
@@ -142,3 +142,32 @@ def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near()
     # `found` is that of the test set now, on which the card was measured
     for name in ("energy_mae", "force_mae"):
         assert found[name] == pytest.approx(read_card("lite")["errors"]["all"][name], rel=0.01)
+
+
+def test_the_readme_s_tables_are_those_of_the_command(capsys: pytest.CaptureFixture[str]):
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+
+    def columns(lines: str, head: str) -> dict[str, list[float]]:
+        table = lines[lines.index(head) :].partition("\n\n")[0].splitlines()[2:]
+        rows = [line.strip("| ").split(" | ") for line in table]
+        return {row[0]: [np.nan if n == "–" else float(n) for n in row[1:]] for row in rows}
+
+    larger = str(root / "data" / "omol-mini" / "larger.aselmdb")
+    command = ["evaluate", "lite", larger, "--beside", "lite-local", "lite-xtb"]
+    assert cli.main([*command, "--by", "molecule", "--device", "cpu"]) == 0
+    printed = columns(capsys.readouterr().out, "| molecule |")
+    written = columns(readme, "| molecule |")
+    assert printed.keys() == written.keys() and len(printed) == 9
+    for molecule, numbers in printed.items():
+        assert written[molecule] == pytest.approx(numbers, abs=1.01, nan_ok=True), molecule
+
+    # of the larger table what needs no model: a card keeps what was measured
+    described = evaluation.describe(Dataset(root / "data" / "omol-mini" / "test.aselmdb"))
+    domain = evaluation.GROUPS["domain"]
+    xtb = evaluation.by_group(described, evaluation.xtb_residuals(described), domain)
+    measured = {0: read_card("lite")["errors"], 1: read_card("lite-local")["errors"], 3: xtb}
+    for group, numbers in columns(readme, "| domain |").items():
+        for column, rows in measured.items():
+            errors = [rows[group]["force_mae"], rows[group]["energy_mae"]]
+            assert [numbers[1 + column], numbers[5 + column]] == pytest.approx(errors, abs=0.51)
