@@ -196,13 +196,15 @@ def run_trial(
     *,
     compile: bool = False,
     progress: bool = True,
+    line: int | None = None,
     names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row a molecule: formula, atoms, broken (None or what happened), drift in meV/atom/ps with
     its error, temperature in K, rotation_rms and rotation_worst in meV/atom. A stopped run goes on.
 
     The molecules move side by side, all in one batch of the model. Each has a folder in `folder`,
-    called by its number or by one of `names`.
+    called by its number or by one of `names`. `line` is that of the progress bar on the terminal,
+    where there are several.
     """
     calculator = AllScAIPCalculator(model, compile=compile)
     names = names or _names(len(molecules))
@@ -213,8 +215,14 @@ def run_trial(
     ]
     done = [_steps_done(own, trial) for own in folders]
     total = len(molecules) * round((trial.warming + trial.duration) / trial.timestep)
-    bar = tqdm(total=total, initial=sum(done), unit="steps", smoothing=0, disable=not progress)
-    with bar:
+    with tqdm(
+        total=total,
+        initial=sum(done),
+        unit="steps",
+        smoothing=0,
+        position=line,
+        disable=not progress,
+    ) as bar:
         rows = side_by_side(calculator, works, tick=bar.update)
     for row, atoms in zip(rows, molecules, strict=True):
         by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
@@ -234,12 +242,15 @@ def _steps_done(folder: Path, trial: Trial) -> int:
     return round(sum(1e3 * float(time[-1]) for time in times if len(time)) / trial.timestep)
 
 
-def _work(task: tuple[str, bool, list[Atoms], Trial, Path, list[str]]) -> list[dict[str, Any]]:
+def _work(
+    task: tuple[str, bool, list[Atoms], Trial, Path, list[str], int],
+) -> list[dict[str, Any]]:
     from allscaip_lite.checkpoint import load_model
 
-    model, compile, molecules, trial, folder, names = task
+    name, compile, molecules, trial, folder, names, line = task
+    model = load_model(name)
     return run_trial(
-        load_model(model), molecules, trial, folder, model, compile=compile, names=names
+        model, molecules, trial, folder, name, compile=compile, line=line, names=names
     )
 
 
@@ -285,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, help="processes, which share the molecules"
+        "--workers", type=int, default=1, help="processes, which share the molecules: one for each core"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
 
@@ -298,8 +309,8 @@ def run(args: argparse.Namespace) -> int:
     names = _names(len(molecules))
     shares = [slice(first, None, args.workers) for first in range(args.workers)]
     tasks = [
-        (args.model, args.compile, molecules[share], trial, args.out, names[share])
-        for share in shares
+        (args.model, args.compile, molecules[share], trial, args.out, names[share], line)
+        for line, share in enumerate(shares)
         if molecules[share]
     ]
     rows: list[dict[str, Any]] = [{}] * len(molecules)
