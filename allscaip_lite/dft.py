@@ -29,7 +29,6 @@ from typing import Protocol
 import ase.io
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import CalculatorError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
@@ -559,15 +558,11 @@ class Given:
 
     def structures(self) -> list[Atoms]:
         """The structure with GFN2-xTB's energy (eV) and forces (eV/Å) in `info`, if it has any."""
-        from allscaip_lite.teacher import GFN2xTB
+        from allscaip_lite.teacher import results_of
 
-        atoms, teacher = self.atoms.copy(), GFN2xTB(accuracy=0.1)
-        try:
-            teacher.calculate(atoms)
-        except CalculatorError:
-            return [atoms]
-        results = teacher.results
-        atoms.info |= {"xtb_energy": results["energy"], "xtb_forces": results["forces"]}
+        atoms = self.atoms.copy()
+        if xtb := results_of(atoms):
+            atoms.info |= {"xtb_energy": xtb["energy"], "xtb_forces": xtb["forces"]}
         return [atoms]
 
 

@@ -24,7 +24,7 @@ from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data import SPLITS
 from allscaip_lite.species import Job, System, split_of
-from allscaip_lite.teacher import GFN2xTB, JobFailed, label, langevin
+from allscaip_lite.teacher import GFN2xTB, JobFailed, label, langevin, results_of
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
@@ -444,12 +444,10 @@ def _labelled(atoms: Atoms, item: Item, how: str) -> Atoms | None:
         return None
     done = Atoms(atoms.numbers, np.round(atoms.positions - atoms.positions.mean(axis=0), 6))
     done.info = {key: atoms.info[key] for key in ("charge", "spin")}
-    teacher = GFN2xTB(accuracy=0.1)
-    try:
-        teacher.calculate(done)
-    except CalculatorError:
+    results = results_of(done)
+    if results is None:
         return None
-    energy, forces = teacher.results["energy"], teacher.results["forces"]
+    energy, forces = results["energy"], results["forces"]
     if not (np.isfinite(energy) and np.abs(forces).max() < MAX_FORCE):
         return None
     done.info |= {

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms, units
@@ -263,16 +264,26 @@ def _label(
     return found if abs(energy - expected) <= tolerance else None  # so for NaN too
 
 
-def label(atoms: Atoms, system: System) -> Atoms | None:
-    """The structure, charge and spin in `info`, with GFN2-xTB's energy (eV), forces (eV/Å) and
-    metadata; None if the SCF fails or a force is above MAX_FORCE."""
-    # A calculator of its own: the label depends on the structure alone, not on how a run came by.
+def results_of(atoms: Atoms) -> dict[str, Any] | None:
+    """GFN2-xTB's energy (eV), forces (eV/Å) and what else `GFN2xTB` finds; None if the SCF fails.
+
+    By a calculator of its own: they depend on the structure alone, not on how a run came by.
+    """
     teacher = GFN2xTB(accuracy=0.1)
     try:
         teacher.calculate(atoms)
     except CalculatorError:
         return None
-    energy, forces = teacher.results["energy"], teacher.results["forces"]
+    return teacher.results
+
+
+def label(atoms: Atoms, system: System) -> Atoms | None:
+    """The structure, charge and spin in `info`, with GFN2-xTB's energy (eV), forces (eV/Å) and
+    metadata; None if the SCF fails or a force is above MAX_FORCE."""
+    results = results_of(atoms)
+    if results is None:
+        return None
+    energy, forces = results["energy"], results["forces"]
     if not (np.isfinite(energy) and np.abs(forces).max() < MAX_FORCE):
         return None
     labelled = Atoms(atoms.numbers, atoms.positions)
@@ -284,7 +295,7 @@ def label(atoms: Atoms, system: System) -> Atoms | None:
         "num_atoms": len(atoms),
         "num_electrons": int(atoms.numbers.sum()) - atoms.info["charge"],
         "composition": labelled.get_chemical_formula("hill"),
-        "homo_lumo_gap": teacher.results["homo_lumo_gap"],
+        "homo_lumo_gap": results["homo_lumo_gap"],
         "molecule": system.molecule,
         "label": f"GFN2-xTB, spin-polarised (tblite {version('tblite')})",
     }
