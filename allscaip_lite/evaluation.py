@@ -457,8 +457,14 @@ def run(args: argparse.Namespace) -> None:
     if args.beside and (args.physics or args.unlabelled):
         raise EvaluationError("--beside compares errors: leave out --physics and --unlabelled")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model, device=device).requires_grad_(False)
-    model.compiled = args.compile
+
+    def load(name: str) -> AllScAIP:
+        model = load_model(name, device=device).requires_grad_(False)
+        model.compiled = args.compile
+        return model
+
+    model = load(args.model)
+    others = {name: load(name) for name in args.beside}
     if args.unlabelled:
         if not args.predictions:
             raise EvaluationError("--unlabelled: say where to, with --predictions FILE.npz")
@@ -479,9 +485,7 @@ def run(args: argparse.Namespace) -> None:
         found = fit_references(described, found)
     if args.beside:
         models = {args.model: (found, args.fit_references)}
-        for name in args.beside:
-            other = load_model(name, device=device).requires_grad_(False)
-            other.compiled = args.compile
+        for name, other in others.items():
             models[name] = _on_one_zero(described, residuals(other, data, progress=True))
         if all(what.xtb is not None for what in described):
             models["GFN2-xTB"] = _on_one_zero(described, _xtb_unfitted(described))

@@ -296,7 +296,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, help="processes, which share the molecules: one for each core"
+        "--workers",
+        type=int,
+        default=1,
+        help="processes, which share the molecules; on a CPU one for each core is fastest",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
 
