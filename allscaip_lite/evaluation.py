@@ -94,6 +94,9 @@ def evaluate(model: AllScAIP, data: Dataset) -> dict[str, float]:
 # --- By groups -------------------------------------------------------------------------------
 
 
+Rows = dict[str, dict[str, float]]  # a `summary` of each group, by its name
+
+
 class Description(NamedTuple):
     """What a structure is, and its labels: energy in eV, forces (n, 3) in eV/Å."""
 
@@ -153,7 +156,7 @@ def _bin(size: int) -> int:
 
 def by_group(
     described: Sequence[Description], found: Residuals, key: Callable[[Description], str | int]
-) -> dict[str, dict[str, float]]:
+) -> Rows:
     """`summary` of the structures of each value of `key`, in order, and of `all`."""
     groups: dict[str | int, list[int]] = {}
     for index, what in enumerate(described):
@@ -162,7 +165,7 @@ def by_group(
     return {**rows, "all": summary(found)}
 
 
-def by_element(described: Sequence[Description], found: Residuals) -> dict[str, dict[str, float]]:
+def by_element(described: Sequence[Description], found: Residuals) -> Rows:
     """`summary` by element: energies of the structures that contain it, forces on its atoms."""
     rows = {}
     for number in sorted({int(z) for what in described for z in what.numbers}):
@@ -173,7 +176,7 @@ def by_element(described: Sequence[Description], found: Residuals) -> dict[str, 
     return {**rows, "all": summary(found)}
 
 
-def by_domain(data: Dataset, found: Residuals) -> dict[str, dict[str, float]]:
+def by_domain(data: Dataset, found: Residuals) -> Rows:
     """`summary` of each `data_id` that occurs, and of `all`."""
     return by_group(describe(data), found, GROUPS["domain"])
 
@@ -252,7 +255,7 @@ COLUMNS = {
 }
 
 
-def table(rows: dict[str, dict[str, float]], head: str = "domain") -> str:
+def table(rows: Rows, head: str = "domain") -> str:
     """A markdown table of `by_group`; a group without stresses has dashes there."""
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
     lines = [
@@ -265,7 +268,7 @@ def table(rows: dict[str, dict[str, float]], head: str = "domain") -> str:
     return "\n".join(lines)
 
 
-def side_by_side(models: dict[str, dict[str, dict[str, float]]], head: str = "domain") -> str:
+def side_by_side(models: dict[str, Rows], head: str = "domain") -> str:
     """A markdown table of the MAEs of several models, each with its rows of `by_group`; a dash
     where there is none."""
     first = next(iter(models.values()))
@@ -441,6 +444,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--note", default="", help="a line for that card: how it was trained")
 
 
+def _tables(
+    args: argparse.Namespace, described: Sequence[Description]
+) -> list[tuple[str, Callable[[Residuals], Rows]]]:
+    """What was asked for: the head of each table, and what makes its rows."""
+    tables: list[tuple[str, Callable[[Residuals], Rows]]] = []
+    for group in args.by:
+        if group == "element":
+            tables.append((group, partial(by_element, described)))
+        else:
+            head = "up to so many atoms" if group == "atoms" else group
+            tables.append((head, partial(by_group, described, key=GROUPS[group])))
+    if args.containing:
+        key = containing(args.containing)
+        if len({key(what) for what in described}) < 2:
+            molecules = sorted({what.molecule for what in described})
+            raise EvaluationError(
+                f"--containing {args.containing}: all structures or none; molecules here are "
+                f"{', '.join(molecules[:8])}{', ...' if len(molecules) > 8 else ''}"
+            )
+        tables.append(("molecules", partial(by_group, described, key=key)))
+    return tables
+
+
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite evaluate`."""
     kinds = {"plots": (".png", ".pdf", ".svg"), "predictions": (".npz",), "save": (".safetensors",)}
@@ -480,6 +506,7 @@ def run(args: argparse.Namespace) -> None:
         return
     described = describe(data)
     tables = _tables(args, described)
+    keep_xtb = all(what.xtb is not None for what in described)
     found = residuals(model, data, progress=True)
     if args.fit_references:
         found = fit_references(described, found)
@@ -487,7 +514,7 @@ def run(args: argparse.Namespace) -> None:
         models = {args.model: (found, args.fit_references)}
         for name, other in others.items():
             models[name] = _on_one_zero(described, residuals(other, data, progress=True))
-        if all(what.xtb is not None for what in described):
+        if keep_xtb:
             models["GFN2-xTB"] = _on_one_zero(described, _xtb_unfitted(described))
         for head, rows_of in tables:
             rows = {name: rows_of(errors) for name, (errors, _) in models.items()}
@@ -497,7 +524,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         for head, rows_of in tables:
             print(table(rows_of(found), head), end="\n\n")
-        if all(what.xtb is not None for what in described) and len(described) >= ENOUGH:
+        if keep_xtb and len(described) >= ENOUGH:
             print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
             rows = by_group(described, xtb_residuals(described), GROUPS["domain"])
             print(table(rows), end="\n\n")
@@ -512,11 +539,10 @@ def run(args: argparse.Namespace) -> None:
     if args.predictions:
         write_predictions(model, data, args.predictions, progress=True)
         print(f"written: {args.predictions}")
-    rows = by_group(described, found, GROUPS["domain"])
     if args.save:
         card: dict[str, Any] = {
             **read_card(args.model),
-            "errors": rows,
+            "errors": by_group(described, found, GROUPS["domain"]),
             "errors_on": ", ".join(path.name for path in args.data),
             "units": "energy meV/atom, forces meV/Å and stress bar (components)",
             "measured_with": f"torch {torch.__version__}, {platform.machine()}, {device}",
@@ -525,29 +551,3 @@ def run(args: argparse.Namespace) -> None:
             card["trained"] = args.note
         save_model(model, args.save, card)
         print(f"written: {args.save}")
-
-
-Rows = dict[str, dict[str, float]]
-
-
-def _tables(
-    args: argparse.Namespace, described: Sequence[Description]
-) -> list[tuple[str, Callable[[Residuals], Rows]]]:
-    """What was asked for: the head of each table, and what makes its rows."""
-    tables: list[tuple[str, Callable[[Residuals], Rows]]] = []
-    for group in args.by:
-        if group == "element":
-            tables.append((group, partial(by_element, described)))
-        else:
-            head = "up to so many atoms" if group == "atoms" else group
-            tables.append((head, partial(by_group, described, key=GROUPS[group])))
-    if args.containing:
-        key = containing(args.containing)
-        if len({key(what) for what in described}) < 2:
-            molecules = sorted({what.molecule for what in described})
-            raise EvaluationError(
-                f"--containing {args.containing}: all structures or none; molecules here are "
-                f"{', '.join(molecules[:8])}{', ...' if len(molecules) > 8 else ''}"
-            )
-        tables.append(("molecules", partial(by_group, described, key=key)))
-    return tables

@@ -444,11 +444,8 @@ def _labelled(atoms: Atoms, item: Item, how: str) -> Atoms | None:
         return None
     done = Atoms(atoms.numbers, np.round(atoms.positions - atoms.positions.mean(axis=0), 6))
     done.info = {key: atoms.info[key] for key in ("charge", "spin")}
-    results = results_of(done)
+    results = results_of(done, MAX_FORCE)
     if results is None:
-        return None
-    energy, forces = results["energy"], results["forces"]
-    if not (np.isfinite(energy) and np.abs(forces).max() < MAX_FORCE):
         return None
     done.info |= {
         "data_id": item.domain,
@@ -456,7 +453,7 @@ def _labelled(atoms: Atoms, item: Item, how: str) -> Atoms | None:
         "reference_source": "allscaip-lite data dft",
         "molecule": item.system.molecule,
     }
-    done.info |= {"xtb_energy": energy, "xtb_forces": forces}
+    done.info |= {"xtb_energy": results["energy"], "xtb_forces": results["forces"]}
     return done
 
 

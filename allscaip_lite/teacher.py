@@ -147,11 +147,8 @@ def free_atom_energies(elements: Iterable[str]) -> dict[str, float]:
         tried = []
         for spin in range(1 + number % 2, 6, 2):
             atom = Atoms(element, info={"charge": 0, "spin": spin})
-            atom.calc = GFN2xTB(accuracy=0.1)
-            try:
-                tried.append(atom.get_potential_energy())
-            except CalculatorError:
-                continue  # more unpaired electrons than the valence shell has room for
+            if results := results_of(atom):  # none: too many unpaired electrons for the shell
+                tried.append(results["energy"])
         energies[element] = min(tried)
     return energies
 
@@ -264,8 +261,9 @@ def _label(
     return found if abs(energy - expected) <= tolerance else None  # so for NaN too
 
 
-def results_of(atoms: Atoms) -> dict[str, Any] | None:
-    """GFN2-xTB's energy (eV), forces (eV/Å) and what else `GFN2xTB` finds; None if the SCF fails.
+def results_of(atoms: Atoms, max_force: float | None = None) -> dict[str, Any] | None:
+    """GFN2-xTB's energy (eV), forces (eV/Å) and what else `GFN2xTB` finds; None if the SCF fails,
+    or if a force component is not below `max_force`, where one is given.
 
     By a calculator of its own: they depend on the structure alone, not on how a run came by.
     """
@@ -274,17 +272,17 @@ def results_of(atoms: Atoms) -> dict[str, Any] | None:
         teacher.calculate(atoms)
     except CalculatorError:
         return None
+    energy, forces = teacher.results["energy"], teacher.results["forces"]
+    if max_force is not None and not (np.isfinite(energy) and np.abs(forces).max() < max_force):
+        return None
     return teacher.results
 
 
 def label(atoms: Atoms, system: System) -> Atoms | None:
     """The structure, charge and spin in `info`, with GFN2-xTB's energy (eV), forces (eV/Å) and
     metadata; None if the SCF fails or a force is above MAX_FORCE."""
-    results = results_of(atoms)
+    results = results_of(atoms, MAX_FORCE)
     if results is None:
-        return None
-    energy, forces = results["energy"], results["forces"]
-    if not (np.isfinite(energy) and np.abs(forces).max() < MAX_FORCE):
         return None
     labelled = Atoms(atoms.numbers, atoms.positions)
     labelled.info = {
@@ -299,7 +297,9 @@ def label(atoms: Atoms, system: System) -> Atoms | None:
         "molecule": system.molecule,
         "label": f"GFN2-xTB, spin-polarised (tblite {version('tblite')})",
     }
-    labelled.calc = SinglePointCalculator(labelled, energy=energy, forces=forces)
+    labelled.calc = SinglePointCalculator(
+        labelled, energy=results["energy"], forces=results["forces"]
+    )
     return labelled
 
 
@@ -326,11 +326,10 @@ def _energy_apart(atoms: Atoms, system: System) -> float:
     states = [system.alone(part) for part in system.parts]
     for piece, state in zip(pieces, states, strict=True):
         piece.info = {"charge": state.charge, "spin": state.multiplicity}
-        piece.calc = GFN2xTB(accuracy=0.1)
-        try:
-            energy += piece.get_potential_energy()
-        except CalculatorError:
+        results = results_of(piece)
+        if results is None:
             return np.nan
+        energy += results["energy"]
     distance = np.linalg.norm(pieces[0].positions.mean(0) - pieces[1].positions.mean(0))
     coulomb = units.Hartree * units.Bohr / distance  # of two charges of one
     return energy + coulomb * states[0].charge * states[1].charge
