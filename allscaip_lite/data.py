@@ -49,9 +49,7 @@ def write_aselmdb(
         raise DataError(f"{path}: the name of a data file ends in .aselmdb")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
-    # A folder of its own hides the half-written file from whoever lists `path.parent`, and lets
-    # it keep the suffix by which ASE picks its backend.
-    partial = path.parent / f".{path.name}.partial"
+    partial = partial_folder(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     natoms: list[int] = []
@@ -70,6 +68,15 @@ def write_aselmdb(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return len(natoms)
+
+
+def partial_folder(path: Path) -> Path:
+    """Where `write_aselmdb` has a file until it is complete; a killed process leaves it behind.
+
+    A folder of its own hides the half-written file from whoever lists `path.parent`, and lets it
+    keep the suffix by which ASE picks its backend.
+    """
+    return path.parent / f".{path.name}.partial"
 
 
 def _labels(atoms: Atoms, index: int) -> dict[str, float | np.ndarray]:

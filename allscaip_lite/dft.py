@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -33,7 +34,14 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite.convert import ConversionError, charge_and_spin
-from allscaip_lite.data import SPLITS, Dataset, checksum, store_text, write_aselmdb
+from allscaip_lite.data import (
+    SPLITS,
+    Dataset,
+    checksum,
+    partial_folder,
+    store_text,
+    write_aselmdb,
+)
 from allscaip_lite.workers import ignore_interrupt, one_thread_each
 
 # --- One label -------------------------------------------------------------------------------
@@ -354,8 +362,9 @@ def label_all(
             f"a worker died (exit status {codes}; −9 is often too little memory); "
             "the same command goes on from here"
         )
-    for stem in filter(is_done, stems):  # of workers killed between the label and the claim
+    for stem in filter(is_done, stems):  # what workers left that were killed just after a label
         stem.with_suffix(".claim").unlink(missing_ok=True)
+        shutil.rmtree(partial_folder(stem.with_suffix(".aselmdb")), ignore_errors=True)
 
 
 def job_file(folder: str | os.PathLike, entry: Entry, level: Level = OMOL25) -> Path:

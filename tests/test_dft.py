@@ -287,6 +287,19 @@ def test_a_killed_queue_goes_on_and_two_runs_share_the_work(tmp_path):
     assert stored.get_potential_energy() == pytest.approx(again, abs=1e-9)
 
 
+def test_what_a_worker_left_that_was_killed_just_after_a_label_is_cleared(tmp_path):
+    """Of a file that is complete under its name; that of another run, still at work, stays."""
+    dft.label_all(tmp_path, ENTRIES[:1], SMALL)
+    done, other = (job_file(tmp_path, entry, SMALL) for entry in ENTRIES[:2])
+    for stem in (done, other):
+        stem.with_suffix(".claim").touch()
+        (stem.parent / f".{stem.name}.aselmdb.partial").mkdir()
+    dft.label_all(tmp_path, ENTRIES[:1], SMALL)
+    left = {path.name for path in done.parent.iterdir()}
+    theirs = {f"{other.name}.claim", f".{other.name}.aselmdb.partial"}
+    assert left == {f"{done.name}.aselmdb", *theirs}
+
+
 def test_what_is_labelled_so_far_can_be_collected(tmp_path):
     dft.label_all(tmp_path, ENTRIES[:2], SMALL)
     assert collect(tmp_path, ENTRIES, SMALL) == {"train": 1, "val": 0, "test": 0}
