@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allscaip_lite.encodings import sinc_features
-from allscaip_lite.fused import Linear, linear
-from allscaip_lite.slots import Collect, Layout, Spread, SystemTable
-
+from allscaip_lite.kernels.fused import Linear, linear
+from allscaip_lite.kernels.slots import Collect, Layout, Spread, SystemTable
 
 # --- neighbourhood attention ------------------------------------------------------------------
 

@@ -31,14 +31,14 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from scipy.spatial.transform import Rotation
 
-from allscaip_lite.batches import collate
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.checkpoint import load_model
+from allscaip_lite.checkpoints.native import load_model
+from allscaip_lite.checkpoints.official import save_official
 from allscaip_lite.config import PRESETS, AllScAIPConfig
+from allscaip_lite.data.batches import collate
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.official import save_official
-from allscaip_lite.training import (
+from allscaip_lite.training.loop import (
     RecordedLoss,
     batch_size,
     conservative_stage,

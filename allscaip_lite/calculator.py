@@ -21,9 +21,9 @@ from ase.calculators.calculator import (
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from allscaip_lite.checkpoint import load_model
+from allscaip_lite.checkpoints.native import load_model
+from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result
-from allscaip_lite.recorded import RecordedModel
 
 
 class AllScAIPCalculator(Calculator):

@@ -27,74 +27,74 @@ class Command(NamedTuple):
 
 DATA_COMMANDS = {
     "xtb": Command(
-        "teacher",
+        "labels.xtb",
         "sample molecules, ions, radicals and clusters, and label them with GFN2-xTB",
         "the same command goes on from here",
     ),
     "water": Command(
-        "water",
+        "labels.water",
         "sample liquid water, clusters and molecules, and label them with SPC/Fw",
         "the same command goes on from here",
     ),
     "dft": Command(
-        "dft",
+        "labels.dft",
         "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
         "the same command goes on from here",
     ),
     "physics": Command(
-        "physics",
+        "evaluation.physics",
         "make groups of structures that differ in a proton, a charge, a spin, a distance",
         "with --dft the same command goes on from here",
     ),
     "long-range": Command(
-        "long_range",
+        "labels.long_range",
         "make data whose energy reaches far: ions, pairs and chains",
         "nothing was kept; the same command starts again",
     ),
     "convert": Command(
-        "convert",
+        "data.convert",
         "convert your own structures, in any format that ASE reads",
         "nothing was kept; the same command starts again",
     ),
     "fetch": Command(
-        "fetch",
+        "data.download",
         "fetch a public data set, such as OMol25's",
         "the same command goes on where this one was",
     ),
     "describe": Command(
-        "describe",
+        "data.describe",
         "count what is in a data set, as a data card shows it",
         "nothing was done",
     ),
     "sample": Command(
-        "data",
+        "data.aselmdb",
         "write a small sample of a data set",
         "nothing was kept; the same command starts again",
     ),
 }
 COMMANDS = {
     "train": Command(
-        "training",
+        "training.loop",
         "train a model on a data set",
         "the same command goes on from its last checkpoint",
     ),
     "refit": Command(
-        "readout",
+        "training.refit",
         "fit the last layer of a trained model once more, by least squares",
         "nothing was kept; the same command starts again",
     ),
     "evaluate": Command(
-        "evaluation",
+        "evaluation.errors",
         "errors of a model on a data set, overall and by domain, element, charge or size",
         "nothing was kept; the same command starts again",
     ),
     "md": Command(
-        "md",
+        "md.dynamics",
         "molecular dynamics at constant energy, volume or pressure",
         "the same command goes on from the last structure it saved",
     ),
     "leaderboard": Command(
-        "leaderboard",
+        "evaluation.leaderboard",
         "predictions for an evaluation of OMol25's leaderboard, from its input file",
         "the same command goes on from here",
     ),
@@ -173,7 +173,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from allscaip_lite.checkpoint import load_model, read_card
+    from allscaip_lite.checkpoints.native import load_model, read_card
 
     model = load_model(args.model)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")

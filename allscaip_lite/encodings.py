@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allscaip_lite import fused
 from allscaip_lite.graph import Graph
+from allscaip_lite.kernels import fused
 
 # ERoPE's wavelengths run from 120 Å down to 1/4 Å: frequencies in 1/Å
 LOWEST_FREQUENCY = math.pi / (4 * 30.0)

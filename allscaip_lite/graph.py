@@ -22,9 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allscaip_lite import fused
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.neighbors import candidate_pairs, pair_vectors, places_in_rows, safe_norm
+from allscaip_lite.kernels import fused
+from allscaip_lite.neighbors import (
+    candidate_pairs,
+    pair_vectors,
+    places_in_rows,
+    safe_norm,
+)
 from allscaip_lite.structures import Structures
 
 EXTRA_CANDIDATES = 20  # ranks count the k + 20 nearest

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allscaip_lite import compiled, fused
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.fused import Linear
+from allscaip_lite.kernels import compiled, fused
+from allscaip_lite.kernels.fused import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": fused.gelu,

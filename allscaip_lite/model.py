@@ -20,15 +20,21 @@ import torch.nn.functional as F
 from ase import Atoms
 from torch import Tensor, nn
 
-from allscaip_lite import attention, compiled, encodings, fused
+from allscaip_lite import attention, encodings
 from allscaip_lite.attention import SelfAttention
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.fused import Linear
 from allscaip_lite.graph import Graph, build_graph
+from allscaip_lite.kernels import compiled, fused
+from allscaip_lite.kernels.fused import Linear
+from allscaip_lite.kernels.slots import AttentionRecord, Layout, SystemTable, by_count
 from allscaip_lite.layers import Activation, FeedForward, RMSNorm, make_norm
 from allscaip_lite.neighbors import system_distances
-from allscaip_lite.slots import AttentionRecord, Layout, SystemTable, by_count
-from allscaip_lite.structures import MAX_CHARGE, MAX_MULTIPLICITY, Structures, structures_from_atoms
+from allscaip_lite.structures import (
+    MAX_CHARGE,
+    MAX_MULTIPLICITY,
+    Structures,
+    structures_from_atoms,
+)
 
 # In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.
 UNITS = ("energy_scale", "energy_mean", "force_scale", "element_references", "charge_reference")

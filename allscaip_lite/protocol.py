@@ -6,7 +6,7 @@ in the same way whatever the model is, so that the files can be compared line by
     python -m allscaip_lite.protocol run lite-water --compile --out FILE.json
     python -m allscaip_lite.protocol table FILE.json OTHER.json --out docs/water.md
 
-A run has stages, each a folder of `allscaip_lite.md`. The teacher prepares a box, always the same,
+A run has stages, each a folder of `allscaip_lite.md.dynamics`. The teacher prepares a box, always the same,
 and the model equilibrates it; from there start, apart from one another, constant pressure (density,
 heat of vaporisation), constant volume (structure, diffusion, dielectric constant) and constant
 energy (drift); and one molecule moves in vacuum. A stopped run goes on; longer times prolong it.
@@ -37,9 +37,10 @@ from ase.io.trajectory import Trajectory
 from tqdm import tqdm
 
 from allscaip_lite import __version__
-from allscaip_lite.data import differing, evenly_spaced, store_text
+from allscaip_lite.data.aselmdb import differing, evenly_spaced, store_text
+from allscaip_lite.labels.water import SPCFw, molecules, water_box
 from allscaip_lite.machine import device_name, processor_name
-from allscaip_lite.md import (
+from allscaip_lite.md.dynamics import (
     Explosion,
     MDError,
     Settings,
@@ -48,7 +49,7 @@ from allscaip_lite.md import (
     read_log,
     run_md,
 )
-from allscaip_lite.observables import (
+from allscaip_lite.md.observables import (
     EXPERIMENT,
     Estimate,
     ObservableError,
@@ -73,7 +74,6 @@ from allscaip_lite.observables import (
     size_correction,
     temperatures_by_motion,
 )
-from allscaip_lite.water import SPCFw, molecules, water_box
 
 TEACHER = "spcfw"
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
@@ -506,8 +506,7 @@ def _at_points(series: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Series of one length, at `POINTS` of their times at most."""
     chosen = evenly_spaced(len(series["time_ps"]), POINTS)
     return {
-        name: [float(f"{value:.7g}") for value in values[chosen]]
-        for name, values in series.items()
+        name: [float(f"{value:.7g}") for value in values[chosen]] for name, values in series.items()
     }
 
 

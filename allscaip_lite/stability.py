@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -28,13 +27,13 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.data import Dataset, store_text
+from allscaip_lite.data.aselmdb import Dataset, store_text
+from allscaip_lite.labels.workers import in_processes
 from allscaip_lite.machine import processor_name
-from allscaip_lite.md import Explosion, Settings, read_log, run_md
+from allscaip_lite.md.batched import side_by_side
+from allscaip_lite.md.dynamics import Explosion, Settings, read_log, run_md
+from allscaip_lite.md.observables import drift
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.observables import drift
-from allscaip_lite.together import side_by_side
-from allscaip_lite.workers import in_processes
 
 BONDED = 1.25  # times the sum of covalent radii: the bonds of the relaxed start
 BROKEN = 1.5  # times its length in the start: far beyond any vibration at 300 K
@@ -245,13 +244,11 @@ def _steps_done(folder: Path, trial: Trial) -> int:
 def _work(
     task: tuple[str, bool, list[Atoms], Trial, Path, list[str], int],
 ) -> list[dict[str, Any]]:
-    from allscaip_lite.checkpoint import load_model
+    from allscaip_lite.checkpoints.native import load_model
 
     name, compile, molecules, trial, folder, names, line = task
     model = load_model(name)
-    return run_trial(
-        model, molecules, trial, folder, name, compile=compile, line=line, names=names
-    )
+    return run_trial(model, molecules, trial, folder, name, compile=compile, line=line, names=names)
 
 
 def _line(row: dict[str, Any]) -> str:

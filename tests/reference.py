@@ -28,7 +28,10 @@ from fairchem.core.models.allscaip import AllScAIP as reference_model
 from fairchem.core.models.allscaip.utils import allscaip_radius_graph as reference_graph
 from fairchem.core.models.allscaip.utils import data_preprocess as reference_preprocess
 from fairchem.core.units.mlip_unit import MLIPPredictUnit
-from fairchem.core.units.mlip_unit.api.inference import InferenceSettings, MLIPInferenceCheckpoint
+from fairchem.core.units.mlip_unit.api.inference import (
+    InferenceSettings,
+    MLIPInferenceCheckpoint,
+)
 from omegaconf import OmegaConf
 
 MODEL = "fairchem.core.models.allscaip.AllScAIP."

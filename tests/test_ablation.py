@@ -26,8 +26,8 @@ from allscaip_lite.ablation import (
     tail_misfit,
 )
 from allscaip_lite.cli import main
-from allscaip_lite.data import Dataset
-from allscaip_lite.long_range import write_ions
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.labels.long_range import write_ions
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 20.0))

@@ -19,7 +19,7 @@ from ase import Atoms
 from ase.build import molecule
 from torch import Tensor
 
-from allscaip_lite import attention, compiled, fused, slots
+from allscaip_lite import attention
 from allscaip_lite.encodings import (
     pair_sums,
     radial_basis,
@@ -28,7 +28,8 @@ from allscaip_lite.encodings import (
     spherical_harmonics,
 )
 from allscaip_lite.graph import Graph
-from allscaip_lite.slots import Collect, Layout, Spread, SystemTable
+from allscaip_lite.kernels import compiled, fused, slots
+from allscaip_lite.kernels.slots import Collect, Layout, Spread, SystemTable
 
 HEADS = 2
 CHANNELS = {

@@ -24,9 +24,9 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from allscaip_lite.attention_maps import AttentionMaps, attention_maps
-from allscaip_lite.explorer import explore_attention
-from allscaip_lite.views import atom_labels, attention_matrix, edge_labels
+from allscaip_lite.notebook.attention_maps import AttentionMaps, attention_maps
+from allscaip_lite.notebook.explorer import explore_attention
+from allscaip_lite.notebook.views import atom_labels, attention_matrix, edge_labels
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
@@ -426,7 +426,7 @@ def test_periodic_images_can_be_clicked(model, crystal, offline, tmp_path):
 
 
 def test_eight_bits_are_unpacked(model, path, offline, tmp_path, monkeypatch):
-    monkeypatch.setattr("allscaip_lite.explorer.COMFORTABLE", 0)
+    monkeypatch.setattr("allscaip_lite.notebook.explorer.COMFORTABLE", 0)
     maps = [attention_maps(model, atoms) for atoms in path]
     page = explore_attention(maps, path, kind="source", query=1, edge=2, head=1, frame=1)
     view = View(offline(page.save(tmp_path / "view.html")))
@@ -551,7 +551,7 @@ def run_in_lab(browser, lab: SimpleNamespace, notebook: str, limit: float) -> pl
 TINY = """\
 from ase.io import read
 from allscaip_lite import load_model
-from allscaip_lite.explorer import explore_attention
+from allscaip_lite.notebook.explorer import explore_attention
 
 frames = read("molecules/caffeine.xyz", index=":")
 explore_attention(load_model("lite"), frames, query=3)

@@ -26,8 +26,8 @@ import torch
 from ase.build import molecule
 from safetensors.torch import load_file, save_file
 
-from allscaip_lite import official
-from allscaip_lite.checkpoint import (
+from allscaip_lite.checkpoints import official
+from allscaip_lite.checkpoints.native import (
     OFFICIAL_FILES,
     ModelUnavailableError,
     bundled_models,
@@ -37,14 +37,12 @@ from allscaip_lite.checkpoint import (
     save_model,
     save_official,
 )
-from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.model import UNITS, AllScAIP
-from allscaip_lite.official import (
+from allscaip_lite.checkpoints.official import (
     config_from_official,
     config_to_official,
     official_names,
 )
-from allscaip_lite.pickles import (
+from allscaip_lite.checkpoints.unpickler import (
     CHECKPOINT_CLASS,
     CHECKPOINT_MODULE,
     CheckpointFormatError,
@@ -53,6 +51,8 @@ from allscaip_lite.pickles import (
     read_torch_file,
     to_plain,
 )
+from allscaip_lite.config import PRESETS, AllScAIPConfig
+from allscaip_lite.model import UNITS, AllScAIP
 
 TINY = AllScAIPConfig(
     hidden_size=16, num_layers=1, num_heads=2, angular_channels=(3, 2, 1, 1, 1), k=8
@@ -108,9 +108,7 @@ def assert_same_model(one: AllScAIP, other: AllScAIP) -> None:
     theirs = other.state_dict()
     for name, value in one.state_dict().items():
         assert torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype, name
-    for (name, value), mine in zip(
-        other.named_parameters(), one.parameters(), strict=True
-    ):
+    for (name, value), mine in zip(other.named_parameters(), one.parameters(), strict=True):
         assert value.requires_grad == mine.requires_grad, name
     (a,), (b,) = one.predict([ethanol()]), other.predict([ethanol()])
     # products differ in their last bit with the alignment of the weights in memory
@@ -270,7 +268,7 @@ def test_official_files_need_no_fairchem(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.modules["fairchem"] = sys.modules["omegaconf"] = sys.modules["hydra"] = None
-from allscaip_lite.checkpoint import load_model, save_official
+from allscaip_lite.checkpoints.native import load_model, save_official
 save_official(load_model({str(ours)!r}), {str(theirs)!r})
 load_model({str(theirs)!r})
 """
@@ -753,9 +751,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             download_official(CONSERVING, endpoint, tmp_path / "cache")
 
 
-def test_connection_breaks_off(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connection_breaks_off(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.mood = "hangs up"
     with pytest.raises(ModelUnavailableError, match="Check the network"):
@@ -766,7 +762,7 @@ def test_load_model_by_official_name(hub: Hub, tmp_path: Path) -> None:
     """The whole way in a fresh process, with progress on the terminal."""
     saved = tmp_path / "m.safetensors"
     program = f"""
-from allscaip_lite.checkpoint import load_model, save_model
+from allscaip_lite.checkpoints.native import load_model, save_model
 save_model(load_model({CONSERVING!r}), {str(saved)!r})
 """
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
@@ -786,7 +782,7 @@ save_model(load_model({CONSERVING!r}), {str(saved)!r})
 
 def test_unrelated_builtins_are_untouched() -> None:
     """The reader's vocabulary holds types of data only: nothing that runs or opens anything."""
-    from allscaip_lite.pickles import CALLABLE
+    from allscaip_lite.checkpoints.unpickler import CALLABLE
 
     names = ("eval", "exec", "open", "getattr", "setattr", "__import__", "type", "object")
     forbidden = {getattr(builtins, name) for name in names}

@@ -18,7 +18,7 @@ from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator
-from allscaip_lite.compiled import CompileError, load_kernels
+from allscaip_lite.kernels.compiled import CompileError, load_kernels
 
 ModelMaker = Callable[..., AllScAIP]
 

@@ -13,8 +13,8 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import cli
-from allscaip_lite.convert import ConversionError, convert
-from allscaip_lite.data import Dataset
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.data.convert import ConversionError, convert
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:

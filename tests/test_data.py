@@ -15,8 +15,14 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch.utils.data import DataLoader
 
-from allscaip_lite import cli, data
-from allscaip_lite.data import DataError, Dataset, split_by_molecule, write_aselmdb
+from allscaip_lite import cli
+from allscaip_lite.data import aselmdb as data
+from allscaip_lite.data.aselmdb import (
+    DataError,
+    Dataset,
+    split_by_molecule,
+    write_aselmdb,
+)
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "xtb"
 

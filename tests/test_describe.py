@@ -6,8 +6,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.cli import main
-from allscaip_lite.data import checksum, write_aselmdb
-from allscaip_lite.describe import read_splits, summarise, to_markdown
+from allscaip_lite.data.aselmdb import checksum, write_aselmdb
+from allscaip_lite.data.describe import read_splits, summarise, to_markdown
 
 
 def labelled(symbols, force, **info):

@@ -22,11 +22,18 @@ from ase.calculators.singlepoint import SinglePointCalculator
 pytest.importorskip("pyscf")
 pytest.importorskip("numba")
 
-from allscaip_lite import dft  # noqa: E402
 from allscaip_lite.cli import main  # noqa: E402
-from allscaip_lite.convert import ConversionError  # noqa: E402
-from allscaip_lite.data import Dataset, checksum, write_aselmdb  # noqa: E402
-from allscaip_lite.dft import FreeAtom, LabelFailed, Level, collect, job_file, label  # noqa: E402
+from allscaip_lite.data.aselmdb import Dataset, checksum, write_aselmdb  # noqa: E402
+from allscaip_lite.data.convert import ConversionError  # noqa: E402
+from allscaip_lite.labels import dft  # noqa: E402
+from allscaip_lite.labels.dft import (  # noqa: E402
+    FreeAtom,
+    LabelFailed,
+    Level,
+    collect,
+    job_file,
+    label,
+)
 
 # The functional of the data set, at a price a test can pay.
 SMALL = Level(basis="def2-svp", grid=2)
@@ -64,7 +71,7 @@ def densities():
 def test_the_vv10_kernel_gives_pyscf_s_energy_and_potential(densities):
     from pyscf.dft import numint
 
-    from allscaip_lite.vv10 import energy_and_potential
+    from allscaip_lite.labels.vv10 import energy_and_potential
 
     rho, weights, coords = densities
     ours = energy_and_potential(rho, coords, rho, weights, coords, (6.0, 0.01))
@@ -77,7 +84,7 @@ def test_the_vv10_kernel_gives_pyscf_s_energy_and_potential(densities):
 def test_the_vv10_kernel_gives_pyscf_s_grid_forces(densities):
     from pyscf.grad import rks
 
-    from allscaip_lite.vv10 import pair_gradient
+    from allscaip_lite.labels.vv10 import pair_gradient
 
     rho, weights, coords = densities
     here, there = slice(0, 800), slice(800, None)  # as if two atoms' points
@@ -92,7 +99,7 @@ def test_the_vv10_kernel_gives_pyscf_s_grid_forces(densities):
 def test_products_by_numpy_are_pyscf_s():
     from pyscf import lib
 
-    from allscaip_lite.faster_pyscf import _product, products_by_numpy
+    from allscaip_lite.labels.faster_pyscf import _product, products_by_numpy
 
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(30, 20)), rng.normal(size=(20, 10))
@@ -115,7 +122,7 @@ def test_small_blocks_and_products_by_numpy_change_no_label(monkeypatch):
 
     from pyscf.dft import numint
 
-    from allscaip_lite import faster_pyscf
+    from allscaip_lite.labels import faster_pyscf
 
     methanol = in_state(molecule("CH3OH"))
     ours = label(methanol, SMALL)
@@ -129,7 +136,7 @@ def test_small_blocks_and_products_by_numpy_change_no_label(monkeypatch):
 def test_pyscf_has_its_own_functions_back_afterwards():
     from pyscf.dft import numint
 
-    from allscaip_lite.vv10 import compiled_vv10
+    from allscaip_lite.labels.vv10 import compiled_vv10
 
     stock = numint._vv10nlc
     with pytest.raises(KeyError), compiled_vv10():
@@ -240,7 +247,7 @@ ENTRIES = [
 SCRIPT = """
 import sys
 from tests.test_dft import ENTRIES, SMALL
-from allscaip_lite.dft import label_all
+from allscaip_lite.labels.dft import label_all
 if __name__ == "__main__":
     label_all(sys.argv[1], ENTRIES, SMALL, workers=int(sys.argv[2]))
 """

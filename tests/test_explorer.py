@@ -14,10 +14,10 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from allscaip_lite import explorer, views
-from allscaip_lite.attention_maps import KINDS, attention_maps
-from allscaip_lite.explorer import explore_attention
 from allscaip_lite.graph import build_graph
+from allscaip_lite.notebook import explorer, views
+from allscaip_lite.notebook.attention_maps import KINDS, attention_maps
+from allscaip_lite.notebook.explorer import explore_attention
 from allscaip_lite.structures import structures_from_atoms
 
 

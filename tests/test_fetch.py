@@ -15,9 +15,10 @@ import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite import cli, fetch
-from allscaip_lite.data import Dataset, write_aselmdb
-from allscaip_lite.fetch import SOURCES, FetchError
+from allscaip_lite import cli
+from allscaip_lite.data import download as fetch
+from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.data.download import SOURCES, FetchError
 
 NAME = "omol25-neutral-val"
 
@@ -187,9 +188,7 @@ def test_a_server_that_stays_silent_is_an_error_and_nothing_is_lost(
 @pytest.mark.parametrize(
     "status, words", [(404, "no such file"), (403, "no such file"), (401, "answers 401")]
 )
-def test_a_refusal_says_what_to_do(
-    server: Server, tmp_path: Path, status: int, words: str
-) -> None:
+def test_a_refusal_says_what_to_do(server: Server, tmp_path: Path, status: int, words: str) -> None:
     server.status = status
     with pytest.raises(FetchError, match=words):
         get(server, tmp_path)

@@ -19,7 +19,7 @@ from ase.build import bulk, molecule
 from ase.geometry import find_mic
 from ase.neighborlist import neighbor_list
 
-from allscaip_lite import AllScAIPConfig, fused, neighbors
+from allscaip_lite import AllScAIPConfig, neighbors
 from allscaip_lite.graph import (
     Graph,
     build_graph,
@@ -29,6 +29,7 @@ from allscaip_lite.graph import (
     soft_maximum,
     soft_rank,
 )
+from allscaip_lite.kernels import fused
 from allscaip_lite.neighbors import (
     candidate_pairs,
     nearest_images,

@@ -183,6 +183,7 @@ for name in allscaip_lite.__all__:
 
 # --- files --------------------------------------------------------------------------------------
 
+
 def test_every_pin_can_be_installed_on_the_oldest_python(constraints):
     """Of what is installed here: 3.11.0 is a Python 3.11 too."""
     too_new = {
@@ -193,7 +194,6 @@ def test_every_pin_can_be_installed_on_the_oldest_python(constraints):
         and not SpecifierSet(distribution.metadata["Requires-Python"] or "").contains("3.11.0")
     }
     assert not too_new
-
 
 
 def test_committed_notebooks_carry_no_outputs():
@@ -270,7 +270,7 @@ def run_with(monkeypatch, capsys, behaviour, *arguments: str) -> tuple[int, str]
 
     from allscaip_lite import cli
 
-    room = ModuleType("allscaip_lite.training")
+    room = ModuleType("allscaip_lite.training.loop")
     room.add_arguments = lambda parser: parser.add_argument("--data")
     room.run = behaviour
     monkeypatch.setitem(sys.modules, room.__name__, room)
@@ -280,7 +280,7 @@ def run_with(monkeypatch, capsys, behaviour, *arguments: str) -> tuple[int, str]
 
 def raising(error: BaseException):
     """A `run(args)` inside our package that raises."""
-    scope = {"__name__": "allscaip_lite.training", "error": error}
+    scope = {"__name__": "allscaip_lite.training.loop", "error": error}
     exec("def run(args):\n    raise error", scope)
     return scope["run"]
 
@@ -340,14 +340,14 @@ def test_every_command_has_a_room_that_offers_it():
     from allscaip_lite.cli import COMMANDS, DATA_COMMANDS
 
     for command in (*COMMANDS.values(), *DATA_COMMANDS.values()):
-        tree = ast.parse((PACKAGE / f"{command.room}.py").read_text())
+        tree = ast.parse((PACKAGE / f"{command.room.replace('.', '/')}.py").read_text())
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert {"add_arguments", "run"} <= functions, command.room
 
 
 def test_info_prints_configuration_size_and_card(tmp_path, capsys):
     from allscaip_lite import PRESETS, AllScAIP, cli
-    from allscaip_lite.checkpoint import save_model
+    from allscaip_lite.checkpoints.native import save_model
 
     model = AllScAIP(PRESETS["lite"])
     save_model(model, tmp_path / "model.safetensors", card={"errors": {"energy": 1.5}})

@@ -27,11 +27,18 @@ from ase.io.jsonio import decode, encode
 from ase.optimize import LBFGS
 from ase.spacegroup import Spacegroup
 
-from allscaip_lite import leaderboard
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.checkpoint import save_model
+from allscaip_lite.checkpoints.native import save_model
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.leaderboard import LeaderboardError, jobs, metrics, predict, read, table
+from allscaip_lite.evaluation import leaderboard
+from allscaip_lite.evaluation.leaderboard import (
+    LeaderboardError,
+    jobs,
+    metrics,
+    predict,
+    read,
+    table,
+)
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import StructureError
 

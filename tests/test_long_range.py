@@ -8,10 +8,11 @@ import torch
 from ase import Atoms
 from ase.calculators.fd import calculate_numerical_forces
 
-from allscaip_lite import AllScAIP, long_range
+from allscaip_lite import AllScAIP
 from allscaip_lite.ablation import MODELS
-from allscaip_lite.data import Dataset, checksum
-from allscaip_lite.long_range import (
+from allscaip_lite.data.aselmdb import Dataset, checksum
+from allscaip_lite.labels import long_range
+from allscaip_lite.labels.long_range import (
     CHARGES,
     COULOMB,
     NEAR,
@@ -28,7 +29,7 @@ from allscaip_lite.long_range import (
     point_charges,
     write_ions,
 )
-from allscaip_lite.teacher import GFN2xTB
+from allscaip_lite.labels.xtb import GFN2xTB
 
 
 def cloud(seed: int = 0) -> Atoms:
@@ -256,7 +257,7 @@ def test_two_charges_of_a_chain_push_each_other_apart():
 
 def test_another_state_is_an_error_that_says_so():
     pytest.importorskip("tblite")
-    from allscaip_lite.long_range import Fragments
+    from allscaip_lite.labels.long_range import Fragments
 
     pair = Atoms("NaCl", [[0, 0, 0], [0, 0, 3.5]], info={"charge": 0, "spin": 1})
     with pytest.raises(StateError, match="not \\+1"):

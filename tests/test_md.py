@@ -21,8 +21,16 @@ from ase.lattice.cubic import FaceCenteredCubic
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from allscaip_lite import AllScAIPCalculator, cli, md
-from allscaip_lite.md import Explosion, MDError, Settings, femtoseconds, read_log, run_md
+from allscaip_lite import AllScAIPCalculator, cli
+from allscaip_lite.md import dynamics as md
+from allscaip_lite.md.dynamics import (
+    Explosion,
+    MDError,
+    Settings,
+    femtoseconds,
+    read_log,
+    run_md,
+)
 
 
 class Springs(Calculator):
@@ -302,7 +310,7 @@ def test_a_folder_belongs_to_one_structure_charge_and_spin(tmp_path):
 
 
 def test_a_killed_command_goes_on_to_the_same_bits(tmp_path):
-    from allscaip_lite.water import water_box
+    from allscaip_lite.labels.water import water_box
 
     write(tmp_path / "box.extxyz", water_box(4, 0.5, seed=1))
     (tmp_path / "input.toml").write_text(
@@ -484,7 +492,7 @@ def test_torch_sim_sees_the_same_model(make_model, crystal, cluster):
     torch_sim = pytest.importorskip("torch_sim")
     import torch
 
-    from allscaip_lite.torchsim import TorchSimModel
+    from allscaip_lite.md.torchsim import TorchSimModel
 
     model = make_model()
     second = crystal.copy()
@@ -510,7 +518,7 @@ def test_torch_sim_accepts_the_model(make_model):
     import torch
     from torch_sim.models.interface import validate_model_outputs
 
-    from allscaip_lite.torchsim import TorchSimModel
+    from allscaip_lite.md.torchsim import TorchSimModel
 
     validate_model_outputs(TorchSimModel(make_model()), torch.device("cpu"), torch.float64)
 

@@ -164,9 +164,7 @@ def test_wrap_through_the_periodic_cell_changes_nothing(
         assert_same(*model.predict([atoms, tidy]))
 
 
-def test_another_choice_of_lattice_vectors_changes_nothing(
-    model: AllScAIP, crystal: Atoms
-) -> None:
+def test_another_choice_of_lattice_vectors_changes_nothing(model: AllScAIP, crystal: Atoms) -> None:
     skewed = crystal.copy()
     a, b, c = crystal.cell.array
     skewed.set_cell([a, b - 2 * a, c + a + b])
@@ -493,9 +491,7 @@ def test_training_mode_gives_the_same_numbers(
     assert training.energy.requires_grad and training.forces.requires_grad
     torch.testing.assert_close(training.energy.detach(), inference.energy, rtol=0, atol=1e-10)
     torch.testing.assert_close(training.forces.detach(), inference.forces, rtol=0, atol=1e-10)
-    torch.testing.assert_close(
-        training.stress[1].detach(), inference.stress[1], rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(training.stress[1].detach(), inference.stress[1], rtol=0, atol=1e-10)
 
 
 def force_loss(model: AllScAIP, structures: Structures, weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from allscaip_lite.muon import Muon, orthogonalized
+from allscaip_lite.training.muon import Muon, orthogonalized
 
 SETTINGS = ((3.4445, -4.7750, 2.0315), 5, 1e-7)
 

@@ -12,9 +12,10 @@ from ase.io.trajectory import Trajectory
 
 pytest.importorskip("MDAnalysis")
 
-from allscaip_lite import observables  # noqa: E402
-from allscaip_lite.md import Settings, run_md  # noqa: E402
-from allscaip_lite.observables import (  # noqa: E402
+from allscaip_lite.labels.water import SPCFw, molecules, water_box  # noqa: E402
+from allscaip_lite.md import observables  # noqa: E402
+from allscaip_lite.md.dynamics import Settings, run_md  # noqa: E402
+from allscaip_lite.md.observables import (  # noqa: E402
     Estimate,
     ObservableError,
     RadialDistribution,
@@ -38,7 +39,6 @@ from allscaip_lite.observables import (  # noqa: E402
     summarise,
     temperatures_by_motion,
 )
-from allscaip_lite.water import SPCFw, molecules, water_box  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

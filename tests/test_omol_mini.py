@@ -12,10 +12,16 @@ import pytest
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import cli, evaluation, omol_mini, species, teacher  # noqa: E402
-from allscaip_lite.checkpoint import load_model, read_card  # noqa: E402
-from allscaip_lite.data import Dataset  # noqa: E402
-from allscaip_lite.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
+from allscaip_lite import cli  # noqa: E402
+from allscaip_lite.checkpoints.native import load_model, read_card  # noqa: E402
+from allscaip_lite.data.aselmdb import Dataset  # noqa: E402
+from allscaip_lite.evaluation import errors as evaluation  # noqa: E402
+from allscaip_lite.labels import (
+    omol_mini,  # noqa: E402
+    species,  # noqa: E402
+)
+from allscaip_lite.labels import xtb as teacher  # noqa: E402
+from allscaip_lite.labels.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite import physics, species
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.cli import main
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.data import Dataset, write_aselmdb
+from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.evaluation import physics
+from allscaip_lite.evaluation.physics import Difference, Group
+from allscaip_lite.labels import species
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.physics import Difference, Group
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_summary_and_table():
 def teacher():
     pytest.importorskip("tblite")
     pytest.importorskip("rdkit")
-    from allscaip_lite import teacher
+    from allscaip_lite.labels import xtb as teacher
 
     return teacher
 
@@ -201,7 +202,7 @@ def test_dft_labels_the_same_structures_and_gfn2_xtb_stands_beside(
 def test_a_bare_proton_costs_energy_in_gfn2_xtb(model, tmp_path):
     """H2 and H3+ by DFT: GFN2-xTB's own proton is taken off its proton affinity."""
     pytest.importorskip("tblite")
-    from allscaip_lite.teacher import GFN2xTB
+    from allscaip_lite.labels.xtb import GFN2xTB
 
     proton = Atoms("H", info={"charge": 1, "spin": 1})
     proton.calc = GFN2xTB()

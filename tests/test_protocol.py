@@ -15,9 +15,10 @@ from ase.calculators.calculator import Calculator, all_changes
 pytest.importorskip("MDAnalysis")
 
 from allscaip_lite import protocol as room  # noqa: E402
+from allscaip_lite.labels.water import SPCFw  # noqa: E402
 from allscaip_lite.machine import processor_name  # noqa: E402
-from allscaip_lite.md import MDError, read_log  # noqa: E402
-from allscaip_lite.observables import (  # noqa: E402
+from allscaip_lite.md.dynamics import MDError, read_log  # noqa: E402
+from allscaip_lite.md.observables import (  # noqa: E402
     Estimate,
     ObservableError,
     jackknife,
@@ -40,7 +41,6 @@ from allscaip_lite.protocol import (  # noqa: E402
     verdict,
     write_number,
 )
-from allscaip_lite.water import SPCFw  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -451,7 +451,7 @@ def test_the_command_writes_files_that_the_table_reads(tmp_path, capsys):
 
 
 def test_the_lesson_s_model_is_lite_water_unless_another_is_named(monkeypatch, capsys):
-    from allscaip_lite.lessons import open_model
+    from allscaip_lite.notebook.lessons import open_model
 
     monkeypatch.delenv("ALLSCAIP_MODEL", raising=False)
     model = open_model("conservative", default="lite-water", device="cpu")
@@ -463,7 +463,7 @@ def test_the_lesson_s_model_is_lite_water_unless_another_is_named(monkeypatch, c
 
 
 def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
-    from allscaip_lite.checkpoint import read_card
+    from allscaip_lite.checkpoints.native import read_card
 
     card, local = read_card("lite-water"), read_card("lite-water-local")
     assert "conservative" in card["trained"] and "without its node attention" in local["trained"]

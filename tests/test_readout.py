@@ -15,9 +15,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import AllScAIP, cli
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.checkpoint import load_model, save_model
-from allscaip_lite.data import Dataset, write_aselmdb
-from allscaip_lite.readout import ReadoutError, Rows, measure, refit, solve
+from allscaip_lite.checkpoints.native import load_model, save_model
+from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.training.refit import ReadoutError, Rows, measure, refit, solve
 
 ModelMaker = Callable[..., AllScAIP]
 

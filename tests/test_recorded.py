@@ -13,12 +13,19 @@ from ase.build import molecule
 from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allscaip_lite import AllScAIP, AllScAIPCalculator, recorded
-from allscaip_lite.fixed import Fixed, FixedSizeError, Size, fixed_prediction, padded
+from allscaip_lite import AllScAIP, AllScAIPCalculator
+from allscaip_lite.kernels import cuda_graphs as recorded
+from allscaip_lite.kernels.cuda_graphs import RecordedModel
+from allscaip_lite.kernels.padded import (
+    Fixed,
+    FixedSizeError,
+    Size,
+    fixed_prediction,
+    padded,
+)
+from allscaip_lite.labels.water import water_box
 from allscaip_lite.neighbors import candidate_pairs
-from allscaip_lite.recorded import RecordedModel
 from allscaip_lite.structures import Structures, structures_from_atoms
-from allscaip_lite.water import water_box
 
 ModelMaker = Callable[..., AllScAIP]
 KINDS: dict[str, dict[str, Any]] = {

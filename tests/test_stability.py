@@ -16,7 +16,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
 from allscaip_lite.cli import main
-from allscaip_lite.data import Dataset, write_aselmdb
+from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.labels.water import SPCFw
 from allscaip_lite.stability import (
     StabilityError,
     Trial,
@@ -27,7 +28,6 @@ from allscaip_lite.stability import (
     try_molecule,
     turned,
 )
-from allscaip_lite.water import SPCFw
 
 SHORT = Trial(
     molecules=2, smallest=3, largest=9, warming=50.0, duration=200.0, timestep=0.5, rotations=4

@@ -11,7 +11,12 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from allscaip_lite import AllScAIPConfig, StructureError, structures, structures_from_atoms
+from allscaip_lite import (
+    AllScAIPConfig,
+    StructureError,
+    structures,
+    structures_from_atoms,
+)
 from allscaip_lite.graph import build_graph
 from allscaip_lite.structures import charge_and_spin
 

@@ -20,11 +20,15 @@ from ase.calculators.calculator import CalculatorError
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import omol_mini, species, teacher  # noqa: E402
 from allscaip_lite.cli import main  # noqa: E402
-from allscaip_lite.data import SPLITS, Dataset  # noqa: E402
-from allscaip_lite.species import Job, plan  # noqa: E402
-from allscaip_lite.teacher import GFN2xTB, free_atom_energies, sample  # noqa: E402
+from allscaip_lite.data.aselmdb import SPLITS, Dataset  # noqa: E402
+from allscaip_lite.labels import (
+    omol_mini,  # noqa: E402
+    species,  # noqa: E402
+)
+from allscaip_lite.labels import xtb as teacher  # noqa: E402
+from allscaip_lite.labels.species import Job, plan  # noqa: E402
+from allscaip_lite.labels.xtb import GFN2xTB, free_atom_energies, sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +338,7 @@ def test_turning_a_bond_turns_one_side_and_keeps_lengths(jobs):
 SCRIPT = """
 import sys
 from tests.test_teacher import few_jobs
-from allscaip_lite import teacher
+from allscaip_lite.labels import xtb as teacher
 if __name__ == "__main__":
     teacher.generate(sys.argv[1], few_jobs(), seed=3)
 """

@@ -20,14 +20,16 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite import AllScAIP, AllScAIPConfig, cli, compiled, load_model, training
-from allscaip_lite.batches import Batch, Batches, collate, in_order
+from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
 from allscaip_lite.config import PRESETS
-from allscaip_lite.data import DataError, Dataset, Subset, write_aselmdb
-from allscaip_lite.evaluation import evaluate
-from allscaip_lite.fixed import Size
+from allscaip_lite.data.aselmdb import DataError, Dataset, Subset, write_aselmdb
+from allscaip_lite.data.batches import Batch, Batches, collate, in_order
+from allscaip_lite.evaluation.errors import evaluate
+from allscaip_lite.kernels import compiled
+from allscaip_lite.kernels.padded import Size
 from allscaip_lite.model import Prediction
-from allscaip_lite.training import (
+from allscaip_lite.training import loop as training
+from allscaip_lite.training.loop import (
     Stage,
     TrainingError,
     conservative_stage,

@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.build import molecule
 
 from allscaip_lite import AllScAIP, AllScAIPConfig
-from allscaip_lite.slots import AttentionRecord
+from allscaip_lite.kernels.slots import AttentionRecord
 from allscaip_lite.structures import structures_from_atoms
 
 ModelMaker = Callable[..., AllScAIP]

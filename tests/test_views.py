@@ -17,9 +17,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from allscaip_lite import AllScAIP, AllScAIPConfig, views
-from allscaip_lite.attention_maps import attention_maps
+from allscaip_lite import AllScAIP, AllScAIPConfig
 from allscaip_lite.graph import build_graph
+from allscaip_lite.notebook import views
+from allscaip_lite.notebook.attention_maps import attention_maps
 from allscaip_lite.structures import structures_from_atoms
 
 SMALL = AllScAIPConfig(hidden_size=32, num_heads=2, num_layers=2, angular_channels=(6, 4, 2, 2, 2))

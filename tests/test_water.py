@@ -13,9 +13,9 @@ from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 
-from allscaip_lite import water
-from allscaip_lite.data import SPLITS, Dataset
-from allscaip_lite.water import (
+from allscaip_lite.data.aselmdb import SPLITS, Dataset
+from allscaip_lite.labels import water
+from allscaip_lite.labels.water import (
     SPCFw,
     Trajectory,
     WaterError,
@@ -338,7 +338,7 @@ LISTED = [
 SCRIPT = f"""
 import sys
 from pathlib import Path
-from allscaip_lite.water import Trajectory, generate
+from allscaip_lite.labels.water import Trajectory, generate
 if __name__ == "__main__":
     generate(Path(sys.argv[1]), {LISTED!r}, seed=0)
 """

@@ -24,7 +24,7 @@ from make import labelled
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from allscaip_lite.teacher import GFN2xTB
+from allscaip_lite.labels.xtb import GFN2xTB
 
 GLYCINE = "[NH3+]CC(=O)[O-]"
 TETRAMETHYLAMMONIUM = "C[N+](C)(C)C"

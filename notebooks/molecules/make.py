@@ -21,8 +21,8 @@ from ase.optimize import BFGS
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from allscaip_lite.species import CAFFEINE
-from allscaip_lite.teacher import GFN2xTB
+from allscaip_lite.labels.species import CAFFEINE
+from allscaip_lite.labels.xtb import GFN2xTB
 
 ACROLEIN = "C=CC=O"
 ACROLEIN_TORSION = (0, 1, 2, 3)  # C=C-C=O
@@ -55,7 +55,7 @@ def snapshot(atoms: Atoms, temperature: float, steps: int) -> Atoms:
 
 def turned(atoms: Atoms, torsion: tuple[int, int, int, int]) -> list[Atoms]:
     """The molecule at torsions 0°, 10° … 350°, all else kept as it is."""
-    from allscaip_lite.views import bonds
+    from allscaip_lite.notebook.views import bonds
 
     kept = [pair for pair in bonds(atoms) if set(pair) != set(torsion[1:3])]
     side = {torsion[2]}

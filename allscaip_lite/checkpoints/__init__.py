@@ -1,0 +1,1 @@
+"""Models in files: our own format, fairchem's checkpoints, and the model hub."""

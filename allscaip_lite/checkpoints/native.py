@@ -1,0 +1,253 @@
+"""Models in files, by name or path.
+
+In: a name or a path. Out: an `AllScAIP` in evaluation mode; and back into a file.
+
+- ours: one `.safetensors` file with weights, configuration, normaliser, element references, card;
+- official: fairchem's `.pt` files, which `official` reads and writes; the released ones come from
+  the model hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from allscaip_lite.checkpoints.official import (
+    check_weights,
+    read_official,
+    save_official,
+)
+from allscaip_lite.checkpoints.unpickler import (
+    CheckpointFormatError,
+    UnsafeCheckpointError,
+)
+from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.model import AllScAIP
+
+__all__ = [
+    "CheckpointFormatError",
+    "ModelUnavailableError",
+    "UnsafeCheckpointError",
+    "bundled_models",
+    "download_from_hub",
+    "download_official",
+    "load_model",
+    "read_card",
+    "save_model",
+    "save_official",
+]
+
+FORMAT = "allscaip-lite"
+FORMAT_VERSION = 1
+OFFICIAL_REPOSITORY = "facebook/OMol25"
+OFFICIAL_FILES = {
+    "allscaip-md-conserving-all-omol": "checkpoints/AllScAIP/AllScAIP-OMol102M-md-cons.pt",
+    "allscaip-md-direct-all-omol": "checkpoints/AllScAIP/AllScAIP-OMol102M-md-d.pt",
+}
+
+
+class ModelUnavailableError(OSError):
+    """A model of the hub could not be fetched; the message says what to do."""
+
+
+# --- names and paths --------------------------------------------------------------------------
+
+
+def bundled_models() -> dict[str, Path]:
+    """The models that come with the package, by name."""
+    folder = Path(str(resources.files("allscaip_lite"))) / "weights"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load_model(
+    name_or_path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> AllScAIP:
+    """A model in evaluation mode, by name or from a file.
+
+    `name_or_path` is a bundled model ("lite"), a released one
+    ("allscaip-md-conserving-all-omol", "allscaip-md-direct-all-omol": fetched once from the model
+    hub, gated), or the path of a `.safetensors` file of ours or an official `.pt` file.
+    `device` (CPU) and `dtype` (that of the file) may be chosen.
+
+    Raises `ValueError` for a name nobody knows, `FileNotFoundError`, `ModelUnavailableError` where
+    the hub does not give the file, `CheckpointFormatError` for a file that is not understood,
+    `UnsafeCheckpointError` for a pickle that contains more than data.
+    """
+    path = _locate(name_or_path)
+    config, state = _read_safetensors(path) if _is_safetensors(path) else read_official(path)
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        model = AllScAIP(config)
+    state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
+    check_weights(model.state_dict(), state, path.name)
+    model.load_state_dict(state, assign=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_card(name_or_path: str | Path) -> dict[str, Any]:
+    """The card of a bundled model or of a `.safetensors` file of ours; see `save_model`."""
+    path = _locate(name_or_path)
+    return _read_metadata(path)[1] if _is_safetensors(path) else {}
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    name, bundled = str(name_or_path), bundled_models()
+    if name in bundled:
+        return bundled[name]
+    if name in OFFICIAL_FILES:
+        return download_official(name)
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    known = [*bundled, *OFFICIAL_FILES]
+    for official, file in OFFICIAL_FILES.items():
+        if path.name == Path(file).name:
+            raise FileNotFoundError(
+                f"no file {name}; load_model({official!r}) fetches this one from the model hub"
+            )
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a folder: give the path of the model file in it")
+    if path.suffix in (".pt", ".safetensors") or path.parent != Path("."):
+        raise FileNotFoundError(f"no file {name}; the models known by name are {', '.join(known)}")
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.3) or known
+    raise ValueError(
+        f"no model is called {name!r}, and there is no such file. Did you mean {' or '.join(near)}?"
+    )
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"  # eight bytes of length, then JSON
+
+
+def download_official(
+    name: str, endpoint: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """Fetch a released checkpoint into the hub's cache, with progress, and return its path.
+
+    See `download_from_hub`.
+    """
+    return download_from_hub(OFFICIAL_REPOSITORY, OFFICIAL_FILES[name], name, endpoint, cache_dir)
+
+
+def download_from_hub(
+    repository: str,
+    file: str,
+    name: str | None = None,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+    kind: str = "model",
+) -> Path:
+    """Fetch a file of the model hub into the hub's cache, with progress, and return its path.
+
+    `name` is what messages call it; `kind` is "dataset" for a repository of that kind. Files that
+    are there already are not fetched again, and need no network. Raises `ModelUnavailableError`,
+    saying what to do, without token, access or network.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    name = name or file
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    login = (
+        "make a token at https://huggingface.co/settings/tokens and run `hf auth login`, "
+        "or set HF_TOKEN"
+    )
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, file, repo_type=kind, endpoint=endpoint, cache_dir=cache_dir
+            )
+        )
+    except errors.GatedRepoError as error:
+        if huggingface_hub.get_token() is None:
+            raise ModelUnavailableError(
+                f"{name} is given to logged-in users only, and no token was found. "
+                f"Accept the licence at {page}, then {login}."
+            ) from error
+        raise ModelUnavailableError(
+            f"your account has no access to {name} yet. Ask for it at {page} (log in, accept the "
+            "licence, wait for the approval), and make sure that your token may read gated "
+            "repositories."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelUnavailableError(
+            f"the hub does not show {repository} to you: your token is missing, wrong or "
+            f"expired. To mend it, {login}."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelUnavailableError(
+            f"{name} is not in the cache and the model hub cannot be reached. Check the network "
+            f"(and that HF_HUB_OFFLINE is not set), or bring {Path(file).name} from {page} on "
+            "another way and give its path."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelUnavailableError(
+            f"{page} has no file {file} any more. Look for its new place there, download it, and "
+            "give its path."
+        ) from error
+    except Exception as error:  # with its versions, the hub's client changes its HTTP library
+        raise ModelUnavailableError(
+            f"fetching {name} failed ({type(error).__name__}: {error}). Check the network and the "
+            "space on the disk, and try again; what was fetched is kept."
+        ) from error
+
+
+# --- ours -------------------------------------------------------------------------------------
+
+
+def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+    """Write a model into one `.safetensors` file: weights, configuration, units, and its card.
+
+    `card` says what a user should know: data, level of theory, errors, licence; any JSON values.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name}: a model's file name ends in .safetensors")
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": json.dumps(model.config.to_dict()),
+        "card": json.dumps(dict(card or {})),
+    }
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, metadata)
+    return path
+
+
+def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointFormatError(
+            f"{path.name} is damaged ({error}); fetch or write it again"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointFormatError(
+            f"{path.name} holds tensors, but is no {FORMAT} model: it must come from save_model"
+        )
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+        raise CheckpointFormatError(f"{path.name} is from a newer version: update this package")
+    try:
+        config = AllScAIPConfig.from_dict(json.loads(metadata["config"]))
+    except ValueError as error:
+        raise CheckpointFormatError(f"{path.name}: {error}; is this package too old?") from error
+    return config, json.loads(metadata["card"])
+
+
+def _read_safetensors(path: Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
+    config, _ = _read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        return config, {name: file.get_tensor(name) for name in file.keys()}

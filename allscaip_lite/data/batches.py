@@ -1,0 +1,165 @@
+"""Batches of labelled structures, filled by atom count.
+
+In: a `Dataset`. Out: `Batch`, structures as the model reads them with energies and forces; either
+an endless, seeded shuffle to train on, or the whole data set once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from allscaip_lite.data.aselmdb import DataError, Dataset
+from allscaip_lite.kernels.padded import Fixed, FixedSizeError, Size, padded
+from allscaip_lite.neighbors import candidate_pairs
+from allscaip_lite.structures import Structures, structures_from_atoms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å.
+
+    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label. fixed: the same
+    structures brought to a size, if they were asked for and fit.
+    """
+
+    structures: Structures
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    fixed: Fixed | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        labels = (self.energy, self.forces, self.stress)
+        return Batch(
+            self.structures.to(device),
+            *(label.to(device) for label in labels),
+            None if self.fixed is None else self.fixed.to(device),
+        )
+
+    def brought_to(self, size: Size, reach: float) -> Batch:
+        """With `fixed`, whose pairs are within `reach` Å; FixedSizeError if it does not fit."""
+        pairs = candidate_pairs(self.structures, reach)
+        return replace(self, fixed=padded(self.structures, pairs, size))
+
+
+def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
+    """Labelled structures as one batch; with a seed, each turned by a random rotation."""
+    systems = list(systems)
+    forces = [system.calc.results["forces"] for system in systems]
+    stress = [_stress(system) for system in systems]
+    if rotation_seed is not None:
+        rotations = Rotation.random(len(systems), rng=np.random.default_rng(rotation_seed))
+        for index, rotation in enumerate(rotations):
+            turned = systems[index].copy()
+            turned.calc = systems[index].calc
+            turned.positions = rotation.apply(turned.positions)
+            turned.cell = rotation.apply(turned.cell.array)
+            forces[index] = rotation.apply(forces[index])
+            matrix = rotation.as_matrix()
+            stress[index] = matrix @ stress[index] @ matrix.T
+            systems[index] = turned
+    return Batch(
+        structures=structures_from_atoms(systems),
+        energy=torch.tensor([s.calc.results["energy"] for s in systems], dtype=torch.float64),
+        forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
+        stress=torch.as_tensor(np.stack(stress), dtype=torch.float32),
+    )
+
+
+def _stress(system: Atoms) -> np.ndarray:
+    """(3, 3) eV/Å³, not a number without a label."""
+    voigt = system.calc.results.get("stress")
+    return np.full((3, 3), np.nan) if voigt is None else voigt_6_to_full_3x3_stress(voigt)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch i of an endless, seeded shuffle, each filled up to `max_atoms` atoms.
+
+    Batches are numbered from the start of training, so that a resumed run goes on with exactly
+    the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
+    of molecules come as `Fixed` too, with the pairs of atoms within `reach` Å, where they fit.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        max_atoms: int,
+        seed: int,
+        first: int = 0,
+        count: int = 10**9,
+        rank: int = 0,
+        world_size: int = 1,
+        rotate: bool = True,
+        size: Size | None = None,
+        reach: float = 0.0,
+    ) -> None:
+        self.data, self.max_atoms, self.seed, self.rotate = data, max_atoms, seed, rotate
+        self.size, self.reach = size, reach
+        self.first, self.count, self.rank, self.world_size = first, count, rank, world_size
+        largest = int(data.natoms.max())
+        if largest > max_atoms:
+            raise DataError(
+                f"a structure of {largest} atoms does not fit into batches of {max_atoms}: "
+                f"give --max-atoms {largest} or more"
+            )
+        self._epochs: dict[int, list[np.ndarray]] = {}
+        self._starts = [0]  # number of the first batch of each epoch made so far
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        number = (self.first + index) * self.world_size + self.rank
+        while self._starts[-1] <= number:
+            epoch = len(self._starts) - 1
+            self._epochs = {epoch - 1: self._epochs.get(epoch - 1, []), epoch: self._fill(epoch)}
+            self._starts.append(self._starts[-1] + len(self._epochs[epoch]))
+        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._fill(epoch)
+        members = self._epochs[epoch][number - self._starts[epoch]]
+        rotation_seed = hash((self.seed, number)) % 2**63 if self.rotate else None
+        batch = collate([self.data[int(i)] for i in members], rotation_seed)
+        if self.size is None or bool(batch.structures.pbc.any()):
+            return batch
+        try:
+            return batch.brought_to(self.size, self.reach)
+        except FixedSizeError:
+            return batch
+
+    def _fill(self, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        batches, members, atoms = [], [], 0
+        for index in order:
+            size = int(self.data.natoms[index])
+            if atoms + size > self.max_atoms:
+                batches.append(np.array(members))
+                members, atoms = [], 0
+            members.append(index)
+            atoms += size
+        return [*batches, np.array(members)]
+
+
+def in_order(data: Dataset, max_atoms: int) -> Iterator[Batch]:
+    """The whole data set once, in batches of at most `max_atoms` atoms (one structure at least)."""
+    members: list[Atoms] = []
+    atoms = 0
+    for index in range(len(data)):
+        size = int(data.natoms[index])
+        if members and atoms + size > max_atoms:
+            yield collate(members)
+            members, atoms = [], 0
+        members.append(data[index])
+        atoms += size
+    if members:
+        yield collate(members)

@@ -1,0 +1,154 @@
+"""One's own structures into the package's format: `allscaip-lite data convert`.
+
+Comes in: files of any format that ASE reads, with energies (eV) and forces (eV/Å), and stress where
+there is one. Goes out: one `.aselmdb` file to train on or to evaluate with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from tqdm import tqdm
+
+from allscaip_lite.data.aselmdb import write_aselmdb
+
+# Names under which programs write the total charge and the multiplicity.
+CHARGES = ("charge", "total_charge", "Charge")
+MULTIPLICITIES = ("spin", "multiplicity", "spin_multiplicity", "mult")
+
+
+class ConversionError(ValueError):
+    """A file that cannot be converted; the message says which structure, and what to do."""
+
+
+def convert(
+    files: Sequence[str | Path],
+    charge: int | None = None,
+    spin: int | None = None,
+    domain: str | None = None,
+    progress: bool = True,
+) -> Iterator[Atoms]:
+    """Structures of files ASE reads, each with energy and forces, charge and spin multiplicity.
+
+    A name may end in ASE's index, as in `run.traj@100:200`; all structures are read otherwise.
+    `charge` and `spin` (2S + 1) count where a structure says none (in `info`, under one of CHARGES
+    and MULTIPLICITIES); without them a structure is neutral and has the lowest multiplicity its
+    electrons allow. `domain` becomes the `data_id`; without it that is what a structure says, or
+    the name of the file.
+
+    Raises ConversionError for a file ASE does not read, and for a structure without energy or
+    forces, with numbers that are not finite, or with a multiplicity its electrons forbid.
+    """
+    for name in files:
+        path, index = str(name), ""
+        if not Path(path).exists() and "@" in path:
+            path, _, index = path.rpartition("@")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file")
+        read = ase.io.iread(path, index=index or ":")
+        try:
+            for number, atoms in enumerate(tqdm(read, desc=path, disable=not progress)):
+                where = f"{path}, structure {number} ({atoms.symbols})"
+                yield _converted(atoms, where, charge, spin, domain, Path(path).stem)
+        except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
+            raise ConversionError(f"{path} is not a file that ASE can read: {error}") from error
+
+
+def _converted(
+    atoms: Atoms, where: str, charge: int | None, spin: int | None, domain: str | None, file: str
+) -> Atoms:
+    labels = {}
+    for label in ("energy", "forces", "stress"):
+        try:
+            value = atoms.calc and atoms.calc.get_property(label, atoms, allow_calculation=False)
+        except PropertyNotImplementedError:
+            value = None
+        if value is not None:
+            labels[label] = value
+    lacking = [label for label in ("energy", "forces") if label not in labels]
+    if lacking:
+        raise ConversionError(
+            f"{where} has no {' and no '.join(lacking)}: compute them, and let ASE write them, as "
+            "in atoms.get_forces(); ase.io.write('mine.extxyz', atoms)"
+        )
+    if not all(np.isfinite(value).all() for value in labels.values()):
+        raise ConversionError(f"{where} has labels that are not finite numbers: leave it out")
+    info = atoms.info
+    charge, spin = charge_and_spin(atoms, where, charge, spin)
+    kept = {key: value for key, value in info.items() if key not in CHARGES + MULTIPLICITIES}
+    atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
+    if domain:
+        atoms.info["data_id"] = domain
+    return atoms
+
+
+def charge_and_spin(
+    atoms: Atoms, where: str, charge: int | None = None, spin: int | None = None
+) -> tuple[int, int]:
+    """Charge and multiplicity that a structure says in `info`, under one of CHARGES and
+    MULTIPLICITIES; else the given ones; else neutral, and the lowest its electrons allow.
+
+    Raises ConversionError, which calls the structure `where`, for what its electrons forbid.
+    """
+    info = atoms.info
+    charge = _whole(next((info[key] for key in CHARGES if key in info), charge or 0), where)
+    electrons = int(atoms.numbers.sum()) - charge
+    lowest = 1 + electrons % 2
+    given = next((info[key] for key in MULTIPLICITIES if key in info), spin or lowest)
+    spin = _whole(given, where)
+    if (electrons + spin) % 2 == 0 or spin < 1:
+        raise ConversionError(
+            f"{where} has {electrons} electrons, which cannot have multiplicity {spin}: give the "
+            "right --charge and --spin (2S + 1, 1 for a closed shell)"
+        )
+    return charge, spin
+
+
+def _whole(value: float, where: str) -> int:
+    """A charge or a multiplicity, which programs also write as -0.9999."""
+    if not abs(value - round(value)) < 0.01:
+        raise ConversionError(f"{where} has a charge or multiplicity of {value}, no whole number")
+    return round(value)
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite data convert`."""
+    parser.description = (
+        "Convert structures with energies and forces, in any format that ASE reads (extxyz, traj, "
+        "OUTCAR, ase.db, ...), into one .aselmdb file to train on or to evaluate with."
+    )
+    parser.add_argument("files", nargs="+", help="FILE, or FILE@100:200 for some of its structures")
+    parser.add_argument("--out", type=Path, required=True, help="file to write (.aselmdb)")
+    parser.add_argument("--charge", type=int, help="of structures that say none (default: 0)")
+    parser.add_argument(
+        "--spin", type=int, help="multiplicity of structures that say none (default: the lowest)"
+    )
+    parser.add_argument("--domain", help="their data_id (default: theirs, or the name of the file)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite data convert`: convert, and say what came out; the exit status."""
+    states: Counter[tuple[int, int]] = Counter()
+
+    def counted() -> Iterator[Atoms]:
+        for atoms in convert(args.files, args.charge, args.spin, args.domain):
+            states[atoms.info["charge"], atoms.info["spin"]] += 1
+            yield atoms
+
+    number = write_aselmdb(args.out, counted(), overwrite=args.overwrite)
+    print(f"{args.out}: {number} structures")
+    for (charge, spin), count in sorted(states.items()):
+        print(f"  charge {charge:+d}, multiplicity {spin}: {count}", file=sys.stderr)
+    return 0

@@ -1,0 +1,323 @@
+"""Public data sets, fetched: `allscaip-lite data fetch`.
+
+Comes in: a name of the table below, an address, or a file of the model hub. Goes out: a folder of
+`.aselmdb` files that `Dataset` reads. A download that stops, or is stopped, goes on where it was.
+
+Names, sizes and addresses of OMol25 are those of its own list (DATASET.md of facebook/OMol25 on the
+model hub); licence CC BY 4.0; D. S. Levine et al., arXiv:2505.08762.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from tqdm import tqdm
+
+from allscaip_lite.checkpoints.native import download_from_hub
+
+SERVER = "https://dl.fbaipublicfiles.com/opencatalystproject/data/"
+HUB = "hub:"
+CHUNK = 1 << 20
+ATTEMPTS = 5  # in a row without a single byte
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+
+class FetchError(ValueError):
+    """A data set that cannot be fetched; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One archive: its place below `SERVER`, structures in it, about how many GB it has."""
+
+    path: str
+    structures: int
+    gigabytes: float
+    about: str
+    sha256: str | None = None  # none is published for OMol25
+
+
+SOURCES = {
+    "omol25-neutral-val": Source(
+        "omol/250514/neutral_val.tar.gz", 27_697, 0.119, "validation set, neutral singlets: small"
+    ),
+    "omol25-val": Source("omol/250514/val.tar.gz", 2_762_021, 20, "validation set"),
+    "omol25-test": Source("omol/250514/test.tar.gz", 2_805_046, 8, "test set, without labels"),
+    "omol25-train-4m": Source("omol/250514/train_4M.tar.gz", 3_986_754, 19, "4M training set"),
+    "omol25-neutral-train": Source(
+        "omol/250514/neutral_train.tar.gz", 34_335_828, 101, "training set, neutral"
+    ),
+    "omol25-train": Source("omol/250514/train.tar.gz", 101_666_280, 456, "whole training set"),
+    "omol25-evaluations": Source(
+        "omol/250915/omol25_evaluation_inputs_250915.tar.gz", 0, 0, "inputs of the evaluations"
+    ),
+}
+
+
+def fetch(
+    name: str,
+    folder: str | os.PathLike,
+    *,
+    server: str = SERVER,
+    sha256: str | None = None,
+    keep_archive: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Fetch a data set into `folder` and return the folders in which its `.aselmdb` files are.
+
+    `name` is one of `SOURCES`, an http(s) address, or `hub:OWNER/REPOSITORY/FILE` (of a data set's
+    repository `hub:datasets/OWNER/...`) for a file of the model hub, with the token of `hf auth
+    login` or HF_TOKEN where it is gated. Archives are
+    unpacked into `folder/NAME` and then removed; a set that is there already is not fetched again.
+    `server` replaces the address in front of the paths of `SOURCES`: a mirror nearer by.
+
+    Raises FetchError, saying what to do: for a name nobody knows, a disk without room, a server
+    that does not answer or has no such file, a checksum that differs, an archive that is broken
+    or would write outside its folder. What was fetched until then is kept.
+    """
+    folder = Path(folder)
+    source = SOURCES.get(name)
+    if source:
+        address = server.rstrip("/") + "/" + source.path
+        sha256 = sha256 or source.sha256
+    elif name.startswith(HUB) or urlsplit(name).scheme in ("http", "https"):
+        address = name
+    else:
+        raise FetchError(
+            f"no data set is called {name!r}. There are {', '.join(SOURCES)}; or give an http "
+            "address, or hub:OWNER/REPOSITORY/FILE"
+        )
+    file = PurePosixPath(unquote(urlsplit(address).path)).name
+    if not file:
+        raise FetchError(f"{name}: the address of a file is needed, not of a folder")
+    suffix = next((end for end in ARCHIVES if file.endswith(end)), "")
+    done = folder / (name if source else file.removesuffix(suffix))
+    origin = done.with_name(done.name + ".from")  # the address; a data set's name is its own
+    if origin.exists() and origin.read_text() != name:
+        raise FetchError(f"{done} is from {origin.read_text()}: choose another --out for {name}")
+    if done.exists():
+        return _found(done)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not source:
+        origin.write_text(name)
+    # what is no archive gets its own name only once it is whole and right
+    archive = folder / (file if suffix else file + ".partial")
+    try:
+        if name.startswith(HUB):
+            fetched = _from_hub(name)
+            if suffix:
+                archive = fetched
+            else:
+                shutil.copyfile(fetched, archive)
+        else:
+            room = shutil.disk_usage(folder).free
+            download(address, archive, room=room, progress=progress)
+        if sha256:
+            _check(archive, sha256)
+    except BaseException:
+        if not any(path.exists() for path in (archive, archive.with_name(archive.name + ".part"))):
+            origin.unlink(missing_ok=True)  # nothing is here that another file could mix with
+        raise
+    if not suffix:
+        archive.replace(done)
+        return _found(done)
+    _unpack(archive, done, progress)
+    if not (keep_archive or name.startswith(HUB)):
+        archive.unlink()
+    return _found(done)
+
+
+def download(
+    address: str, file: Path, *, room: float = float("inf"), progress: bool = True
+) -> None:
+    """Fetch one file, with progress; what an earlier attempt left in `file.part` is gone on with.
+
+    After a connection that breaks, up to `ATTEMPTS` more are made, as long as bytes come.
+    Raises FetchError for what does not mend itself, and for a file larger than `room` (bytes).
+    """
+    if file.exists():
+        return
+    part, tag = file.with_name(file.name + ".part"), file.with_name(file.name + ".tag")
+    failures, before = 0, -1
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        failures = failures + 1 if have == before else 0
+        before = have
+        try:
+            complete = _go_on(address, part, tag, have, room, progress)
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or failures >= ATTEMPTS:
+                raise FetchError(_refused(address, error)) from error
+            complete = False
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno == 28:
+                raise FetchError(f"the disk is full: make room; {part} is kept") from error
+            if failures >= ATTEMPTS:
+                raise FetchError(
+                    f"{address} does not answer ({error}). Check the network, or name a mirror "
+                    "with --server; the same command goes on where this one was"
+                ) from error
+            complete = False
+        if complete:
+            part.replace(file)
+            tag.unlink(missing_ok=True)
+            return
+        time.sleep(min(0.1 * 2**failures, 5))
+
+
+def _go_on(address: str, part: Path, tag: Path, have: int, room: float, progress: bool) -> bool:
+    """Fetch what is missing behind the first `have` bytes; whether the file is whole then."""
+    request = urllib.request.Request(address, headers={"User-Agent": "allscaip-lite"})
+    known = tag.read_text() if tag.exists() else ""
+    if have and known:
+        # the server sends all of it again if the file is not the one that was begun
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", known)
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing is missing, or the file became shorter
+            whole = (error.headers.get("Content-Range") or "").endswith(f"/{have}")
+            if not whole:
+                part.unlink()
+            return whole
+        raise
+    with answer:
+        if answer.status != 206:
+            have = 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        if total and total - have > room:
+            raise FetchError(
+                f"{total / 1e9:.1f} GB do not fit on the disk, where {room / 1e9:.1f} GB are free: "
+                "choose another --out, or a smaller set"
+            )
+        tag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+        with (
+            part.open("ab" if have else "wb") as stream,
+            tqdm(
+                total=total,
+                initial=have,
+                unit="B",
+                unit_scale=True,
+                desc=part.stem,
+                disable=not progress,
+                mininterval=0.5 if sys.stderr.isatty() else 30,
+            ) as bar,
+        ):
+            while block := answer.read(CHUNK):
+                stream.write(block)
+                have += len(block)
+                bar.update(len(block))
+    return total is None or have == total
+
+
+def _refused(address: str, error: urllib.error.HTTPError) -> str:
+    if error.code in (403, 404):
+        return (
+            f"{address}: the server has no such file, or does not give it ({error.code}). See "
+            "huggingface.co/facebook/OMol25 (DATASET.md) for where it is now, and give that address"
+        )
+    return f"{address}: the server answers {error.code} ({error.reason}); try again later"
+
+
+def _from_hub(name: str) -> Path:
+    path = name.removeprefix(HUB)
+    kind = "dataset" if path.startswith("datasets/") else "model"
+    owner, _, rest = path.removeprefix("datasets/").partition("/")
+    repository, _, file = rest.partition("/")
+    if not (owner and repository and file):
+        raise FetchError(f"{name}: write hub:OWNER/REPOSITORY/FILE, or hub:datasets/OWNER/...")
+    return download_from_hub(f"{owner}/{repository}", file, kind=kind)
+
+
+def _check(file: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            digest.update(block)
+    if digest.hexdigest() != expected.lower():
+        raise FetchError(
+            f"{file} has SHA-256 {digest.hexdigest()}, not {expected}: remove it and fetch again"
+        )
+
+
+def _unpack(archive: Path, done: Path, progress: bool) -> None:
+    """Unpack into `done`, which appears only once all of it is there."""
+    partial = done.with_name(done.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with (
+            tarfile.open(archive) as members,
+            tqdm(desc=f"unpacking {archive.name}", unit="file", disable=not progress) as bar,
+        ):
+            for member in members:
+                members.extract(member, partial, filter="data")
+                bar.update()
+            while members.fileobj.read(CHUNK):  # to its end, where its checksum is
+                pass
+    except tarfile.FilterError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FetchError(f"{archive} would write outside its folder: {error}") from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == 28:
+            raise FetchError(f"the disk is full: make room; {archive} is kept") from error
+        raise FetchError(f"{archive} is broken ({error}): remove it and fetch again") from error
+    partial.replace(done)
+
+
+def _found(done: Path) -> list[Path]:
+    """The folders below with `.aselmdb` files; of a single file, itself."""
+    if done.is_file():
+        return [done]
+    return sorted({file.parent for file in done.rglob("*.aselmdb")}) or [done]
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite data fetch`."""
+    listed = "; ".join(
+        f"{name}: {source.about}" + (f", {source.gigabytes:g} GB" if source.gigabytes else "")
+        for name, source in SOURCES.items()
+    )
+    parser.description = (
+        f"Fetch a public data set. Names: {listed}. The same command goes on with a download that "
+        "stopped. OMol25 is licensed CC BY 4.0 (arXiv:2505.08762)."
+    )
+    parser.add_argument(
+        "name", help="a name, an http address, or hub:OWNER/REPOSITORY/FILE on the model hub"
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/fetched"), help="folder")
+    parser.add_argument("--server", default=SERVER, help="a mirror of the public files")
+    parser.add_argument("--sha256", help="checksum of the file, if you know one")
+    parser.add_argument("--keep-archive", action="store_true", help="do not remove it afterwards")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite data fetch`: fetch, and say where the data are; the exit status."""
+    found = fetch(
+        args.name,
+        args.out,
+        server=args.server,
+        sha256=args.sha256,
+        keep_archive=args.keep_archive,
+    )
+    for folder in found:
+        print(folder)
+    return 0

@@ -1,0 +1,1 @@
+"""Molecular dynamics with a model, and what is computed from it."""

@@ -1,0 +1,678 @@
+"""Molecular dynamics as a user runs it: `allscaip-lite md`.
+
+In: a structure, any ASE calculator, and `Settings`. Out: a folder with a trajectory, a log and a
+state from which the same run goes on, to the same numbers. Integrators and barostats are ASE's:
+velocity Verlet; Nosé–Hoover chains with the isotropic barostat of Martyna, Tobias and Klein
+(J. Chem. Phys. 101, 4177, 1994); or Langevin's noise in the order BAOAB (Leimkuhler and Matthews,
+J. Chem. Phys. 138, 174102, 2013), on the box's volume too at constant pressure (Quigley and
+Probert, J. Chem. Phys. 120, 11432, 2004). Times are in fs unless a name says otherwise.
+
+A folder holds `settings.json`, `trajectory.traj` (ASE's format: positions, momenta, energy),
+`log.csv` (columns LOG_COLUMNS), `state.npz`, and, if a run exploded, `exploded.extxyz`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator, CalculatorError
+from ase.io.trajectory import Trajectory
+from ase.io.ulm import InvalidULMFileError
+from ase.md.langevinbaoab import LangevinBAOAB
+from ase.md.md import MolecularDynamics
+from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
+from ase.md.velocitydistribution import Stationary
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import FIRE
+from tqdm import tqdm
+
+from allscaip_lite.data.aselmdb import differing, fingerprint
+from allscaip_lite.structures import StructureError
+
+ENSEMBLES = ("nve", "nvt", "npt")
+THERMOSTATS = ("nose-hoover", "langevin")
+LOG_COLUMNS = (
+    "step",
+    "time_ps",
+    "potential_eV",
+    "kinetic_eV",
+    "conserved_eV",
+    "temperature_K",
+    "pressure_bar",
+    "volume_A3",
+    "density_g_cm3",
+)
+GRAM_PER_CM3 = units.kg / 1000 * 1e-24  # in atomic masses per Å³
+# What an integrator remembers from step to step besides the atoms themselves.
+MEMORY: dict[type[MolecularDynamics], tuple[str, ...]] = {
+    VelocityVerlet: (),
+    LangevinBAOAB: ("p_eps", "force_eps"),  # of the volume; and the state of its random numbers
+    NoseHooverChainNVT: ("_q", "_p", "_thermostat._eta", "_thermostat._p_eta"),
+    IsotropicMTKNPT: (
+        "_q",
+        "_p",
+        "_eps",
+        "_p_eps",
+        "_cell0",
+        "_volume0",
+        "_thermostat._eta",
+        "_thermostat._p_eta",
+        "_barostat._xi",
+        "_barostat._p_xi",
+    ),
+}
+
+
+class MDError(ValueError):
+    """A run that cannot start, go on, or make sense; the message says what to do."""
+
+
+class Explosion(MDError):
+    """A run whose atoms flew apart; everything up to there is on disk."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What fixes a run. Raises MDError for values that contradict each other.
+
+    duration, timestep, save_every, log_every, thermostat_time, barostat_time in fs; temperature in
+    K (starting temperature in NVE; None there: the velocities of the structure); pressure in bar;
+    relax: at most so many steps of minimisation first. The run stops as exploded above
+    `hottest` K.
+    """
+
+    ensemble: str = "nvt"
+    duration: float = 10_000.0
+    temperature: float | None = 300.0
+    pressure: float = 1.0
+    timestep: float = 0.5
+    thermostat: str = "nose-hoover"
+    thermostat_time: float = 100.0
+    barostat_time: float = 1000.0
+    save_every: float = 100.0
+    log_every: float = 10.0
+    relax: int = 0
+    seed: int = 0
+    hottest: float = 5000.0
+
+    def __post_init__(self) -> None:
+        if self.ensemble not in ENSEMBLES:
+            raise MDError(f"ensemble {self.ensemble!r} is not one of {', '.join(ENSEMBLES)}")
+        if self.thermostat not in THERMOSTATS:
+            raise MDError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
+        if self.ensemble != "nve" and self.temperature is None:
+            raise MDError(f"{self.ensemble} needs a temperature")
+        times = ("duration", "timestep", "thermostat_time", "barostat_time")
+        for name in (*times, "save_every", "log_every", "hottest"):
+            if not getattr(self, name) > 0:
+                raise MDError(f"{name} {getattr(self, name)} must be positive")
+        if self.temperature is not None and not 0 <= self.temperature < self.hottest:
+            raise MDError(f"temperature {self.temperature} K must be between 0 and {self.hottest}")
+        if self.temperature == 0 and self.ensemble != "nve":
+            raise MDError("a thermostat needs a temperature above 0 K: choose nve, or a low one")
+        for name in ("duration", "save_every", "log_every"):
+            steps = getattr(self, name) / self.timestep
+            if abs(steps - round(steps)) > 1e-6 * steps or round(steps) < 1:
+                raise MDError(
+                    f"{name} {getattr(self, name):g} fs is not a multiple of the timestep, "
+                    f"{self.timestep:g} fs"
+                )
+
+    def steps(self, name: str) -> int:
+        """The time of that name in steps."""
+        return round(getattr(self, name) / self.timestep)
+
+
+def run_md(
+    atoms: Atoms,
+    calculator: Calculator,
+    settings: Settings,
+    folder: str | os.PathLike,
+    label: str = "",
+    progress: bool = True,
+) -> Atoms:
+    """Run, or go on with, molecular dynamics in `folder`, and return the structure at its end.
+
+    `atoms` is the start and stays as it is; where the folder holds a state, the run goes on from
+    there instead, and trajectory and log become what an uninterrupted run writes. A longer
+    `duration` prolongs a finished run. `label` names the calculator; a folder with another label,
+    structure or other settings is refused.
+
+    Raises MDError for a run that cannot start, Explosion for one that flies apart: energy or forces
+    not finite, a temperature above `settings.hottest`, a volume that has changed threefold.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check(atoms, calculator, settings)
+    plan = {
+        **dataclasses.asdict(settings),
+        "model": label,
+        "elements": atoms.numbers.tolist(),
+        "structure": _fingerprint(atoms),
+    }
+    for key in ("charge", "spin"):
+        plan[key] = int(atoms.info[key]) if key in atoms.info else None
+    state = _claim(folder, plan)
+
+    moving = atoms.copy()
+    moving.calc = calculator
+    generator = np.random.default_rng(settings.seed)
+    if state is None:
+        try:
+            _start(moving, settings, generator)
+        except (StructureError, CalculatorError) as error:  # while it was minimised
+            raise _explosion(str(error), 0, moving, settings, folder) from error
+    else:
+        moving.set_cell(state["cell"])
+        moving.set_positions(state["positions"])
+        moving.set_momenta(state["momenta"])
+    integrator = make_integrator(moving, settings, generator)
+    frames, seconds = 0, 0.0
+    if state is not None:
+        integrator.nsteps = int(state["step"])
+        for name in _memory(integrator):
+            _set(integrator, name, state[name])
+        generator.bit_generator.state = json.loads(str(state["random"]))
+        frames, seconds = int(state["frames"]), float(state["seconds"])
+    _cut_trajectory(folder / "trajectory.traj", frames)
+    _cut_log(folder / "log.csv", -1 if state is None else integrator.nsteps)
+    _simulate(integrator, settings, generator, folder, frames, seconds, progress)
+    return moving
+
+
+def is_finished(folder: str | os.PathLike, settings: Settings) -> bool:
+    """Whether the run in `folder` has got to the end of these settings."""
+    file = Path(folder) / "state.npz"
+    if not file.exists():
+        return False
+    with np.load(file) as state:
+        return int(state["step"]) >= settings.steps("duration")
+
+
+def make_integrator(
+    atoms: Atoms, settings: Settings, generator: np.random.Generator
+) -> MolecularDynamics:
+    """ASE's integrator for the settings.
+
+    Langevin's leaves structures at the temperature whatever the step, for harmonic vibrations
+    exactly; velocities at the end of a step are those of a colder one, by (ω Δt)²/4 of it.
+
+    ASE counts 3N degrees of freedom in its Nosé–Hoover chains, but three of them, the motion of the
+    centre of mass, are and stay at rest: so the rest would come out hotter by 3N/(3N-3), and the
+    chain's target is lower by as much.
+    """
+    step = settings.timestep * units.fs
+    if settings.ensemble == "nve":
+        return VelocityVerlet(atoms, step)
+    damping = settings.thermostat_time * units.fs
+    if settings.thermostat == "langevin":
+        volume: dict[str, Any] = {}
+        if settings.ensemble == "npt":
+            period = settings.barostat_time * units.fs
+            # as heavy as Martyna, Tobias and Klein's
+            mass = 3 * (len(atoms) + 1) * units.kB * settings.temperature * period**2
+            outer = -settings.pressure * units.bar
+            volume = {"externalstress": outer, "hydrostatic": True, "P_tau": period, "P_mass": mass}
+        return LangevinBAOAB(
+            atoms, step, temperature_K=settings.temperature, T_tau=damping, rng=generator, **volume
+        )
+    target = settings.temperature * _freedom(atoms, settings) / (3 * len(atoms))
+    if settings.ensemble == "nvt":
+        return NoseHooverChainNVT(atoms, step, temperature_K=target, tdamp=damping)
+    return IsotropicMTKNPT(
+        atoms,
+        step,
+        temperature_K=target,
+        pressure_au=settings.pressure * units.bar,
+        tdamp=damping,
+        pdamp=settings.barostat_time * units.fs,
+    )
+
+
+def _memory(integrator: MolecularDynamics) -> tuple[str, ...]:
+    """Those of MEMORY that this integrator has; at constant volume no volume moves."""
+    names = MEMORY[type(integrator)]
+    return tuple(name for name in names if hasattr(integrator, name.partition(".")[0]))
+
+
+def _freedom(atoms: Atoms, settings: Settings) -> int:
+    """Degrees of freedom that share the temperature: Langevin's noise moves the whole as well."""
+    whole = settings.ensemble != "nve" and settings.thermostat == "langevin"
+    return max(1, 3 * len(atoms) - (0 if whole else 3))
+
+
+def _check(atoms: Atoms, calculator: Calculator, settings: Settings) -> None:
+    if len(atoms) < 2:
+        raise MDError("a single atom has no dynamics: give a structure with more")
+    if atoms.constraints:
+        raise MDError("the structure has constraints, which are not supported: remove them first")
+    if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
+        raise MDError("npt needs a cell that is periodic in all directions: set it, or choose nvt")
+    if settings.ensemble == "nve" and settings.temperature is None and not atoms.has("momenta"):
+        raise MDError("the structure has no velocities: give a temperature to draw them")
+    probe = atoms.copy()
+    probe.calc = calculator
+    try:
+        probe.get_forces()
+        if settings.ensemble == "npt":
+            probe.get_stress()
+    except NotImplementedError as error:
+        raise MDError(f"{settings.ensemble} is not possible: {error}") from error
+
+
+def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> None:
+    """Minimise if asked, and give velocities to a structure that has none."""
+    if settings.relax:
+        FIRE(atoms, logfile=None).run(fmax=0.5, steps=settings.relax)
+    if not atoms.has("momenta"):
+        spread = np.sqrt(atoms.get_masses() * units.kB * settings.temperature)  # Maxwell–Boltzmann
+        atoms.set_momenta(generator.normal(size=(len(atoms), 3)) * spread[:, None])
+        Stationary(atoms, preserve_temperature=False)
+        kinetic = atoms.get_kinetic_energy()
+        if kinetic > 0:  # a small system's random temperature is far from the one asked for
+            wanted = (3 * len(atoms) - 3) / 2 * units.kB * settings.temperature
+            atoms.set_momenta(atoms.get_momenta() * np.sqrt(wanted / kinetic))
+    elif settings.ensemble == "nve" or settings.thermostat != "langevin":
+        Stationary(atoms, preserve_temperature=False)
+
+
+# --- The run ---------------------------------------------------------------------------------
+
+
+def _simulate(
+    integrator: MolecularDynamics,
+    settings: Settings,
+    generator: np.random.Generator,
+    folder: Path,
+    frames: int,
+    seconds: float,
+    progress: bool,
+) -> None:
+    atoms, last = integrator.atoms, settings.steps("duration")
+    save_every, log_every = settings.steps("save_every"), settings.steps("log_every")
+    first, volume = integrator.nsteps, atoms.cell.volume
+    started = time.monotonic() - seconds
+    file = folder / "trajectory.traj"
+    trajectory = Trajectory(file, "a", properties=["energy"])
+    waiting = 1 if sys.stderr.isatty() else 30  # seconds between updates of the progress bar
+    with (
+        trajectory,
+        (folder / "log.csv").open("a", newline="") as log,
+        tqdm(
+            total=last,
+            initial=first,
+            unit="step",
+            disable=not progress,
+            mininterval=waiting,
+            maxinterval=waiting,
+            miniters=1,
+        ) as bar,
+    ):
+        writer = csv.writer(log)
+
+        def record(step: int) -> None:
+            nonlocal frames, seconds
+            _stop_if_exploded(integrator, volume, settings, folder)
+            if step % log_every == 0:
+                row = _measure(integrator, settings)
+                writer.writerow(row.values())
+                log.flush()
+                pace = step / max(time.monotonic() - started, 1e-9)
+                note = f"{pace * settings.timestep * 86_400e-6:.3g} ns/day"
+                note += f", {row['temperature_K']:.0f} K"
+                if settings.ensemble == "npt":
+                    note += f", {row['density_g_cm3']:.3f} g/cm³"
+                bar.set_postfix_str(note, refresh=False)
+            if step % save_every == 0:
+                trajectory.write(atoms)
+                frames += 1
+            if step % save_every == 0 or step == last:
+                seconds = time.monotonic() - started
+                _save_state(folder / "state.npz", integrator, generator, frames, seconds)
+
+        try:
+            if first == 0 and frames == 0:
+                record(0)
+            while integrator.nsteps < last:
+                integrator.step()
+                integrator.nsteps += 1
+                record(integrator.nsteps)
+                bar.update()
+        except Exception as error:
+            lost = not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all())
+            if isinstance(error, Explosion) or not (
+                lost or isinstance(error, (StructureError, CalculatorError))
+            ):
+                raise
+            # atoms on one spot, or nowhere: the calculator saw it first
+            raise _explosion(str(error), integrator.nsteps + 1, atoms, settings, folder) from error
+
+
+def _measure(integrator: MolecularDynamics, settings: Settings) -> dict[str, Any]:
+    """One line of the log; cells without meaning are empty."""
+    atoms = integrator.atoms
+    potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
+    conserved: float | str = float(potential + kinetic)
+    if isinstance(integrator, LangevinBAOAB):
+        conserved = ""  # noise conserves nothing
+    elif hasattr(integrator, "get_conserved_energy"):
+        try:
+            conserved = float(integrator.get_conserved_energy())
+        except NotImplementedError:
+            conserved = ""  # ASE's chains ask the calculator for a free energy
+    row = dict.fromkeys(LOG_COLUMNS, "")
+    row |= {
+        "step": integrator.nsteps,
+        "time_ps": round(integrator.nsteps * settings.timestep / 1000, 9),
+        "potential_eV": float(potential),
+        "kinetic_eV": float(kinetic),
+        "conserved_eV": conserved,
+        "temperature_K": _temperature(atoms, settings),
+    }
+    if atoms.pbc.all() and atoms.cell.rank == 3:
+        row["volume_A3"] = float(atoms.cell.volume)
+        row["density_g_cm3"] = float(atoms.get_masses().sum() / atoms.cell.volume / GRAM_PER_CM3)
+        try:
+            stress = atoms.get_stress(include_ideal_gas=True)
+            row["pressure_bar"] = float(-stress[:3].mean() / units.bar)
+        except NotImplementedError:
+            pass  # a model without stress
+    return row
+
+
+def _temperature(atoms: Atoms, settings: Settings) -> float:
+    return float(2 * atoms.get_kinetic_energy() / (_freedom(atoms, settings) * units.kB))
+
+
+def _stop_if_exploded(
+    integrator: MolecularDynamics, volume: float, settings: Settings, folder: Path
+) -> None:
+    atoms = integrator.atoms
+    temperature, expansion = _temperature(atoms, settings), 1.0
+    if atoms.cell.rank == 3:
+        expansion = atoms.cell.volume / volume
+    forces = atoms.get_forces()
+    if not (np.isfinite(atoms.get_potential_energy()) and np.isfinite(forces).all()):
+        reason = "energy or forces are not finite"
+    elif not temperature <= settings.hottest:
+        reason = f"the temperature is {temperature:.0f} K"
+    elif not 1 / 3 < expansion < 3:
+        reason = f"the volume has changed {expansion:.2g}-fold"
+    else:
+        return
+    raise _explosion(reason, integrator.nsteps, atoms, settings, folder)
+
+
+def _explosion(reason: str, step: int, atoms: Atoms, settings: Settings, folder: Path) -> Explosion:
+    final = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    ase.io.write(folder / "exploded.extxyz", final)
+    return Explosion(
+        f"the run exploded at step {step} ({step * settings.timestep / 1000:g} ps): {reason}. "
+        f"Up to there all is kept in {folder}, the last structure as exploded.extxyz. Start in "
+        f"another folder with a smaller timestep than {settings.timestep:g} fs, with relax, or "
+        "with a model that knows such structures"
+    )
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def _fingerprint(atoms: Atoms) -> str:
+    """The same for the same start: positions, velocities, cell and boundaries."""
+    numbers = (atoms.positions, atoms.cell.array, atoms.get_momenta())
+    return fingerprint([atoms.pbc, *(np.round(array, 9) + 0.0 for array in numbers)])  # no -0
+
+
+def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The state in the folder if it is of the same run; the folder is ours afterwards."""
+    listing, file = folder / "settings.json", folder / "state.npz"
+    if listing.exists():
+        known = json.loads(listing.read_text())
+        if changed := differing(plan, known, but=["duration"]):
+            raise MDError(
+                f"{folder} holds a run with another {', '.join(changed)}: choose another folder"
+            )
+        if file.exists() and plan["duration"] < known["duration"]:
+            raise MDError(
+                f"{folder} holds a longer run, {known['duration'] / 1000:g} ps: give that duration "
+                "or more, or choose another folder"
+            )
+    _replace(listing, lambda partial: partial.write_text(json.dumps(plan, indent=1)))
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as state:
+        return dict(state)
+
+
+def _save_state(
+    file: Path,
+    integrator: MolecularDynamics,
+    generator: np.random.Generator,
+    frames: int,
+    seconds: float,
+) -> None:
+    atoms = integrator.atoms
+    arrays = {
+        "step": integrator.nsteps,
+        "frames": frames,
+        "seconds": seconds,  # that the run took so far
+        "positions": atoms.positions,
+        "momenta": atoms.get_momenta(),
+        "cell": atoms.cell.array,
+        "random": json.dumps(generator.bit_generator.state),
+        **{name: attrgetter(name)(integrator) for name in _memory(integrator)},
+    }
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as stream:
+            np.savez(stream, **arrays)
+
+    _replace(file, write)
+
+
+def _set(integrator: MolecularDynamics, name: str, value: np.ndarray) -> None:
+    owner, _, attribute = name.rpartition(".")
+    plain = value.item() if value.ndim == 0 else value
+    setattr(attrgetter(owner)(integrator) if owner else integrator, attribute, plain)
+
+
+def _replace(file: Path, write: Any) -> None:
+    """Write a file under another name first: whoever stops the run leaves no half of it."""
+    partial = file.with_name(file.name + ".partial")
+    write(partial)
+    os.replace(partial, file)
+
+
+def _cut_trajectory(file: Path, frames: int) -> None:
+    """Keep the first structures of a trajectory: later ones were written after the state was."""
+    if not frames:
+        file.unlink(missing_ok=True)
+        return
+    try:
+        with Trajectory(file) as known:
+            count = len(known)
+            if count == frames:
+                return
+            kept = [known[index] for index in range(min(count, frames))]
+    except (FileNotFoundError, InvalidULMFileError) as error:
+        raise MDError(f"{file} is gone or broken: remove {file.parent} and start again") from error
+    if count < frames:
+        raise MDError(f"{file} is shorter than it was: remove {file.parent} and start again")
+
+    def write(partial: Path) -> None:
+        with Trajectory(partial, "w", properties=["energy"]) as shorter:
+            for atoms in kept:
+                shorter.write(atoms)
+
+    _replace(file, write)
+
+
+def _cut_log(file: Path, step: int) -> None:
+    """Keep the log's lines up to a step; a new log gets its head line."""
+    lines = file.read_text().splitlines(keepends=True) if step >= 0 and file.exists() else []
+    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    head = ",".join(LOG_COLUMNS) + "\r\n"  # the ends of lines as the csv module writes them
+    with (partial := file.with_name(file.name + ".partial")).open("w", newline="") as stream:
+        stream.writelines([head, *(line.rstrip("\r\n") + "\r\n" for line in kept)])
+    os.replace(partial, file)
+
+
+def read_log(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The columns of a run's `log.csv` (names: LOG_COLUMNS) as arrays; empty cells are nan."""
+    with (Path(folder) / "log.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in LOG_COLUMNS}
+
+
+# --- The command -----------------------------------------------------------------------------
+
+_UNITS = {"fs": 1.0, "ps": 1e3, "ns": 1e6}
+_TIMES = {  # option: setting
+    "time": "duration",
+    "timestep": "timestep",
+    "save_every": "save_every",
+    "log_every": "log_every",
+    "thermostat_time": "thermostat_time",
+    "barostat_time": "barostat_time",
+}
+_PLAIN = {
+    "ensemble": str,
+    "temperature": float,
+    "pressure": float,
+    "thermostat": str,
+    "relax": int,
+    "seed": int,
+    "hottest": float,
+}
+_OTHERS = ("structure", "model", "out", "device", "compile", "charge", "spin")
+
+
+def femtoseconds(text: str) -> float:
+    """A time such as "10ps", "0.5 fs" or "1ns" in fs; MDError for one without its unit."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(fs|ps|ns)\s*", str(text))
+    if not match:
+        raise MDError(f"{text!r} is not a time: write a number and fs, ps or ns, such as 10ps")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite md`."""
+    defaults = Settings()
+    parser.description = (
+        "Molecular dynamics. The same command goes on with a run that was stopped, or prolongs it "
+        "to a longer --time. An input file (TOML) has these options as its keys, for example: "
+        'structure = "box.extxyz", model = "lite", ensemble = "npt", temperature = 300, '
+        'time = "100ps". Options given beside it count more.'
+    )
+    parser.add_argument("structure", help="a structure file that ASE reads, or an input (.toml)")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/md)")
+    parser.add_argument("--model", help="a name, a file, or spcfw (default: lite)")
+    parser.add_argument("--ensemble", choices=ENSEMBLES, help=f"default: {defaults.ensemble}")
+    parser.add_argument("--temperature", type=float, metavar="K", help="default: 300")
+    parser.add_argument("--pressure", type=float, metavar="BAR", help="default: 1")
+    for option, setting in _TIMES.items():
+        parser.add_argument(
+            "--" + option.replace("_", "-"),
+            metavar="TIME",
+            help=f"such as 10ps or 0.5fs (default: {getattr(defaults, setting):g}fs)",
+        )
+    parser.add_argument("--thermostat", choices=THERMOSTATS, help="default: nose-hoover")
+    parser.add_argument("--relax", type=int, metavar="STEPS", help="minimise first, up to so many")
+    parser.add_argument("--hottest", type=float, metavar="K", help="stop above (default: 5000)")
+    parser.add_argument("--charge", type=int, help="default: the structure's own")
+    parser.add_argument("--spin", type=int, help="multiplicity; default: the structure's own")
+    parser.add_argument("--seed", type=int, help="of velocities and noise (default: 0)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument(
+        "--compile",
+        action="store_const",
+        const=True,
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
+    )
+
+
+def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """Settings, and what else an input says (structure, model, out, device, compile, charge, spin).
+
+    Raises MDError for a key that does not exist or a value of the wrong kind.
+    """
+    chosen, others = {}, {}
+    for key, value in options.items():
+        name = key.replace("-", "_")
+        try:
+            if name in _TIMES:
+                chosen[_TIMES[name]] = femtoseconds(value)
+            elif name in _PLAIN:
+                chosen[name] = _PLAIN[name](value)
+            elif name in _OTHERS:
+                others[name] = value
+            else:
+                known = ", ".join(sorted([*_TIMES, *_PLAIN, *_OTHERS]))
+                raise MDError(f"{key!r} is not an option; there are {known}")
+        except (TypeError, ValueError) as error:
+            if isinstance(error, MDError):
+                raise
+            raise MDError(f"{key} = {value!r} is not {_PLAIN[name].__name__}") from error
+    return Settings(**chosen), others
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite md`: run or go on with a run; the exit status."""
+    names = [*_TIMES, *_PLAIN, *_OTHERS]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    beside = Path()
+    if str(args.structure).endswith(".toml"):
+        beside = Path(args.structure).parent
+        with open(args.structure, "rb") as stream:
+            try:
+                given = tomllib.load(stream) | {k: v for k, v in given.items() if k != "structure"}
+            except tomllib.TOMLDecodeError as error:
+                raise MDError(f"{args.structure} is not an input in TOML: {error}") from error
+    settings, others = read_options(given)
+    if "structure" not in others:
+        raise MDError(f'{args.structure} names no structure: add structure = "box.extxyz"')
+    atoms = _read_structure(beside / others["structure"])
+    for key in ("charge", "spin"):
+        if key in others:
+            atoms.info[key] = others[key]
+    model = str(others.get("model", "lite"))
+    if model == "spcfw":
+        from allscaip_lite.labels.water import SPCFw
+
+        calculator: Calculator = SPCFw()
+    else:
+        from allscaip_lite.calculator import AllScAIPCalculator
+
+        compiled = bool(others.get("compile", False))
+        calculator = AllScAIPCalculator(model, others.get("device"), compile=compiled)
+    folder = Path(others.get("out", "runs/md"))
+    final = run_md(atoms, calculator, settings, folder, label=model)
+    print(
+        f"{settings.duration / 1000:g} ps of {final.get_chemical_formula()} in {folder}: "
+        "trajectory.traj, log.csv",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _read_structure(file: Path) -> Atoms:
+    try:
+        return ase.io.read(file)
+    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError) as error:
+        raise MDError(f"{file} is not a structure that ASE can read: {error}") from error

@@ -1,0 +1,674 @@
+"""What experiments measure, out of the folders that `allscaip_lite.md.dynamics` writes.
+
+In: runs of water (atoms as O, H, H). Out: density, heat of vaporisation, radial distribution
+functions, self-diffusion, energy drift and dielectric constant, each with an error bar from block
+averages. Radial distributions, mean squared displacements and dipole fluctuations are MDAnalysis'
+(Michaud-Agrawal et al., J. Comput. Chem. 32, 2319, 2011).
+
+`python -m allscaip_lite.md.observables RUN --out FILE.json` writes them all to one small file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ase.io
+import numpy as np
+from ase import units
+from ase.cell import Cell
+from ase.data import chemical_symbols
+from ase.io.trajectory import Trajectory
+
+from allscaip_lite.data.aselmdb import evenly_spaced
+from allscaip_lite.labels.water import CHARGES, are_waters
+from allscaip_lite.md.dynamics import read_log
+
+if TYPE_CHECKING:
+    from MDAnalysis import Universe
+
+KJ_PER_MOL = units.kJ / units.mol
+YEH_HUMMER = 2.837297  # of a cubic box
+
+# Of liquid water at 298.15 K and 1 bar, and where each is from.
+EXPERIMENT = {
+    "density_g_cm3": (0.997, "Wagner and Pruss, J. Phys. Chem. Ref. Data 31, 387, 2002"),
+    "vaporisation_kJ_mol": (43.99, "Wagner and Pruss, J. Phys. Chem. Ref. Data 31, 387, 2002"),
+    "diffusion_1e-9_m2_s": (2.30, "Holz, Heil and Sacco, Phys. Chem. Chem. Phys. 2, 4740, 2000"),
+    "dielectric": (78.4, "Fernandez et al., J. Phys. Chem. Ref. Data 26, 1125, 1997"),
+    "OO_peak_A": (2.80, "Skinner et al., J. Chem. Phys. 138, 074506, 2013"),
+    "OO_height": (2.57, "Skinner et al., J. Chem. Phys. 138, 074506, 2013"),
+    "viscosity_mPa_s": (0.890, "Huber et al., J. Phys. Chem. Ref. Data 38, 101, 2009"),
+}
+
+
+class ObservableError(ValueError):
+    """A run that an observable cannot be taken from; the message says what is missing."""
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error, in the same unit."""
+
+    value: float
+    error: float
+
+
+class RadialDistribution(NamedTuple):
+    """g(r) with its standard errors; r in Å, the middles of bins; all of shape (bins,)."""
+
+    r: np.ndarray
+    g: np.ndarray
+    error: np.ndarray
+
+
+# --- Error bars ------------------------------------------------------------------------------
+
+
+def block_average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Estimate:
+    """Mean of a series in time, its error from the scatter of the means of `blocks` equal blocks.
+
+    The error is right where a block is much longer than `correlation_time`. Values left over at the
+    beginning are dropped. Raises ObservableError for a series shorter than the blocks' number.
+    """
+    return _scatter([part.mean() for part in _blocks(np.asarray(series, float), blocks)])
+
+
+def correlation_time(series: Sequence[float] | np.ndarray) -> float:
+    """Integrated autocorrelation time of a series, in its steps; ½ of uncorrelated values.
+
+    Summed up to the first lag that is five times the sum so far (Sokal's window).
+    """
+    series = np.asarray(series, float)
+    series = series - series.mean()
+    if not series.any():
+        return 0.5
+    spectrum = np.abs(np.fft.rfft(series, 2 * len(series))) ** 2
+    correlation = np.fft.irfft(spectrum)[: len(series)]
+    correlation /= correlation[0]
+    sums = 0.5 + np.cumsum(correlation[1:])  # sums[i]: up to lag i + 1
+    window = np.arange(1, len(series)) >= 5 * sums
+    return float(sums[np.argmax(window)] if window.any() else sums[-1])
+
+
+def _blocks(series: np.ndarray, blocks: int) -> list[np.ndarray]:
+    length = len(series) // blocks
+    if length < 1:
+        raise ObservableError(
+            f"{len(series)} values are too few for {blocks} blocks: run longer, or skip less"
+        )
+    return np.split(series[len(series) - blocks * length :], blocks)
+
+
+def _scatter(means: Sequence[float]) -> Estimate:
+    means = np.asarray(means, float)
+    error = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.nan
+    return Estimate(float(means.mean()), float(error))
+
+
+def jackknife(
+    statistic: Callable[..., float], *series: Sequence[float] | np.ndarray, blocks: int = 10
+) -> Estimate:
+    """A statistic of series (T,) that belong together, its error from leaving out blocks in turn.
+
+    The error holds where blocks are longer than the memory of the series. Raises ObservableError
+    for fewer values than blocks.
+    """
+    parts = _blocks(np.stack([np.asarray(part, float) for part in series], axis=1), blocks)
+
+    def value(parts: Sequence[np.ndarray]) -> float:
+        return statistic(*np.concatenate(parts).T)
+
+    without = [value(parts[:b] + parts[b + 1 :]) for b in range(blocks)]
+    return Estimate(value(parts), float(np.std(without) * np.sqrt(blocks - 1)))
+
+
+def less_reweighted(
+    series: Sequence[float] | np.ndarray,
+    excess: Sequence[float] | np.ndarray,
+    temperature: float,
+    blocks: int = 10,
+    reference: Sequence[float] | np.ndarray | None = None,
+) -> Estimate:
+    """A model's mean less that of its reference, both from the model's run alone.
+
+    series (T,): any observable; reference (T,): what the reference says of it on the same
+    structures, where that is something else (a pressure), else `series` too; excess (T,): the
+    model's energy less the reference's of these structures, of the whole system in eV; temperature
+    in K. Structures that the model takes for better than they are occur too often by a factor
+    exp(-excess/kT), so with weights exp(excess/kT) the run is one of the reference (Torrie and
+    Valleau, J. Comput. Phys. 23, 187, 1977). What the two means have in common by chance cancels.
+    The error is `jackknife`'s.
+
+    Raises ObservableError for fewer values than blocks, and where the weights rest on less than a
+    twentieth of the structures: then the two do not visit the same ones.
+    """
+    series, excess = np.asarray(series, float), np.asarray(excess, float)
+    weights = np.exp((excess - excess.max()) / (units.kB * temperature))
+    share = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    if share < 0.05:
+        raise ObservableError(
+            f"the weights rest on {100 * share:.1f} % of the structures: the two models' ensembles "
+            "are too far from one another to be compared in this way"
+        )
+
+    def difference(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
+        return float(x.mean() - (w * y).sum() / w.sum())
+
+    other = series if reference is None else np.asarray(reference, float)
+    return jackknife(difference, series, other, weights, blocks=blocks)
+
+
+# --- Runs ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run after its equilibration: log (columns of `md.LOG_COLUMNS`), settings, structures.
+
+    universe is MDAnalysis': positions in Å as they moved, never wrapped, time in ps.
+    """
+
+    log: dict[str, np.ndarray]
+    settings: dict[str, Any]
+    universe: Universe
+
+    @property
+    def molecules(self) -> int:
+        return len(self.universe.residues)
+
+
+def read_run(folder: str | Path, skip: float = 0.0) -> Run:
+    """A folder of `allscaip_lite.md.dynamics` without its first `skip` ps.
+
+    Raises FileNotFoundError where there is no run, ObservableError where nothing is left.
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    log = read_log(folder)
+    late = log["time_ps"] >= skip - 1e-9
+    spacing = settings["save_every"] / 1000
+    with Trajectory(folder / "trajectory.traj") as trajectory:
+        first = int(np.ceil(skip / spacing - 1e-9))
+        frames = [make_whole(trajectory[index]) for index in range(first, len(trajectory))]
+    if not frames or not late.any():
+        raise ObservableError(f"{folder} ends before {skip:g} ps: skip less, or prolong the run")
+    return Run(
+        log={name: column[late] for name, column in log.items()},
+        settings=settings,
+        universe=make_universe(
+            frames[0].numbers,
+            np.stack([frame.positions for frame in frames]),
+            np.stack([frame.cell.array for frame in frames]) if frames[0].pbc.all() else None,
+            spacing,
+        ),
+    )
+
+
+def make_whole(atoms: Atoms) -> Atoms:
+    """Waters (atoms as O, H, H) in a periodic box, each hydrogen beside its own oxygen.
+
+    A box that was wrapped has some on its other side. Anything else is returned as it is.
+    """
+    if not (are_waters(atoms.numbers) and atoms.pbc.all() and atoms.cell.rank == 3):
+        return atoms
+    whole = atoms.copy()
+    positions = atoms.positions.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
+    away = (positions - positions[:, :1]) @ np.linalg.inv(atoms.cell.array)
+    whole.positions -= (np.rint(away) @ atoms.cell.array).reshape(-1, 3)
+    return whole
+
+
+def make_universe(
+    numbers: np.ndarray, positions: np.ndarray, cells: np.ndarray | None, spacing: float
+) -> Universe:
+    """Structures as an MDAnalysis universe, one residue a water (or an atom of anything else).
+
+    numbers (N,); positions (T, N, 3) Å; cells (T, 3, 3) Å or None; spacing of the frames in ps.
+    """
+    import MDAnalysis
+
+    numbers = np.asarray(numbers)
+    size = 3 if are_waters(numbers) else 1
+    count = len(numbers) // size
+    universe = MDAnalysis.Universe.empty(
+        len(numbers), count, atom_resindex=np.repeat(np.arange(count), size), trajectory=False
+    )
+    universe.add_TopologyAttr("names", [chemical_symbols[number] for number in numbers])
+    if size == 3:
+        oxygens = 3 * np.arange(count)
+        bonds = np.concatenate([[(o, o + 1), (o, o + 2)] for o in oxygens]).tolist()
+        universe.add_TopologyAttr("charges", np.tile(CHARGES, count))
+        universe.add_TopologyAttr("bonds", [tuple(bond) for bond in bonds])
+    dimensions = None
+    if cells is not None:
+        # MDAnalysis knows lengths and angles alone: the first vector along x, the second in xy
+        standard = [Cell(cell).standard_form() for cell in cells]
+        positions = np.stack([x @ q.T for x, (_, q) in zip(positions, standard, strict=True)])
+        dimensions = np.stack([form.cellpar() for form, _ in standard])
+    universe.load_new(positions.astype(np.float32), order="fac", dimensions=dimensions, dt=spacing)
+    return universe
+
+
+# --- Thermodynamics --------------------------------------------------------------------------
+
+
+def density(run: Run, blocks: int = 5) -> Estimate:
+    """Mean density of an NPT run in g/cm³."""
+    if run.settings["ensemble"] != "npt":
+        raise ObservableError("a density is measured at constant pressure: give an npt run")
+    return block_average(run.log["density_g_cm3"], blocks)
+
+
+def heat_of_vaporisation(
+    liquid: Sequence[float] | np.ndarray,
+    gas: Sequence[float] | np.ndarray | float,
+    temperature: float,
+    blocks: int = 5,
+) -> Estimate:
+    """ΔH_vap = ⟨E_gas⟩ - ⟨E_liquid⟩ + RT in kJ/mol, at `temperature` in K.
+
+    liquid: potential energies of the box over its number of molecules, in eV, in time. gas: those
+    of one molecule in vacuum at the same temperature, or their mean. RT is the gas' pV; the
+    liquid's pV (0.002 kJ/mol) is left out, and kinetic energies are classical and cancel.
+
+    ⟨E_gas⟩ counts: a flexible molecule's mean strain energy, for three classical vibrations 3/2 RT
+    or 3.7 kJ/mol. With `gas=0`, a vapour of molecules at rest, the result is lower by as much; the
+    value usually quoted for SPC/Fw is near that. No quantum correction is added.
+    """
+    vapour = Estimate(float(gas), 0.0) if np.ndim(gas) == 0 else block_average(gas, blocks)
+    return boil(per_mole(block_average(liquid, blocks)), per_mole(vapour), temperature)
+
+
+def boil(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
+    """`heat_of_vaporisation` from mean energies of a molecule, in kJ/mol too."""
+    work = units.kB * temperature / KJ_PER_MOL  # RT
+    error = float(np.hypot(gas.error, liquid.error))
+    return Estimate(gas.value - liquid.value + work, error)
+
+
+def per_mole(energy: Estimate) -> Estimate:
+    """kJ/mol from eV."""
+    return Estimate(energy.value / KJ_PER_MOL, energy.error / KJ_PER_MOL)
+
+
+def energy_drift(run: Run) -> Estimate:
+    """Slope of the conserved energy in meV/atom/ps, by a straight line through ten block means."""
+    return drift(run.log, len(run.universe.atoms))
+
+
+def drift(log: Mapping[str, np.ndarray], natoms: int) -> Estimate:
+    """`energy_drift` of a log (`md.read_log`)."""
+    from scipy.stats import linregress
+
+    times = [part.mean() for part in _blocks(log["time_ps"], 10)]
+    energies = [part.mean() for part in _blocks(log["conserved_eV"], 10)]
+    line = linregress(times, energies)
+    factor = 1000 / natoms
+    return Estimate(float(line.slope * factor), float(line.stderr * factor))
+
+
+def temperatures_by_motion(
+    folder: str | Path, skip: float = 0.0, blocks: int = 5
+) -> tuple[Estimate, Estimate]:
+    """Temperatures in K of the molecules' centres, and of relative motion along the O-H bonds.
+
+    By equipartition both are the run's own. Stiff bonds trade energy with the liquid over tens of
+    ps: a chain of Nosé and Hoover, which sees the sum alone, leaves them as cold as a minimised
+    start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) mends that;
+    its velocities along a bond come out colder than the structure by (ω Δt)²/4, an eighth at 1 fs.
+    """
+    folder = Path(folder)
+    spacing = json.loads((folder / "settings.json").read_text())["save_every"] / 1000
+    centres, bonds = [], []
+    with Trajectory(folder / "trajectory.traj") as trajectory:
+        for index in range(int(np.ceil(skip / spacing - 1e-9)), len(trajectory)):
+            frame = make_whole(trajectory[index])
+            if not are_waters(frame.numbers):
+                raise ObservableError(f"{folder} is no run of waters, atoms as O, H, H")
+            mass = frame.get_masses()[:3]
+            velocities = frame.get_velocities()
+            velocities -= frame.get_momenta().sum(0) / frame.get_masses().sum()
+            velocities = velocities.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
+            whole = np.einsum("a,wax->wx", mass, velocities) / mass.sum()
+            freedom = max(1, 3 * len(whole) - 3)  # the centre of all is taken as at rest
+            centres.append(mass.sum() * (whole**2).sum() / freedom / units.kB)
+            positions = frame.positions.reshape(-1, 3, 3)
+            arms = positions[:, 1:] - positions[:, :1]  # (W, 2, 3); molecules are whole
+            arms /= np.linalg.norm(arms, axis=2, keepdims=True)
+            speed = ((velocities[:, 1:] - velocities[:, :1]) * arms).sum(2)
+            bonds.append(mass[0] * mass[1] / (mass[0] + mass[1]) * (speed**2).mean() / units.kB)
+    return block_average(centres, blocks), block_average(bonds, blocks)
+
+
+# --- Structure -------------------------------------------------------------------------------
+
+
+def radial_distribution(
+    universe: Universe,
+    first: str = "O",
+    second: str = "O",
+    reach: float | None = None,
+    width: float = 0.05,
+    blocks: int = 5,
+) -> RadialDistribution:
+    """g(r) between atoms of two elements in different molecules.
+
+    reach: up to where, in Å; by default, and at most, half the narrowest width of the box, beyond
+    which not every pair is seen. width: of a bin, in Å.
+    """
+    everything = np.arange(len(universe.trajectory))
+    r, parts = _pairs(universe, first, second, reach, width, _blocks(everything, blocks))
+    error = np.std(parts, axis=0, ddof=1) / np.sqrt(blocks) if blocks > 1 else np.nan * parts[0]
+    return RadialDistribution(r, np.mean(parts, axis=0), error)
+
+
+def pairs_by_structure(
+    universe: Universe, first: str = "O", second: str = "O", width: float = 0.05
+) -> tuple[np.ndarray, np.ndarray]:
+    """g(r) of every structure by itself: r (bins,) in Å, g (T, bins). See `radial_distribution`."""
+    each = np.arange(len(universe.trajectory))[:, None]
+    return _pairs(universe, first, second, None, width, each)
+
+
+def at_first_peak(g: np.ndarray) -> np.ndarray:
+    """g(r) of every structure (T,) at the place where the mean of g (T, bins) has its first peak.
+
+    By the parabola through three bins there, so that the mean is `first_peak`'s height.
+    """
+    top, offset = _peak(g.mean(0))
+    left, middle, right = g[:, top - 1 : top + 2].T
+    return middle + offset * (right - left) / 2 + offset**2 * (left - 2 * middle + right) / 2
+
+
+def _pairs(
+    universe: Universe,
+    first: str,
+    second: str,
+    reach: float | None,
+    width: float,
+    parts: Sequence[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """r (bins,) and g (parts, bins), each part the structures of these numbers together."""
+    from MDAnalysis.analysis.rdf import InterRDF
+
+    groups = [universe.select_atoms(f"name {element}") for element in (first, second)]
+    if not all(len(group) for group in groups):
+        raise ObservableError(f"no pairs {first}-{second} in this run")
+    if universe.trajectory.ts.dimensions is None:
+        raise ObservableError("a radial distribution needs a periodic box")
+    widest = min(_half_width(frame.triclinic_dimensions) for frame in universe.trajectory)
+    reach = widest if reach is None else reach
+    if reach > widest:
+        raise ObservableError(f"reach {reach:g} Å is beyond half the box: {widest:.2f} Å at most")
+    exclusion = tuple(len(group) // len(universe.residues) for group in groups)
+    bins = max(1, int(reach / width))
+    found = []
+    for part in parts:
+        pairs = InterRDF(
+            *groups, nbins=bins, range=(0.0, bins * width), exclusion_block=exclusion
+        ).run(frames=part)
+        found.append(pairs.results.rdf)
+    return pairs.results.bins, np.array(found)
+
+
+def _half_width(cell: np.ndarray) -> float:
+    return float(0.5 / np.linalg.norm(np.linalg.inv(cell), axis=0).max())
+
+
+def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> Estimate:
+    """The shortest distance in Å of two atoms of an element in different molecules, mean over time.
+
+    It finds what g(r) shows as a small bump, and averages of errors not at all: pairs that a model
+    lets come too close, where it was never taught. Beyond 4 Å a pair does not count.
+    """
+    from MDAnalysis.lib.distances import self_capped_distance
+
+    group = universe.select_atoms(f"name {element}")
+    shortest = []
+    for frame in universe.trajectory:
+        pairs, distances = self_capped_distance(group.positions, 4.0, box=frame.dimensions)
+        apart = group.resindices[pairs[:, 0]] != group.resindices[pairs[:, 1]]
+        if not apart.any():
+            raise ObservableError(f"no {element}-{element} pair of two molecules within 4 Å")
+        shortest.append(distances[apart].min())
+    return block_average(shortest, blocks)
+
+
+def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
+    """Position (Å) and height of the first peak of g(r), of a parabola through its three bins.
+
+    The height's error is that of its bin; the position's follows from the errors of the three.
+    """
+    g = distribution.g
+    top, offset = _peak(g)
+    left, middle, right = g[top - 1 : top + 2]
+    width = distribution.r[1] - distribution.r[0]
+    bend = left - 2 * middle + right  # < 0 at a peak
+    # d offset / d(left, middle, right)
+    slopes = np.array([0.5 - offset, 2 * offset, -0.5 - offset]) / bend
+    uncertainty = float(np.hypot.reduce(slopes * distribution.error[top - 1 : top + 2])) * width
+    height = middle - 0.25 * (left - right) * offset
+    return (
+        Estimate(float(distribution.r[top] + offset * width), uncertainty),
+        Estimate(float(height), float(distribution.error[top])),
+    )
+
+
+def _peak(g: np.ndarray) -> tuple[int, float]:
+    """The bin of the first peak, and how far from its middle a parabola puts it, in bins."""
+    from scipy.signal import find_peaks
+
+    found, _ = find_peaks(g, prominence=0.2 * g.max())
+    if not len(found):
+        raise ObservableError("g(r) has no peak: the run is too short, or the box too narrow")
+    top = int(found[0])
+    left, middle, right = g[top - 1 : top + 2]
+    return top, float(0.5 * (left - right) / (left - 2 * middle + right))
+
+
+def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:
+    """Static dielectric constant from fluctuations of the box's dipole, SPC/Fw's charges assumed.
+
+    For Ewald sums, or a model taught by them, in conducting surroundings. The dipole relaxes over
+    some 10 ps: its fluctuations take nanoseconds to converge, so beware of the error of short runs.
+    """
+    from MDAnalysis.analysis.dielectric import DielectricConstant
+
+    temperature = run.settings["temperature"]
+    values = []
+    for part in _blocks(np.arange(len(run.universe.trajectory)), blocks):
+        # whole already: molecules are followed, never wrapped
+        fluctuation = DielectricConstant(
+            run.universe.atoms, temperature=temperature, make_whole=False
+        )
+        values.append(fluctuation.run(frames=part).results)
+    # the mean dipole is known to be zero, so it is not taken from each short block
+    strength = [result.M2.sum() for result in values]
+    volume = np.mean([frame.volume for frame in run.universe.trajectory])
+    factor = 4 * np.pi / 3 * units.Hartree * units.Bohr / (volume * units.kB * temperature)
+    return _scatter([1 + factor * m2 for m2 in strength])
+
+
+# --- Motion ----------------------------------------------------------------------------------
+
+
+def mean_squared_displacement(
+    universe: Universe, element: str = "O", frames: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lags in ps and mean squared displacements in Å² of an element's atoms, over all origins.
+
+    The drift of all atoms together is taken away first.
+    """
+    import MDAnalysis
+    from MDAnalysis.analysis.msd import EinsteinMSD
+
+    frames = np.arange(len(universe.trajectory)) if frames is None else frames
+    group = universe.select_atoms(f"name {element}")
+    everything = universe.trajectory.timeseries(order="fac")[frames]  # (T, N, 3)
+    positions = everything[:, group.indices] - everything.mean(axis=1, keepdims=True)
+    still = MDAnalysis.Universe.empty(len(group), trajectory=False)
+    still.load_new(positions.astype(np.float32), order="fac", dt=universe.trajectory.dt)
+    result = EinsteinMSD(still, fft=False).run().results
+    return np.arange(len(frames)) * universe.trajectory.dt, result.timeseries
+
+
+def self_diffusion(
+    universe: Universe,
+    element: str = "O",
+    window: tuple[float, float] = (2.0, 10.0),
+    blocks: int = 5,
+) -> Estimate:
+    """Self-diffusion coefficient in 1e-9 m²/s, a sixth of the slope of the displacement.
+
+    The line is fitted over lags in `window` (ps), past the ballistic start; a block has to be at
+    least one and a half times as long. Take NVE or NVT runs: a barostat rescales paths. Langevin's
+    friction slows molecules down: with a time constant of 1 ps those of water by 2 %, of 0.1 ps by
+    15 %. See `size_correction`.
+    """
+    values = []
+    for part in _blocks(np.arange(len(universe.trajectory)), blocks):
+        length = (len(part) - 1) * universe.trajectory.dt
+        if length < 1.5 * window[1]:
+            raise ObservableError(
+                f"a block of {length:g} ps is too short for lags up to {window[1]:g} ps: run "
+                "longer, or take fewer blocks or an earlier window"
+            )
+        lags, squares = mean_squared_displacement(universe, element, part)
+        inside = (lags >= window[0]) & (lags <= window[1])
+        values.append(np.polyfit(lags[inside], squares[inside], 1)[0] / 6)
+    return _scatter([10 * value for value in values])  # 1 Å²/ps = 1e-8 m²/s
+
+
+def size_correction(temperature: float, edge: float, viscosity: float) -> float:
+    """What a cubic periodic box of `edge` Å takes from the diffusion coefficient, in 1e-9 m²/s.
+
+    2.837 kT / (6πηL) (Yeh and Hummer, J. Phys. Chem. B 108, 15873, 2004), temperature in K, the
+    liquid's viscosity in mPa s, to be added to the result of `self_diffusion`.
+    """
+    boltzmann = 1.380649e-23  # J/K
+    correction = YEH_HUMMER * boltzmann * temperature
+    correction /= 6 * np.pi * viscosity * 1e-3 * edge * 1e-10
+    return correction * 1e9
+
+
+# --- All of it -------------------------------------------------------------------------------
+
+
+def summarise(
+    folder: str | Path,
+    skip: float = 0.0,
+    blocks: int = 5,
+    gas: str | Path | None = None,
+    viscosity: float = EXPERIMENT["viscosity_mPa_s"][0],
+    points: int = 400,
+) -> dict[str, Any]:
+    """Every observable that a run allows, ready for JSON: estimates as [value, error].
+
+    gas: a run of one molecule, for the heat of vaporisation; without it that is not given.
+    viscosity: mPa s, of the size correction. points: values kept of each series.
+    """
+    run = read_run(folder, skip)
+    temperature = run.settings["temperature"]
+    potential = run.log["potential_eV"] / run.molecules
+    found: dict[str, Any] = {
+        "settings": {key: value for key, value in run.settings.items() if key != "elements"},
+        "molecules": run.molecules,
+        "skipped_ps": skip,
+        "machine": platform.processor() or platform.machine(),
+        "temperature_K": block_average(run.log["temperature_K"], blocks),
+        "potential_eV": block_average(potential, blocks),
+        "correlation_steps": correlation_time(potential),
+    }
+    if np.isfinite(run.log["conserved_eV"]).all():
+        found["drift_meV_atom_ps"] = energy_drift(run)
+    state = Path(folder) / "state.npz"
+    if state.exists():
+        with np.load(state) as arrays:
+            found["hours"] = round(float(arrays["seconds"]) / 3600, 3)
+    if np.isfinite(run.log["pressure_bar"]).all():
+        found["pressure_bar"] = block_average(run.log["pressure_bar"], blocks)
+    if gas is not None:
+        vapour = read_run(gas).log["potential_eV"]
+        found["vaporisation_kJ_mol"] = heat_of_vaporisation(potential, vapour, temperature, blocks)
+        found["vaporisation_unstrained_kJ_mol"] = heat_of_vaporisation(
+            potential, 0.0, temperature, blocks
+        )
+    if run.universe.trajectory.ts.dimensions is not None:
+        for first, second in ("OO", "OH", "HH"):
+            pairs = radial_distribution(run.universe, first, second, blocks=blocks)
+            found[f"g_{first}{second}"] = {
+                name: np.round(column, 4).tolist() for name, column in pairs._asdict().items()
+            }
+            if first == second == "O":
+                found["OO_peak_A"], found["OO_height"] = first_peak(pairs)
+        found["dielectric"] = dielectric_constant(run, blocks)
+        if run.settings["ensemble"] == "npt":
+            found["density_g_cm3"] = density(run, blocks)
+        elif _moves_freely(run.settings):
+            edge = float(np.mean([frame.volume for frame in run.universe.trajectory])) ** (1 / 3)
+            length = len(run.universe.trajectory) // blocks * run.universe.trajectory.dt
+            window = (2.0, 10.0) if length > 15.1 else (length / 10, length / 2)
+            plain = self_diffusion(run.universe, window=window, blocks=blocks)
+            correction = size_correction(temperature, edge, viscosity)
+            found["diffusion_window_ps"] = list(window)
+            found["diffusion_box_1e-9_m2_s"] = plain
+            found["diffusion_1e-9_m2_s"] = Estimate(plain.value + correction, plain.error)
+    chosen = evenly_spaced(len(potential), points)
+    found["series"] = {
+        name: [float(f"{value:.7g}") for value in run.log[name][chosen]]
+        for name in ("time_ps", "potential_eV", "conserved_eV", "temperature_K", "density_g_cm3")
+        if np.isfinite(run.log[name]).all()
+    }
+    return found
+
+
+def _moves_freely(settings: Mapping[str, Any]) -> bool:
+    """Whether friction, if there is any, leaves diffusion as it is, to 2 %."""
+    noisy = settings["ensemble"] != "nve" and settings["thermostat"] == "langevin"
+    return not noisy or settings["thermostat_time"] >= 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    name = "python -m allscaip_lite.md.observables"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__)
+    parser.add_argument("run", type=Path, help="a folder of allscaip-lite md")
+    parser.add_argument("--out", type=Path, required=True, help="the .json to write")
+    parser.add_argument("--skip", type=float, default=0.0, metavar="PS", help="equilibration")
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--gas", type=Path, help="run of one molecule at the same temperature")
+    parser.add_argument(
+        "--viscosity", type=float, default=EXPERIMENT["viscosity_mPa_s"][0], metavar="MPA_S"
+    )
+    parser.add_argument("--movie", type=Path, help="also write some structures (.xyz)")
+    parser.add_argument("--movie-frames", type=int, default=100)
+    args = parser.parse_args(argv)
+    try:
+        found = summarise(args.run, args.skip, args.blocks, args.gas, args.viscosity)
+    except (ObservableError, FileNotFoundError) as error:
+        print(f"observables: {error}", file=sys.stderr)
+        return 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.movie:
+        with Trajectory(args.run / "trajectory.traj") as trajectory:
+            chosen = evenly_spaced(len(trajectory), args.movie_frames)
+            frames = [trajectory[int(index)] for index in chosen]
+        for frame in frames:
+            frame.calc = None
+        ase.io.write(args.movie, frames, format="extxyz", columns=["symbols", "positions"])
+    for name, value in found.items():
+        if isinstance(value, Estimate):
+            known = EXPERIMENT.get(name)
+            beside = f"   experiment {known[0]:g}" if known else ""
+            print(f"{name:32s} {value.value:10.4g} ± {value.error:.2g}{beside}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""For notebooks: attention maps, plots, the attention explorer, and what the lessons share."""

@@ -1,0 +1,494 @@
+"""Pictures for notebooks and papers: molecules, trajectories, and who attends to whom.
+
+In: `ase.Atoms`, and attention weights from `attention_maps`. Out: things that a notebook displays.
+`plot_attention`, `plot_links` and `plot_molecule` are matplotlib figures; `show_attention` is a
+small attention explorer (`explorer`), alive also in exported HTML and without a network;
+`view_molecule` is py3Dmol's and `view_trajectory` nglview's, which need the `notebooks` extra.
+
+`python -m allscaip_lite.notebook.views molecule.xyz picture.png` draws the README's picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib
+import itertools
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols, covalent_radii
+from ase.data.colors import jmol_colors
+from ase.neighborlist import neighbor_list
+from torch import Tensor
+
+from allscaip_lite.model import AllScAIP
+from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LINK_COLOR = "#d6217f"
+MARK_COLOR = "#00807d"
+TILT = np.deg2rad((-24.0, 16.0))  # how a cell is looked at: about the vertical, then from above
+VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
+
+
+def _import(module: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ImportError(
+            f"{purpose} needs {package}: pip install 'allscaip-lite[notebooks]'", name=error.name
+        ) from error
+
+
+# --- what is drawn ------------------------------------------------------------------------------
+
+
+def atom_labels(numbers: Atoms | Tensor | Sequence[int]) -> list[str]:
+    """Element and index of each atom: C0, C1, H2 …"""
+    numbers = numbers.numbers if isinstance(numbers, Atoms) else numbers
+    return [f"{chemical_symbols[int(z)]}{index}" for index, z in enumerate(numbers)]
+
+
+def bonds(atoms: Atoms) -> list[tuple[int, int]]:
+    """Pairs i < j nearer than 1.2 times the sum of their covalent radii; images are not drawn."""
+    radii = covalent_radii[atoms.numbers]
+    distances = np.linalg.norm(atoms.positions[:, None] - atoms.positions, axis=-1)
+    first, second = np.nonzero(np.triu(distances < 1.2 * (radii[:, None] + radii), 1))
+    return list(zip(first.tolist(), second.tolist(), strict=True))
+
+
+def image_bonds(atoms: Atoms) -> list[tuple[int, int, int, int, int]]:
+    """Bonds i, j, a, b, c that leave the cell: to atom j's image a, b, c, in lattice vectors.
+
+    Like `bonds`; each is listed from both of its ends.
+    """
+    if not atoms.pbc.any():
+        return []
+    first, second, shift = neighbor_list("ijS", atoms, 1.2 * covalent_radii[atoms.numbers])
+    outside = shift.any(1)
+    found = np.column_stack([first, second, shift])[outside]
+    return sorted(map(tuple, found.tolist()))
+
+
+def front(atoms: Atoms) -> np.ndarray:
+    """(3, 3) rotation R: `vectors @ R` shows the atoms well, z points at us.
+
+    The widest side of a molecule lies across x and y; a periodic structure stands with its own z
+    upwards, turned a little and seen from above.
+    """
+    if atoms.pbc.any():
+        (c, d), (s, t) = np.cos(TILT), np.sin(TILT)
+        upright = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
+        about_vertical = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+        from_above = np.array([[1, 0, 0], [0, d, t], [0, -t, d]])
+        return upright @ about_vertical @ from_above
+    axes = np.linalg.svd(atoms.positions - atoms.positions.mean(0), full_matrices=True)[2]
+    axes[2] *= np.linalg.det(axes)  # a rotation, never a mirror image
+    return axes.T
+
+
+def cell_lines(atoms: Atoms) -> np.ndarray:
+    """(n, 2, 3) ends of the cell's edges along its periodic directions, Å; n = 12, 4, 1 or 0."""
+    axes = np.flatnonzero(atoms.pbc)
+    lines = []
+    for axis in axes:
+        others = atoms.cell.array[[k for k in axes if k != axis]]
+        for corner in itertools.product((0.0, 1.0), repeat=len(others)):
+            start = np.array(corner) @ others
+            lines.append([start, start + atoms.cell.array[axis]])
+    return np.reshape(lines, (-1, 2, 3))
+
+
+def seen_from_front(atoms: Atoms) -> np.ndarray:
+    """(N, 3) positions in Å, centred and turned by `front`."""
+    return (atoms.positions - atoms.positions.mean(0)) @ front(atoms)
+
+
+def ball_radii(atoms: Atoms) -> np.ndarray:
+    """(N,) radii of the balls in Å."""
+    return 0.16 + 0.3 * covalent_radii[atoms.numbers]
+
+
+def node_weights(maps: AttentionMaps, block: int, head: int | None) -> np.ndarray:
+    """(N, N) node attention of one head, or with None the mean over heads.
+
+    Raises `ValueError` for a model without node attention, `IndexError` for a block or head that
+    the model does not have.
+    """
+    return attention_matrix(maps, "node", 0, block, head)
+
+
+def attention_matrix(
+    maps: AttentionMaps, kind: str, query: int, block: int, head: int | None
+) -> np.ndarray:
+    """Weights of one head, or with None the mean over heads; a row asks, and adds up to one.
+
+    kind "node": (N, N) over atoms, whatever `query` is. kind "source" or "destination": (c, c) over
+    the c edges of atom `query`, in the order of its slots; `edge_labels` names them. Raises
+    `ValueError` for another kind, or one that the model does not have, `IndexError` for an atom,
+    block or head that is not there.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not one of {KINDS}")
+    if kind == "node" and maps.node is None:
+        raise ValueError("this model has no node attention to show (config.node_attention=False)")
+    atoms = len(maps.atomic_numbers)
+    if not -atoms <= query < atoms:
+        raise IndexError(f"query {query}: the structure has atoms 0 to {atoms - 1}")
+    for name, index, count in (("block", block, maps.num_blocks), ("head", head, maps.num_heads)):
+        if index is not None and not -count <= index < count:
+            raise IndexError(f"{name} {index}: this model has {name}s 0 to {count - 1}")
+    weights = getattr(maps, kind)[block]  # (h, N, N) or (h, N, K, K)
+    if kind != "node":
+        count = int((maps.neighbor[query] >= 0).sum())
+        weights = weights[:, query, :count, :count]  # (h, c, c)
+    return (weights.mean(0) if head is None else weights[head]).double().numpy()
+
+
+def edge_labels(maps: AttentionMaps, query: int, kind: str = "source") -> list[str]:
+    """The edges of atom `query`, as rows and columns of its matrix: self, C0→H4, C0→O2 (+1, 0, 0) …
+
+    In brackets the periodic image of the neighbour; with `kind` "destination" the edges arrive.
+    """
+    labels = atom_labels(maps.atomic_numbers)
+    names = []
+    for j, image in zip(maps.neighbor[query].tolist(), maps.image[query].tolist(), strict=True):
+        if j < 0:
+            break  # empty slots stand last
+        shift = ", ".join(f"{x:+d}" if x else "0" for x in image)
+        end = labels[j] + (f" ({shift})" if any(image) else "")
+        ends = [labels[query], end]
+        names.append("→".join(reversed(ends) if kind == "destination" else ends))
+    return ["self", *names[1:]]
+
+
+# --- attention on the molecule, in a page -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Page:
+    """A piece of HTML with its script inside. A notebook shows it; `save` writes it as a page."""
+
+    html: str
+    title: str
+    head: ClassVar[str] = ""  # what the saved page alone needs
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return f"<{self.title}: display it in a notebook, or save('page.html')>"
+
+    def save(self, path: str | Path) -> Path:
+        """Write a page that any browser opens, without a network."""
+        view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        head = f'<html lang="en"><meta charset="utf-8">{view}<title>{self.title}</title>{self.head}'
+        page = f"<!doctype html>\n{head}\n<body>\n{self.html}\n</body></html>\n"
+        path = Path(path)
+        path.write_text(page, encoding="utf-8")
+        return path
+
+
+def show_attention(
+    model_or_maps: AllScAIP | AttentionMaps,
+    atoms: Atoms,
+    query: int = 0,
+    block: int = -1,
+    head: int | None = None,
+    size: tuple[int, int] = (600, 400),
+) -> Page:
+    """The node attention of one atom, on the molecule: `explore_attention` without the matrix.
+
+    Links run from the query atom to those it takes from; width and colour follow the weight, on a
+    scale up to the widest link of this atom. The ring around the query is what it takes from
+    itself. `head` None is the mean over heads. `size` in pixels. Raises what `attention_maps` and
+    `attention_matrix` raise, `ValueError` for maps of another structure.
+    """
+    # the explorer is made of what stands here, so it cannot be imported above
+    from allscaip_lite.notebook.explorer import explore_attention
+
+    choice = {"kind": "node", "kinds": ["node"], "query": query, "block": block, "head": head}
+    return explore_attention(
+        model_or_maps, atoms, **choice, scale="row", threshold=0.02, matrix=False, size=size
+    )
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def plot_attention(
+    maps: AttentionMaps,
+    block: int = -1,
+    head: int | None = None,
+    axes: Axes | None = None,
+    *,
+    kind: str = "node",
+    query: int = 0,
+    row: int | None = None,
+) -> Axes:
+    """Attention as a matrix: a row is what asks, a column what it takes from.
+
+    Node attention among all atoms, or with `kind` "source" or "destination" neighbourhood attention
+    among the edges of atom `query`. `head` None is the mean over heads; `row` is framed. Raises
+    what `attention_matrix` raises.
+    """
+    weights = attention_matrix(maps, kind, query, block, head)
+    n = len(weights)
+    if axes is None:
+        pyplot = _import("matplotlib.pyplot", "plot_attention")
+        side = min(9.0, 2.5 + 0.17 * n)
+        axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")[1]
+    image = axes.imshow(weights, cmap="magma_r", vmin=0)
+    axes.figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
+    every = -(-n // 40)  # no more labels than fit
+    atoms = atom_labels(maps.atomic_numbers)
+    labels = atoms if kind == "node" else edge_labels(maps, query, kind)
+    font = 9 if n <= 16 else 7
+    axes.set_xticks(range(0, n, every), labels[::every], rotation=90, fontsize=font)
+    axes.set_yticks(range(0, n, every), labels[::every], fontsize=font)
+    where = f" {'leaving' if kind == 'source' else 'arriving at'} {atoms[query]}"
+    what = "atom" if kind == "node" else "edge"
+    axes.set_xlabel(f"key: the {what} taken from")
+    axes.set_ylabel(f"query: the {what} that asks")
+    if row is not None:
+        look = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
+        patches = _import("matplotlib.patches", "plot_attention")
+        axes.add_patch(patches.Rectangle((-0.5, row % n - 0.5), n, 1, **look))
+    heads = "mean over heads" if head is None else f"head {head % maps.num_heads}"
+    edges = "" if kind == "node" else f", edges{where}"
+    axes.set_title(f"block {block % maps.num_blocks}, {heads}{edges}", fontsize=10)
+    return axes
+
+
+def plot_links(
+    maps: AttentionMaps,
+    atoms: Atoms,
+    query: int = 0,
+    *,
+    kind: str = "node",
+    edge: int = 0,
+    block: int = -1,
+    head: int | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """The molecule, and on it what one atom or one edge takes from the others.
+
+    Node attention: links run from the `query` atom to the others. Neighbourhood attention: one edge
+    of that atom asks (slot `edge`, 0 the self-edge, else marked by a line), and links run along its
+    other edges; periodic images are drawn faintly. Raises what `attention_matrix` raises,
+    `ValueError` for maps of another structure, `IndexError` for an edge that is not there.
+    """
+    check_same_atoms(maps, atoms)
+    weights = attention_matrix(maps, kind, query, block, head)
+    query %= len(atoms)
+    if kind == "node":
+        return plot_molecule(atoms, links=(query, weights[query]), axes=axes)
+    if not -len(weights) <= edge < len(weights):
+        raise IndexError(f"edge {edge}: atom {query} has edges 0 to {len(weights) - 1}")
+    neighbor, image = maps.neighbor[query].tolist(), maps.image[query].tolist()
+    images, ends = [], []
+    for j, shift in zip(neighbor[: len(weights)], image, strict=False):
+        ends.append(len(atoms) + len(images) if any(shift) else j)
+        if any(shift):
+            images.append((j, tuple(shift)))
+    taken = np.zeros(len(atoms) + len(images))
+    taken[ends] = weights[edge]
+    axes = plot_molecule(atoms, links=(query, taken), axes=axes, images=images)
+    if edge % len(weights):
+        points = _with_images(atoms, images)[[query, ends[edge]], :2]
+        axes.plot(*points.T, color=MARK_COLOR, linewidth=2.5, linestyle=(0, (3, 1.5)), zorder=1e6)
+    return axes
+
+
+def check_same_atoms(maps: AttentionMaps, atoms: Atoms) -> None:
+    """Raise `ValueError` where the maps were made of other atoms."""
+    if maps.atomic_numbers.tolist() != atoms.numbers.tolist():
+        raise ValueError(
+            f"these maps belong to another structure than {atoms.get_chemical_formula()}: "
+            "make them with attention_maps(model, atoms)"
+        )
+
+
+def _with_images(atoms: Atoms, images: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+    """(N + n, 3) positions of the atoms and of n images of them, as `seen_from_front`, Å."""
+    which = [j for j, _ in images]
+    shift = np.array([shift for _, shift in images], dtype=float).reshape(-1, 3)
+    moved = atoms.positions[which] + shift @ atoms.cell.array
+    points = np.concatenate([atoms.positions, moved])
+    return (points - atoms.positions.mean(0)) @ front(atoms)
+
+
+def plot_molecule(
+    atoms: Atoms,
+    arrows: np.ndarray | None = None,
+    links: tuple[int, np.ndarray] | None = None,
+    axes: Axes | None = None,
+    images: Sequence[tuple[int, Sequence[int]]] = (),
+) -> Axes:
+    """The molecule from its widest side, as a flat picture.
+
+    `arrows` (N, 3) are drawn from the atoms, forces for example; the longest is drawn 1.5 Å long.
+    `links` is a query atom and the (N,) weights it gives, drawn as curves from it. `images` are
+    periodic images, atom and (3,) lattice vectors, drawn faintly; with n of them, `links` may hold
+    N + n weights.
+    """
+    patches = _import("matplotlib.patches", "plot_molecule")
+    if axes is None:
+        pyplot = _import("matplotlib.pyplot", "plot_molecule")
+        axes = pyplot.subplots(figsize=(6, 4), layout="constrained")[1]
+    n = len(atoms)
+    kinds = np.array([*range(n), *(j for j, _ in images)])
+    positions, radii = _with_images(atoms, images), ball_radii(atoms)[kinds]
+    labels = atom_labels(atoms)
+    flat = positions[:, :2]
+    layer = 3 * positions[:, 2].argsort().argsort()  # what is nearer covers what is farther
+    for i, j in bonds(atoms):
+        axes.plot(*flat[[i, j]].T, color="0.6", linewidth=4, zorder=min(layer[i], layer[j]) + 1)
+    corners = (cell_lines(atoms) - atoms.positions.mean(0)) @ front(atoms)  # (n, 2, 3)
+    for line in corners[:, :, :2]:
+        axes.plot(*line.T, color="0.7", linewidth=0.8, zorder=0)
+    for i, kind in enumerate(kinds):
+        color = jmol_colors[atoms.numbers[kind]]
+        tone = color if i < n else 0.35 * color + 0.65
+        look = {"facecolor": tone, "edgecolor": "0.3" if i < n else "0.7", "zorder": layer[i] + 2}
+        axes.add_patch(patches.Circle(flat[i], radii[i], **look))
+        ink = "0.1" if tone @ [0.3, 0.6, 0.1] > 0.5 else "white"
+        font = {"fontsize": 6.5, "ha": "center", "va": "center", "zorder": layer[i] + 2}
+        axes.text(*flat[i], labels[kind] + ("" if i < n else "′"), color=ink, **font)
+    above = 3 * len(positions) + 3
+    if links is not None:
+        query, weights = links[0], np.asarray(links[1])
+        largest = np.delete(weights, query).max(initial=1e-9)  # a large own share hides no link
+        strength = (weights / largest).clip(max=1)
+        for j in np.flatnonzero(strength > 0.02):
+            if j == query:
+                look = {"edgecolor": LINK_COLOR, "linewidth": 1 + 3 * strength[j]}
+                shape = patches.Circle(flat[j], radii[j] + 0.08, fill=False, zorder=above, **look)
+            else:  # thin at the query, wide at the other end, off the bonds
+                shape = patches.FancyArrowPatch(
+                    flat[j],
+                    flat[query],
+                    arrowstyle=f"wedge,tail_width={0.5 * strength[j]},shrink_factor=0.5",
+                    mutation_scale=14,
+                    connectionstyle="arc3,rad=0.2",
+                    shrinkA=8,
+                    shrinkB=8,
+                    color=LINK_COLOR,
+                    linewidth=0,
+                    alpha=0.2 + 0.6 * strength[j],
+                    zorder=above,
+                )
+            axes.add_patch(shape)
+    if arrows is not None:
+        across = (np.asarray(arrows) @ front(atoms))[:, :2] * _arrow_scale(arrows)
+        look = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
+        axes.quiver(*flat[:n].T, *across.T, angles="xy", scale_units="xy", scale=1, **look)
+    shown, margin = np.concatenate([flat, corners.reshape(-1, 3)[:, :2]]), 0.9
+    axes.set_xlim(shown[:, 0].min() - margin, shown[:, 0].max() + margin)
+    axes.set_ylim(shown[:, 1].min() - margin, shown[:, 1].max() + margin)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    return axes
+
+
+def _arrow_scale(arrows: np.ndarray) -> float:
+    """What makes the longest arrow 1.5 Å long."""
+    longest = np.linalg.norm(arrows, axis=1).max()
+    return 1.5 / longest if longest > 0 else 0.0
+
+
+# --- other people's viewers ---------------------------------------------------------------------
+
+
+def view_molecule(
+    atoms: Atoms, arrows: np.ndarray | None = None, size: tuple[int, int] = (600, 400)
+) -> Page | Axes:
+    """The molecule as balls and sticks in py3Dmol, to be turned; `arrows` as in `plot_molecule`.
+
+    3Dmol.js goes into the page where the set-up has put it at `VIEWER_SCRIPT`, so that no network
+    is needed; otherwise the browser fetches it. Without py3Dmol the answer is `plot_molecule`'s.
+    """
+    try:
+        import py3Dmol
+    except ImportError:
+        return plot_molecule(atoms, arrows)
+    options = {}
+    if VIEWER_SCRIPT.is_file():
+        script = base64.b64encode(VIEWER_SCRIPT.read_bytes()).decode()
+        options["js"] = f"data:text/javascript;base64,{script}"
+    view = py3Dmol.view(width=size[0], height=size[1], **options)
+    positions = seen_from_front(atoms)
+    lines = [
+        f"{symbol} {x:.4f} {y:.4f} {z:.4f}"
+        for symbol, (x, y, z) in zip(atoms.symbols, positions, strict=True)
+    ]
+    view.addModel("\n".join([str(len(atoms)), "", *lines]), "xyz")
+    view.setStyle({"stick": {"radius": 0.12}, "sphere": {"scale": 0.25}})
+    if arrows is not None:
+        ends = positions + np.asarray(arrows) @ front(atoms) * _arrow_scale(arrows)
+        for start, end in zip(positions.tolist(), ends.tolist(), strict=True):
+            spec = {"start": dict(zip("xyz", start, strict=True))}
+            spec |= {"end": dict(zip("xyz", end, strict=True))}
+            view.addArrow({**spec, "radius": 0.07, "color": LINK_COLOR})
+    view.zoomTo()
+    return Page(view.write_html(), f"Molecule {atoms.get_chemical_formula()}")
+
+
+def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Any:
+    """A trajectory that plays, in nglview; it needs a running kernel. Raises `ImportError`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports are deprecated ones
+        nglview = _import("nglview", "view_trajectory")
+    view = nglview.show_asetraj(list(frames))
+    view.clear_representations()
+    view.add_representation("ball+stick")
+    view.layout.width, view.layout.height = f"{size[0]}px", f"{size[1]}px"
+    view.center()
+    return view
+
+
+# --- the README's picture -----------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw a molecule with the attention of one atom, and the matrix it is a row of."""
+    parser = argparse.ArgumentParser(
+        prog="python -m allscaip_lite.notebook.views", description=main.__doc__
+    )
+    parser.add_argument("molecule", help="a file that ASE reads; its first frame is drawn")
+    parser.add_argument("picture", help="the file to write; its ending says the format")
+    parser.add_argument("--model", default="lite", help="name or path (default: lite)")
+    parser.add_argument("--query", type=int, default=0, help="the atom that asks (default: 0)")
+    parser.add_argument("--block", type=int, default=-1, help="default: the last")
+    parser.add_argument("--head", type=int, default=None, help="default: the mean over heads")
+    args = parser.parse_args(arguments)
+
+    import ase.io
+    from matplotlib.figure import Figure
+
+    from allscaip_lite.checkpoints.native import load_model
+
+    atoms = ase.io.read(args.molecule, index=0)
+    maps = attention_maps(load_model(args.model), atoms)
+    weights = node_weights(maps, args.block, args.head)
+    figure = Figure(figsize=(10.5, 4.3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
+    plot_molecule(atoms, links=(args.query, weights[args.query]), axes=left)
+    plot_attention(maps, args.block, args.head, axes=right)
+    Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=120, bbox_inches="tight")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,694 @@
+"""Training: direct forces first, then a conservative fine-tune of the same backbone.
+
+In: data sets in OMol25's format. Out: a run folder with a log, a checkpoint that resumes to the
+same numbers, and at the end a model with its card. The recipe is the reference's (paper section 4
+and architecture notes): AdamW, warm-up and cosine, gradient clip, EMA, batches filled by atoms.
+The loop runs on Lightning Fabric, so one CPU, one GPU or several nodes take the same path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import lightning_fabric
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from allscaip_lite.checkpoints.native import load_model, save_model
+from allscaip_lite.config import PRESETS, AllScAIPConfig
+from allscaip_lite.data.aselmdb import (
+    Dataset,
+    Subset,
+    differing,
+    evenly_spaced,
+    fingerprint,
+)
+from allscaip_lite.data.batches import Batch, Batches, collate
+from allscaip_lite.evaluation.errors import evaluate
+from allscaip_lite.graph import SLOT_STEP
+from allscaip_lite.kernels.compiled import load_kernels
+from allscaip_lite.kernels.cuda_graphs import Recording
+from allscaip_lite.kernels.padded import Fixed, Size, fixed_prediction, has_fixed_size
+from allscaip_lite.model import AllScAIP, Prediction
+from allscaip_lite.training.muon import Muon
+
+
+class TrainingError(ValueError):
+    """A training run that cannot start or go on; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Loss weights multiply normalised errors: |ΔE|/N, ‖ΔF‖ and ‖Δσ‖V/N (V: volume), over rmsd.
+    """
+
+    name: str  # "direct" or "conservative"
+    steps: int
+    learning_rate: float
+    energy_weight: float
+    force_weight: float
+    warmup: float = 0.02  # fraction of the steps
+    final_fraction: float = 0.01  # of the learning rate, at the end of the cosine
+    weight_decay: float = 1e-3
+    clip: float = 100.0
+    ema_decay: float = 0.999
+    stress_weight: float = 0.0  # for structures that have a stress; conservative models only
+    muon: float = 0.0  # Muon's rate for the blocks' matrices, over learning_rate; 0: AdamW for all
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to `final_fraction`."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.steps - warmup))
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+
+def direct_stage(steps: int, learning_rate: float = 8e-4) -> Stage:
+    """The reference's first stage."""
+    return Stage("direct", steps, learning_rate, energy_weight=10, force_weight=10)
+
+
+def conservative_stage(
+    steps: int,
+    learning_rate: float = 4e-4,
+    weights: tuple[float, float] = (40, 20),
+    stress_weight: float = 0.0,
+) -> Stage:
+    """The reference's second stage; `weights` of energy and forces in the loss."""
+    return Stage("conservative", steps, learning_rate, *weights, stress_weight=stress_weight)
+
+
+def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tuple[Tensor, float]:
+    """Energy references (max_num_elements,) eV by least squares, and the rms force in eV/Å.
+
+    Of a data set of more than `limit` structures, evenly spaced ones are taken. Elements that do
+    not occur keep the reference 0.
+    """
+    indices = evenly_spaced(len(data), limit)
+    counts = np.zeros((len(indices), max_num_elements))
+    energies = np.zeros(len(indices))
+    squares, components = 0.0, 0
+    for row, index in enumerate(indices):
+        atoms = data[int(index)]
+        counts[row] = np.bincount(atoms.numbers, minlength=max_num_elements)[:max_num_elements]
+        energies[row] = atoms.calc.results["energy"]
+        squares += float((atoms.calc.results["forces"] ** 2).sum())
+        components += 3 * len(atoms)
+    # a whisper of ridge settles elements that always occur together
+    gram = counts.T @ counts + 1e-6 * np.eye(max_num_elements)
+    references = np.linalg.solve(gram, counts.T @ energies)
+    return torch.as_tensor(references), math.sqrt(squares / components)
+
+
+@torch.no_grad()
+def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tensor:
+    """Fit the model's energy references to data of another level of theory.
+
+    The energy (eV) by which each element's reference moves, and last that of a unit of charge,
+    (max_num_elements + 1,), is a least-squares fit of labels minus predictions, of at most `limit`
+    structures, evenly spaced. What does not occur stays where it is. Levels of theory differ in
+    what an electron costs, GFN2-xTB from density functionals by nearly 5 eV. Changes
+    `model.element_references` and `model.charge_reference`; returns the shifts.
+    """
+    indices = evenly_spaced(len(data), limit)
+    counts = torch.zeros(len(indices), model.config.max_num_elements + 1, dtype=torch.float64)
+    missing = torch.zeros(len(indices), dtype=torch.float64)
+    for row, index in enumerate(indices):
+        batch = collate([data[int(index)]])
+        energy = model(batch.structures.to(model.device), create_graph=False).energy.cpu()
+        missing[row] = float(batch.energy - energy)
+        counts[row, :-1] = torch.bincount(
+            batch.structures.atomic_numbers, minlength=model.config.max_num_elements
+        )
+        counts[row, -1] = float(batch.structures.charge)
+    gram = counts.T @ counts + 1e-6 * torch.eye(counts.shape[1], dtype=torch.float64)
+    shifts = torch.linalg.solve(gram, counts.T @ missing)
+    model.element_references += shifts[:-1].to(model.element_references)
+    model.charge_reference += float(shifts[-1])
+    return shifts
+
+
+def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
+    """A training and a validation part of one data set, drawn at random."""
+    if len(data) < 2:
+        raise TrainingError("one structure cannot both train and validate a model: give more")
+    order = np.random.default_rng(seed).permutation(len(data))
+    held = max(1, round(share * len(data)))
+    return Subset(data, np.sort(order[held:])), Subset(data, np.sort(order[:held]))
+
+
+def loss(
+    prediction: Prediction,
+    batch: Batch,
+    model: AllScAIP,
+    stage: Stage,
+    real: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖ + stress_weight · mean ‖Δσ‖V/N.
+
+    Errors in units of the rmsd; stresses of the structures that have one. real: which systems (B,)
+    and atoms (N,) count, if some are padding.
+    """
+    systems, atoms = (None, None) if real is None else real
+    natoms = batch.structures.natoms.clamp(min=1)
+    per_atom = (prediction.energy - batch.energy).abs() / natoms
+    energy = _mean(per_atom / model.energy_scale, systems)
+    force = _mean(torch.linalg.vector_norm(prediction.forces - batch.forces, dim=1), atoms)
+    value = stage.energy_weight * energy + stage.force_weight * force / model.force_scale
+    if stage.stress_weight and prediction.stress is not None:
+        known = batch.stress.isfinite().all(2).all(1)  # (B,)
+        error = torch.where(known[:, None, None], prediction.stress - batch.stress, 0.0)
+        scaled = torch.linalg.matrix_norm(error) * batch.structures.volume / natoms
+        value = value + stage.stress_weight * _mean(scaled / model.energy_scale, known)
+    return value
+
+
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Of those that are real; 0 of none."""
+    if real is None:
+        return values.mean()
+    return torch.where(real, values, 0.0).sum() / real.sum().clamp(min=1)
+
+
+def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer]:
+    """AdamW; weight decay on the matrices of linear layers only, as in the reference.
+
+    With `stage.muon`, the matrices of the blocks are left to Muon (K. Jordan et al., 2024), whose
+    steps turn a matrix alike in all its directions, sized as AdamW's are (arXiv:2502.16982).
+    """
+    blocks = {id(parameter) for parameter in model.blocks.parameters()}
+    decayed, kept, turned = [], [], []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                matrix = isinstance(module, nn.Linear) and name == "weight"
+                inside = stage.muon > 0 and id(parameter) in blocks
+                (turned if matrix and inside else decayed if matrix else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": stage.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=stage.learning_rate)]
+    if turned:
+        settings = {"weight_decay": stage.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(Muon(turned, lr=stage.learning_rate, **settings))
+        optimizers[1].param_groups[0]["times"] = stage.muon
+    return optimizers
+
+
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """The learning rate of all parameters; Muon's is a multiple of it."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("times", 1.0)
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Exponential moving average (EMA) of the weights, for torch's `AveragedModel`.
+
+    The decay climbs to `decay`, as (1 + n) / (10 + n) after n steps, so that a short run forgets
+    the weights it began with.
+    """
+
+    def update(averages: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+        n = int(steps)
+        now = min(decay, (1 + n) / (10 + n))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(now)(averages, weights, steps)
+
+    return update
+
+
+def batch_size(natoms: np.ndarray, max_atoms: int, config: AllScAIPConfig) -> Size:
+    """The size of nearly all batches of up to `max_atoms` atoms; the others do not fit.
+
+    natoms: how many atoms each structure of the data has.
+    """
+    longest = int(natoms.max())
+    usual = max_atoms / float(natoms.mean())
+    return Size(
+        atoms=max_atoms,
+        systems=math.ceil(usual + 4 * math.sqrt(usual) + 2),
+        longest=longest,
+        pairs=max_atoms * (longest - 1) // 2,
+        slots=-(-(config.k + 3) // SLOT_STEP) * SLOT_STEP,
+    )
+
+
+def can_record(model: AllScAIP, data: Dataset, fabric: lightning_fabric.Fabric) -> bool:
+    """Whether steps can be recorded: on one CUDA GPU, of molecules, without dropout."""
+    config = model.config
+    still = max(config.ffn_dropout, config.attention_dropout) == 0
+    alone = fabric.device.type == "cuda" and fabric.world_size == 1
+    return alone and has_fixed_size(config) and still and not data[0].pbc.any()
+
+
+class RecordedLoss:
+    """The loss of batches of one size, with its gradients by the weights: one recording."""
+
+    def __init__(self, model: AllScAIP, stage: Stage, size: Size) -> None:
+        self.model, self.stage, self.size = model, stage, size
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.recording: Recording | None = None
+        self.pattern: Fixed | None = None
+
+    def __call__(self, batch: Batch) -> float | None:
+        """The loss, whose gradients are the weights' then; None of a batch that does not fit."""
+        if batch.fixed is None:
+            return None
+        fixed = batch.fixed.to(self.model.device, self.model.dtype)
+        systems, atoms = self.size.systems, self.size.atoms
+        tensors = [
+            F.pad(batch.energy, (0, systems - len(batch.energy))),
+            F.pad(batch.forces, (0, 0, 0, atoms - len(batch.forces))),
+            *fixed.tensors(),
+        ]
+        if self.recording is None:
+            self.pattern = fixed
+            self.recording = Recording(self._loss, tensors)
+            self.gradients = [weight.grad for weight in self.weights]
+        self.recording.set(tensors)
+        value, lost = self.recording().tolist()
+        if self.recording.graph is not None:
+            for weight, gradient in zip(self.weights, self.gradients, strict=True):
+                weight.grad = gradient  # where the recording writes, whatever happened since
+        return None if lost else value
+
+    def _loss(self, energy: Tensor, forces: Tensor, *tensors: Tensor) -> Tensor:
+        """What is recorded: (2,), the loss and how many edges found no slot."""
+        assert self.pattern is not None
+        fixed = self.pattern.like(list(tensors))
+        prediction, lost = fixed_prediction(self.model, fixed, self.size, create_graph=True)
+        batch = Batch(fixed.structures, energy, forces, energy.new_zeros(0))
+        real = (fixed.real_systems, fixed.real_atoms)
+        value = loss(prediction, batch, self.model, self.stage, real)
+        # not backward(), for what adds up a weight's gradient may be left from a step that was not
+        # recorded, and belong to another stream
+        gradients = torch.autograd.grad(value, self.weights, allow_unused=True)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        return torch.stack([value.detach(), lost.to(value.dtype)])
+
+
+def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
+    """The model as a stage trains it: same backbone, direct or conservative heads."""
+    conservative = stage.name == "conservative"
+    if model.config.conservative == conservative:
+        return model
+    changed = AllScAIP(model.config.replace(conservative=conservative)).to(model.device)
+    changed.load_state_dict(model.state_dict(), strict=False)  # the force head comes or goes
+    return changed
+
+
+def train(
+    model: AllScAIP,
+    stages: Sequence[Stage],
+    training_data: Dataset,
+    validation_data: Dataset,
+    folder: Path,
+    *,
+    max_atoms: int = 350,
+    seed: int = 0,
+    validate_every: int = 500,
+    save_every: int = 200,
+    workers: int = 0,
+    compile: bool = False,
+    start: str = "",
+    fabric: lightning_fabric.Fabric | None = None,
+    watch: Callable[[Stage, int, float], None] | None = None,
+) -> AllScAIP:
+    """Train through the stages and return the averaged (EMA) model, in evaluation mode.
+
+    Everything is kept in `folder`: `state.pt` to resume from, `log.jsonl`, `NAME.safetensors` at
+    the end of each stage. Started again with the same arguments, a stopped run goes on where it
+    was, to the same numbers; with others, other data or another `start` (a name for the model that
+    is given) it raises TrainingError. `watch(stage, step, loss)` is called after each step, to draw
+    a curve for example.
+
+    `compile=True` trains faster on a CPU, by kernels in C (see `compiled`), to the same numbers but
+    for rounding; it raises `CompileError` without a C compiler, and does nothing where attention
+    has dropout. On one CUDA GPU it records a step on molecules and repeats it (see `recorded`).
+    """
+    fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
+    record = compile
+    compile = compile and fabric.device.type == "cpu"
+    if compile:
+        load_kernels(model.dtype)  # now, not at the first step
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file = folder / "state.pt"
+    plan = {
+        "model": model.config.to_dict(),
+        "stages": [asdict(s) for s in stages],
+        "max_atoms": max_atoms,
+        "seed": seed,
+        "start": start,
+        "data": fingerprint([training_data.natoms]),
+    }
+    saved = None
+    if state_file.exists():
+        saved = torch.load(state_file, map_location="cpu", weights_only=True)
+        # what a run of an earlier version did not write down is not held against it
+        if changed := differing(saved["plan"], plan, but=plan.keys() - saved["plan"].keys()):
+            raise TrainingError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
+                "--out, or remove it"
+            )
+    for index, stage in enumerate(stages):
+        model = start_stage(model, stage)
+        model.compiled = compile
+        if saved and saved["stage"] > index:
+            continue
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=moving_average(stage.ema_decay)
+        ).to(fabric.device)
+        trained, *optimizers = fabric.setup(model, *make_optimizers(model, stage))
+        first = 0
+        if saved and saved["stage"] == index:
+            first = saved["step"]
+            model.load_state_dict(saved["model"])
+            average.load_state_dict(saved["average"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            torch.set_rng_state(saved["random"])
+
+        def save(step: int, stage_index: int = index) -> None:
+            if fabric.global_rank == 0:
+                partial = state_file.with_suffix(".partial")
+                torch.save(
+                    {
+                        "plan": plan,
+                        "stage": stage_index,
+                        "step": step,
+                        "model": model.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                        "random": torch.get_rng_state(),
+                    },
+                    partial,
+                )
+                partial.replace(state_file)
+
+        batches = Batches(
+            training_data,
+            max_atoms,
+            seed + index,
+            first,
+            stage.steps - first,
+            fabric.global_rank,
+            fabric.world_size,
+        )
+        recorded = None
+        if record and can_record(model, training_data, fabric):
+            batches.size = batch_size(training_data.natoms, max_atoms, model.config)
+            batches.reach = model.config.reach
+            recorded = RecordedLoss(model, stage, batches.size)
+        # a generator of its own: starting a loader draws a number, which would move the dropout
+        own = torch.Generator()
+        loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=own)
+        started, losses = time.monotonic(), []
+        for step, batch in enumerate(loader, start=first):
+            batch = batch.to(fabric.device)
+            set_rate(optimizers, stage.learning_rate_at(step))
+            model.train()
+            value = recorded(batch) if recorded else None
+            if value is None:
+                trained.zero_grad()
+                of_batch = loss(trained(batch.structures), batch, model, stage)
+                fabric.backward(of_batch)
+                value = of_batch.item()
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), stage.clip)
+            losses.append(value)
+            done = step + 1
+            if not math.isfinite(losses[-1] + float(norm)):
+                raise TrainingError(
+                    f"the loss is not finite at step {done}: lower the learning rate, and start "
+                    f"again in a new folder (the last good state is {state_file})"
+                )
+            for optimizer in optimizers:
+                optimizer.step()
+            average.update_parameters(model)
+            if watch is not None:
+                watch(stage, done, losses[-1])
+            if done % validate_every == 0 or done == stage.steps:
+                errors = evaluate(average.module, validation_data)
+                report(fabric, folder, stage, done, losses, errors, started, first)
+                losses.clear()
+            if done % save_every == 0:
+                save(done)
+        model.load_state_dict(average.module.state_dict())
+        save(stage.steps)
+        if fabric.global_rank == 0:
+            save_model(model, folder / f"{stage.name}.safetensors", {"stage": stage.name})
+        saved = None
+    model.compiled = False
+    return model.eval()
+
+
+def report(
+    fabric: lightning_fabric.Fabric,
+    folder: Path,
+    stage: Stage,
+    step: int,
+    losses: list[float],
+    errors: dict[str, float],
+    started: float,
+    first: int,
+) -> None:
+    """One line to the screen and one to `log.jsonl`."""
+    pace = (time.monotonic() - started) / max(1, step - first)
+    line = {
+        "stage": stage.name,
+        "step": step,
+        "loss": sum(losses) / len(losses),
+        **errors,
+        "seconds_per_step": pace,
+    }
+    fabric.print(
+        f"{stage.name} {step}/{stage.steps}  loss {line['loss']:.3f}  validation: "
+        f"energy {errors['energy_mae']:.2f} meV/atom, forces {errors['force_mae']:.1f} meV/Å  "
+        f"{pace:.2f} s/step, {pace * (stage.steps - step) / 60:.0f} min left",
+        flush=True,
+    )
+    if fabric.global_rank == 0:
+        with (folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, type=Path, nargs="+", help="training .aselmdb")
+    parser.add_argument(
+        "--val",
+        type=Path,
+        nargs="+",
+        help="validation .aselmdb; without it a tenth of --data is held out, drawn at random",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="run folder")
+    parser.add_argument("--preset", default="lite", choices=sorted(PRESETS))
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the configuration of the preset, or of --from, as in "
+        "--set node_attention=false (repeatable)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        help="model to start from, a name or a file: its energies of each element and of a charge "
+        "are fitted to the data anew, then it is fine-tuned",
+    )
+    parser.add_argument(
+        "--keep-references",
+        action="store_true",
+        help="with --from: data of the very level of theory of the model, nothing is fitted",
+    )
+    parser.add_argument(
+        "--direct-steps", type=int, help="default: 20000; of a conservative --from, 0"
+    )
+    parser.add_argument("--conservative-steps", type=int, help="default: 5000; with --from 2000")
+    parser.add_argument("--direct-rate", type=float, default=8e-4, help="learning rate")
+    parser.add_argument(
+        "--conservative-rate", type=float, help="learning rate; default: 4e-4, with --from 2e-4"
+    )
+    parser.add_argument(
+        "--conservative-weights",
+        type=float,
+        nargs=2,
+        default=(40, 20),
+        metavar=("ENERGY", "FORCE"),
+        help="weights of the loss in the conservative stage",
+    )
+    parser.add_argument(
+        "--stress-weight",
+        type=float,
+        default=0.0,
+        help="weight of the stress in the conservative stage, for data that have it",
+    )
+    parser.add_argument(
+        "--muon",
+        type=float,
+        nargs="?",
+        const=3.0,
+        default=0.0,
+        metavar="TIMES",
+        help="Muon instead of AdamW for the matrices of the blocks, at so many times the learning "
+        "rate (3 if not given)",
+    )
+    parser.add_argument("--max-atoms", type=int, default=350, help="atoms in a batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every", type=int, default=500, help="steps")
+    parser.add_argument("--save-every", type=int, default=200, help="steps")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read data")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
+    )
+    parser.add_argument(
+        "--tf32",
+        action="store_true",
+        help="on a GPU, products of matrices with 10 bits behind the point, on its tensor cores",
+    )
+    parser.add_argument("--devices", default="1", help="as Lightning Fabric takes it")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
+
+
+def changed(config: AllScAIPConfig, changes: Sequence[str]) -> AllScAIPConfig:
+    """A configuration with changes such as "k=12", values as in JSON.
+
+    Raises `TrainingError` for a name that does not exist or a value that is not one.
+    """
+    values = config.to_dict()
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if name not in values or not equals:
+            raise TrainingError(
+                f"--set {change}: give NAME=VALUE with a NAME among {', '.join(values)}"
+            )
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text  # a word, such as layer
+        if type(values[name]) is not type(getattr(config, name)) and name not in _OPTIONAL:
+            expected = type(getattr(config, name)).__name__
+            if not (expected == "float" and isinstance(values[name], int)):
+                raise TrainingError(f"--set {change}: {name} takes a value of type {expected}")
+    return AllScAIPConfig.from_dict(values)
+
+
+def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
+    """A model with its configuration changed and its weights kept: another cutoff, or a part taken
+    out, as in "node_attention=false".
+
+    Raises `TrainingError` for a change that needs weights which the model does not have.
+    """
+    if not changes:
+        return model
+    other = AllScAIP(changed(model.config, changes))
+    theirs, ours = model.state_dict(), other.state_dict()
+    lacking = [
+        name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape
+    ]
+    if lacking:
+        raise TrainingError(
+            f"--set {' '.join(changes)} with --from: the model has no weights for {lacking[0]} and "
+            f"{len(lacking) - 1} more; what needs new weights is trained from the start"
+        )
+    other.load_state_dict({name: theirs[name] for name in ours})
+    return other
+
+
+_OPTIONAL = ("angular_channels", "max_neighbors")  # null, or another type
+
+
+def run(args: argparse.Namespace) -> None:
+    """`allscaip-lite train`."""
+    # nobody reads the edges of the last block, so its edge FFN never gets the gradient that
+    # several processes would wait for
+    several = args.devices != "1" or args.nodes > 1
+    fabric = lightning_fabric.Fabric(
+        accelerator=args.accelerator,
+        strategy="ddp_find_unused_parameters_true" if several else "auto",
+        devices=int(args.devices) if args.devices.isdigit() else args.devices,
+        num_nodes=args.nodes,
+    )
+    fabric.launch()
+    training_data = Dataset(args.data)
+    if args.val:
+        validation_data = Dataset(args.val)
+    else:
+        training_data, validation_data = hold_out(training_data, args.seed)
+    torch.manual_seed(args.seed)
+    if args.tf32 and fabric.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
+    direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
+    if args.start:
+        model = reconfigured(load_model(args.start, device="cpu"), args.changes)
+        if direct is None:
+            direct = 0 if model.config.conservative else 20_000
+        conservative = 2_000 if conservative is None else conservative
+        rate = rate or 2e-4
+        if not args.keep_references:
+            shifts = shift_references(model, training_data)
+            names = [*chemical_symbols[: len(shifts) - 1], "a unit of charge"]
+            moved = [
+                f"{name} {shift:+.3f}"
+                for name, shift in zip(names, shifts.tolist(), strict=True)
+                if abs(shift) > 1e-6
+            ]
+            fabric.print(f"energy of an atom, moved to fit the data (eV): {', '.join(moved)}")
+    else:
+        direct = 20_000 if direct is None else direct
+        conservative = 5_000 if conservative is None else conservative
+        rate = rate or 4e-4
+        config = changed(PRESETS[args.preset], args.changes)
+        model = AllScAIP(config.replace(conservative=direct == 0))
+        references, rms_force = fit_units(training_data, model.config.max_num_elements)
+        model.element_references.copy_(references)
+        model.energy_scale.fill_(rms_force)
+        model.force_scale.fill_(rms_force)
+    stages = []
+    if direct:
+        stages.append(direct_stage(direct, args.direct_rate))
+    if conservative:
+        weights = tuple(args.conservative_weights)
+        stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
+    stages = [replace(stage, muon=args.muon) for stage in stages]
+    if not stages:
+        raise TrainingError("nothing to train: give --direct-steps or --conservative-steps")
+    fabric.print(
+        f"{len(training_data)} structures to train on, {len(validation_data)} to validate, "
+        f"{model.num_parameters:,} parameters"
+    )
+    train(
+        model,
+        stages,
+        training_data,
+        validation_data,
+        args.out,
+        max_atoms=args.max_atoms,
+        seed=args.seed,
+        validate_every=args.validate_every,
+        save_every=args.save_every,
+        workers=args.workers,
+        compile=args.compile,
+        start=fingerprint(weight.detach().cpu().numpy() for weight in model.parameters()),
+        fabric=fabric,
+    )
