@@ -19,7 +19,7 @@ from allscaip_lite.classroom import (
     student_copy,
 )
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if path.stem != "00_tour"]
 # What a lesson may import besides Python's own: the packages of the lab.
 ALLOWED = {

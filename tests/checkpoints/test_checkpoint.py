@@ -272,7 +272,9 @@ from allscaip_lite.checkpoints.native import load_model, save_official
 save_official(load_model({str(ours)!r}), {str(theirs)!r})
 load_model({str(theirs)!r})
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[2]
+    )
     assert_same_model(model, load_model(theirs))
 
 
@@ -773,7 +775,7 @@ save_model(load_model({CONSERVING!r}), {str(saved)!r})
         env=environment,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr

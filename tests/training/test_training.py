@@ -44,7 +44,7 @@ from allscaip_lite.training.loop import (
     train,
 )
 
-SAMPLE = Path(__file__).resolve().parents[1] / "data" / "xtb"
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
 SMALL = AllScAIPConfig(
     hidden_size=16,
     num_layers=2,

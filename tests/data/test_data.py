@@ -24,7 +24,7 @@ from allscaip_lite.data.aselmdb import (
     write_aselmdb,
 )
 
-SAMPLE = Path(__file__).resolve().parents[1] / "data" / "xtb"
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:

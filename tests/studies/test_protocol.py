@@ -474,7 +474,7 @@ def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
 
 
 def test_the_page_s_table_is_that_of_the_files_beside_it(tmp_path):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     written = root / "docs" / "water.md"
     files = sorted((root / "data" / "water" / "observables").glob("*.json"))
     page = tmp_path / "water.md"

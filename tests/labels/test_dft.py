@@ -251,7 +251,7 @@ from allscaip_lite.labels.dft import label_all
 if __name__ == "__main__":
     label_all(sys.argv[1], ENTRIES, SMALL, workers=int(sys.argv[2]))
 """
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(folder: Path, workers: int) -> subprocess.Popen:

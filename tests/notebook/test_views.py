@@ -357,7 +357,7 @@ def test_the_readme_picture_is_made_by_a_command(model, tmp_path):
 
 
 def test_the_script_comes_with_the_package():
-    script = resources.files("allscaip_lite") / "molecule_view.js"
+    script = resources.files("allscaip_lite.notebook") / "molecule_view.js"
     assert "function moleculeView" in script.read_text("utf-8")
 
 

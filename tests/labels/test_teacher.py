@@ -353,7 +353,7 @@ def few_jobs() -> list[Job]:
 
 def test_a_killed_run_goes_on_to_the_same_data(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(killed)], cwd=root, start_new_session=True
     )

@@ -175,7 +175,7 @@ def test_openmm_agrees(small, copies):
 def test_the_pressure_that_openmm_leaves_out(waters):
     """In the mean over boxes: minus the slope, by volume, of our energy less OpenMM's."""
     found, expected = [], []
-    for frame in Dataset(Path(__file__).parents[1] / "data/water/train.aselmdb"):
+    for frame in Dataset(Path(__file__).resolve().parents[2] / "data/water/train.aselmdb"):
         if len(frame) != 3 * waters or frame.info["data_id"] != "water_npt":
             continue
         missing, volumes = [], []
@@ -386,7 +386,7 @@ def test_a_stopped_run_goes_on_to_the_same_data(tmp_path, monkeypatch):
 
 
 def test_the_sample_in_the_repository_has_the_teacher_s_labels():
-    folder = Path(__file__).resolve().parents[1] / "data" / "water"
+    folder = Path(__file__).resolve().parents[2] / "data" / "water"
     trajectories: dict[str, set[str]] = {}
     for split in SPLITS:
         data = Dataset(folder / f"{split}.aselmdb")

@@ -29,7 +29,7 @@ from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.labels.long_range import write_ions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 20.0))
 
 

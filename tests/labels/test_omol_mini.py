@@ -138,7 +138,7 @@ def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch)
 
 
 def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near():
-    folder = Path(__file__).parents[1] / "data" / "omol-mini"
+    folder = Path(__file__).resolve().parents[2] / "data" / "omol-mini"
     model = load_model("lite", device="cpu").requires_grad_(False)
     for name, share in (("larger", 0.65), ("test", 0.8)):
         data = Dataset(folder / f"{name}.aselmdb")
@@ -151,7 +151,7 @@ def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near()
 
 
 def test_the_readme_s_tables_are_those_of_the_command(capsys: pytest.CaptureFixture[str]):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
 
     def columns(lines: str, head: str) -> dict[str, list[float]]:

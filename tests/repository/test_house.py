@@ -19,11 +19,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "allscaip_lite"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MODEL_ROOMS = ("graph", "encodings", "attention", "model")
 
 
 def pins(lines: list[str]) -> dict[str, Version]:
@@ -222,11 +221,6 @@ def test_no_file_mentions_a_machine_or_a_registry():
             if pattern.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
     assert not found, "\n".join(found)
-
-
-def test_the_model_can_be_read_in_one_sitting():
-    lines = {room: len((PACKAGE / f"{room}.py").read_text().splitlines()) for room in MODEL_ROOMS}
-    assert sum(lines.values()) < 900, lines
 
 
 def test_python_lines_fit_the_house_width():
