@@ -30,7 +30,7 @@ VERSIONS := pyproject.toml constraints.txt
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --no-input --prefer-binary --constraint constraints.txt
 
-# py3Dmol draws without a network only when 3Dmol.js is at hand (see allscaip_lite/notebook/views.py).
+# py3Dmol draws without a network only when 3Dmol.js is at hand (see allscaip_lite/notebook/plots.py).
 VIEWER := 3dmol@2.5.5
 VIEWER_FOLDER := $(VENV)/share/allscaip-lite
 

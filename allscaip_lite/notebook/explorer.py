@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
-from allscaip_lite.notebook.views import (
+from allscaip_lite.notebook.plots import (
     Page,
     atom_labels,
     attention_matrix,

@@ -55,7 +55,7 @@ def snapshot(atoms: Atoms, temperature: float, steps: int) -> Atoms:
 
 def turned(atoms: Atoms, torsion: tuple[int, int, int, int]) -> list[Atoms]:
     """The molecule at torsions 0°, 10° … 350°, all else kept as it is."""
-    from allscaip_lite.notebook.views import bonds
+    from allscaip_lite.notebook.plots import bonds
 
     kept = [pair for pair in bonds(atoms) if set(pair) != set(torsion[1:3])]
     side = {torsion[2]}

@@ -26,7 +26,7 @@ from ase.build import molecule
 
 from allscaip_lite.notebook.attention_maps import AttentionMaps, attention_maps
 from allscaip_lite.notebook.explorer import explore_attention
-from allscaip_lite.notebook.views import atom_labels, attention_matrix, edge_labels
+from allscaip_lite.notebook.plots import atom_labels, attention_matrix, edge_labels
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed: pip install playwright"

@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.build import molecule
 
 from allscaip_lite.graph import build_graph
-from allscaip_lite.notebook import explorer, views
+from allscaip_lite.notebook import explorer, plots
 from allscaip_lite.notebook.attention_maps import KINDS, attention_maps
 from allscaip_lite.notebook.explorer import explore_attention
 from allscaip_lite.structures import structures_from_atoms
@@ -46,7 +46,7 @@ def model_of_atoms_alone(make_model):
     return make_model(node_attention=False)
 
 
-def page_data(page: views.Page) -> dict:
+def page_data(page: plots.Page) -> dict:
     return json.loads(re.search(r"attentionView\(root, (\{.*\})\);", page.html)[1])
 
 
@@ -130,7 +130,7 @@ def test_frames_lie_on_top_of_each_other(model):
         assert np.abs(drawn[:, 0]).max() <= scene["size"]["width"]
         assert np.abs(drawn[:, 1]).max() <= scene["size"]["height"]
         together = sorted([*scene["bonds"], *frame["bonds"]])
-        assert together == [list(pair) for pair in views.bonds(atoms)]
+        assert together == [list(pair) for pair in plots.bonds(atoms)]
     means = [np.mean(frame["positions"], axis=0) for frame in scene["frames"]]
     assert np.ptp(means, axis=0).max() < 2e-3
     assert scene["frames"][0]["bonds"] and not scene["frames"][2]["bonds"]  # stretched apart
@@ -296,7 +296,7 @@ def test_neighbourhood_attention_as_a_figure(model, crystal):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     maps = attention_maps(model, crystal)
     choice = {"kind": "destination", "query": 3, "block": 0, "head": 1}
-    axes = views.plot_attention(maps, axes=figure.subplots(), row=2, **choice)
+    axes = plots.plot_attention(maps, axes=figure.subplots(), row=2, **choice)
     (image,) = axes.get_images()
     weights = np.asarray(image.get_array())
     assert np.allclose(weights.sum(1), 1)
@@ -311,16 +311,16 @@ def test_neighbourhood_attention_as_a_figure(model, crystal):
 def test_links_of_an_edge_end_at_its_neighbours_and_images(model, crystal):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     maps = attention_maps(model, crystal)
-    axes = views.plot_links(maps, crystal, 0, kind="source", edge=3, axes=figure.subplots())
+    axes = plots.plot_links(maps, crystal, 0, kind="source", edge=3, axes=figure.subplots())
     images = int((maps.image[0].any(1) & (maps.neighbor[0] >= 0)).sum())
-    row = views.attention_matrix(maps, "source", 0, -1, None)[3]
+    row = plots.attention_matrix(maps, "source", 0, -1, None)[3]
     visible = int((row[1:] > 0.02 * row[1:].max()).sum())
     kinds = [type(patch).__name__ for patch in axes.patches]
     rings = 1  # what the self-edge gets
     assert kinds.count("Circle") == len(crystal) + images + rings
     assert kinds.count("FancyArrowPatch") == visible
     with pytest.raises(IndexError, match="has edges 0 to"):
-        views.plot_links(maps, crystal, 0, kind="source", edge=99)
+        plots.plot_links(maps, crystal, 0, kind="source", edge=99)
 
 
 # --- the weights are those of the fused path ------------------------------------------------------

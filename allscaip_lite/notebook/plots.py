@@ -5,7 +5,7 @@ In: `ase.Atoms`, and attention weights from `attention_maps`. Out: things that a
 small attention explorer (`explorer`), alive also in exported HTML and without a network;
 `view_molecule` is py3Dmol's and `view_trajectory` nglview's, which need the `notebooks` extra.
 
-`python -m allscaip_lite.notebook.views molecule.xyz picture.png` draws the README's picture.
+`python -m allscaip_lite.notebook.plots molecule.xyz picture.png` draws the README's picture.
 """
 
 from __future__ import annotations
@@ -463,7 +463,7 @@ def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400))
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw a molecule with the attention of one atom, and the matrix it is a row of."""
     parser = argparse.ArgumentParser(
-        prog="python -m allscaip_lite.notebook.views", description=main.__doc__
+        prog="python -m allscaip_lite.notebook.plots", description=main.__doc__
     )
     parser.add_argument("molecule", help="a file that ASE reads; its first frame is drawn")
     parser.add_argument("picture", help="the file to write; its ending says the format")

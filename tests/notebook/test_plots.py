@@ -19,7 +19,7 @@ from ase.build import bulk, molecule
 
 from allscaip_lite import AllScAIP, AllScAIPConfig
 from allscaip_lite.graph import build_graph
-from allscaip_lite.notebook import views
+from allscaip_lite.notebook import plots
 from allscaip_lite.notebook.attention_maps import attention_maps
 from allscaip_lite.structures import structures_from_atoms
 
@@ -165,7 +165,7 @@ def test_a_model_without_node_attention_says_so():
     maps = attention_maps(random_model(node_attention=False), ETHANOL)
     assert maps.node is None and maps.source.shape[0] == 2
     with pytest.raises(ValueError, match="no node attention"):
-        views.show_attention(maps, ETHANOL)
+        plots.show_attention(maps, ETHANOL)
 
 
 # --- geometry of the pictures -------------------------------------------------------------------
@@ -174,17 +174,17 @@ def test_a_model_without_node_attention_says_so():
 @pytest.mark.parametrize("name", ["CH4", "C6H6", "CO2", "H", "H2"])
 def test_front_is_a_rotation_that_shows_the_widest_side(name):
     atoms = molecule(name)
-    rotation = views.front(atoms)
+    rotation = plots.front(atoms)
     assert np.allclose(rotation @ rotation.T, np.eye(3)) and np.linalg.det(rotation) > 0
-    spread = views.seen_from_front(atoms).std(0)
+    spread = plots.seen_from_front(atoms).std(0)
     assert spread[0] >= spread[1] - 1e-9 and spread[1] >= spread[2] - 1e-9
 
 
 def test_bonds():
-    assert len(views.bonds(molecule("CH4"))) == 4
-    assert len(views.bonds(molecule("C6H6"))) == 12
-    assert views.bonds(FAR_APART) == [(0, 1), (0, 2)]
-    assert views.atom_labels(FAR_APART) == ["O0", "H1", "H2", "He3"]
+    assert len(plots.bonds(molecule("CH4"))) == 4
+    assert len(plots.bonds(molecule("C6H6"))) == 12
+    assert plots.bonds(FAR_APART) == [(0, 1), (0, 2)]
+    assert plots.atom_labels(FAR_APART) == ["O0", "H1", "H2", "He3"]
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -195,20 +195,20 @@ def page_data(html: str) -> dict:
 
 
 def test_the_page_holds_the_maps_and_needs_nothing_else(model, maps, tmp_path):
-    page = views.show_attention(maps, ETHANOL, query=-1, block=0, head=1)
+    page = plots.show_attention(maps, ETHANOL, query=-1, block=0, head=1)
     data = page_data(page.html)
     assert (data["query"], data["block"], data["head"]) == (len(ETHANOL) - 1, 0, 1)
     weights = np.frombuffer(base64.b64decode(data["weights"]), "<u2").reshape(maps.node.shape)
     assert np.abs(weights / 65535 - maps.node.numpy()).max() < 1e-5
-    assert data["scene"]["bonds"] == [list(pair) for pair in views.bonds(ETHANOL)]
+    assert data["scene"]["bonds"] == [list(pair) for pair in plots.bonds(ETHANOL)]
     text = page.save(tmp_path / "view.html").read_text()
     assert page.html in text and page._repr_html_() == page.html
     assert not re.search(r"https?:|<link|\bsrc=|\bimport\b|\brequire\b|@[A-Z]+@", text)
-    assert page_data(views.show_attention(model, ETHANOL, -1, 0, 1).html) == data
+    assert page_data(plots.show_attention(model, ETHANOL, -1, 0, 1).html) == data
 
 
 def test_two_views_on_one_page_do_not_share_a_name(maps):
-    pages = [views.show_attention(maps, ETHANOL).html for _ in range(2)]
+    pages = [plots.show_attention(maps, ETHANOL).html for _ in range(2)]
     names = [set(re.findall(r'data-view="([^"]+)"', html)) for html in pages]
     assert all(len(found) == 1 for found in names) and names[0] != names[1]
 
@@ -223,12 +223,12 @@ def test_two_views_on_one_page_do_not_share_a_name(maps):
 )
 def test_what_is_not_there_cannot_be_shown(maps, choice, error, words):
     with pytest.raises(error, match=words):
-        views.show_attention(maps, ETHANOL, **choice)
+        plots.show_attention(maps, ETHANOL, **choice)
 
 
 def test_maps_of_another_structure_are_refused(maps):
     with pytest.raises(ValueError, match="another structure"):
-        views.show_attention(maps, SALT)
+        plots.show_attention(maps, SALT)
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -263,12 +263,14 @@ tell("turned");
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_draws_and_follows_the_mouse(maps, tmp_path):
-    page = views.show_attention(maps, ETHANOL, query=2, block=1, head=0)
+    page = plots.show_attention(maps, ETHANOL, query=2, block=1, head=0)
     path = tmp_path / "view.html"
     path.write_text(f"<!doctype html><meta charset=utf-8><body>{page.html}{PLAY}</body>")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
     options.append(f"--user-data-dir={tmp_path / 'profile'}")
-    run = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, timeout=120)
+    run = subprocess.run(
+        [CHROMIUM, *options, path.as_uri()], check=False, capture_output=True, timeout=120
+    )
     found = re.findall(r'<pre class="(\w+)">(.*?)</pre>', run.stdout.decode())
     seen = {name: json.loads(text) for name, text in found}
     assert seen.keys() == {"start", "chosen", "clicked", "turned"}, run.stderr.decode()[-2000:]
@@ -280,7 +282,7 @@ def test_a_browser_draws_and_follows_the_mouse(maps, tmp_path):
     assert len(set(pictures)) == 4, "a picture did not change"
     # the text names what the maps hold: the largest weight of oxygen's mean row in block 0
     row = maps.node[0, :, 2].mean(0)
-    best = views.atom_labels(ETHANOL)[int(row.argmax())]
+    best = plots.atom_labels(ETHANOL)[int(row.argmax())]
     assert re.search(rf"O2 takes most from {best}( \(itself\))? {row.max():.3f}", seen["chosen"][4])
 
 
@@ -288,10 +290,10 @@ def test_a_browser_draws_and_follows_the_mouse(maps, tmp_path):
 
 
 def test_the_matrix_is_the_map(maps, figure):
-    axes = views.plot_attention(maps, block=0, axes=figure.axes[0])
+    axes = plots.plot_attention(maps, block=0, axes=figure.axes[0])
     (image,) = axes.get_images()
     assert np.allclose(image.get_array(), maps.node[0].mean(0))
-    assert [label.get_text() for label in axes.get_yticklabels()] == views.atom_labels(ETHANOL)
+    assert [label.get_text() for label in axes.get_yticklabels()] == plots.atom_labels(ETHANOL)
     assert axes.get_title() == "block 0, mean over heads"
 
 
@@ -299,7 +301,7 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     forces = np.random.default_rng(0).normal(size=(len(ETHANOL), 3))
     weights = np.zeros(len(ETHANOL))
     weights[[0, 1, 4]] = 0.5, 0.3, 0.2
-    axes = views.plot_molecule(ETHANOL, forces, (0, weights), figure.axes[0])
+    axes = plots.plot_molecule(ETHANOL, forces, (0, weights), figure.axes[0])
     kinds = [type(patch).__name__ for patch in axes.patches]
     assert kinds.count("Circle") == len(ETHANOL) + 1  # with the ring around the query
     assert kinds.count("FancyArrowPatch") == 2
@@ -311,7 +313,7 @@ def test_without_py3dmol_the_molecule_is_a_flat_picture(monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     monkeypatch.setitem(sys.modules, "py3Dmol", None)
-    axes = views.view_molecule(ETHANOL)
+    axes = plots.view_molecule(ETHANOL)
     assert len(axes.patches) == len(ETHANOL)
 
 
@@ -319,26 +321,26 @@ def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
     pytest.importorskip("py3Dmol")
     script = tmp_path / "3Dmol-min.js"
     script.write_text("/* the library */")
-    monkeypatch.setattr(views, "VIEWER_SCRIPT", script)
-    html = views.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).html
+    monkeypatch.setattr(plots, "VIEWER_SCRIPT", script)
+    html = plots.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).html
     assert base64.b64encode(script.read_bytes()).decode() in html
     assert not re.search(r"https?://[^\s'\"]*3Dmol", html)
     assert html.count("addArrow") == len(ETHANOL)
-    monkeypatch.setattr(views, "VIEWER_SCRIPT", tmp_path / "absent.js")
-    assert re.search(r"https?://[^\s'\"]*3Dmol", views.view_molecule(ETHANOL).html)
+    monkeypatch.setattr(plots, "VIEWER_SCRIPT", tmp_path / "absent.js")
+    assert re.search(r"https?://[^\s'\"]*3Dmol", plots.view_molecule(ETHANOL).html)
 
 
 def test_a_missing_viewer_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "nglview", None)
     with pytest.raises(ImportError, match=r"allscaip-lite\[notebooks\]"):
-        views.view_trajectory([ETHANOL])
+        plots.view_trajectory([ETHANOL])
 
 
 def test_a_trajectory_keeps_its_frames():
     pytest.importorskip("nglview")
     frames = [ETHANOL.copy() for _ in range(3)]
     frames[2].positions += 1
-    view = views.view_trajectory(frames)
+    view = plots.view_trajectory(frames)
     assert view.max_frame == 2
 
 
@@ -352,7 +354,7 @@ def test_the_readme_picture_is_made_by_a_command(model, tmp_path):
     write(tmp_path / "molecule.xyz", ETHANOL)
     picture = tmp_path / "docs" / "picture.png"
     chosen = ["--model", str(tmp_path / "model.safetensors"), "--query", "2"]
-    assert views.main([str(tmp_path / "molecule.xyz"), str(picture), *chosen]) == 0
+    assert plots.main([str(tmp_path / "molecule.xyz"), str(picture), *chosen]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
@@ -363,4 +365,4 @@ def test_the_script_comes_with_the_package():
 
 def test_maps_can_be_changed_for_an_experiment(maps):
     uniform = replace(maps, node=torch.full_like(maps.node, 1 / len(ETHANOL)))
-    assert np.allclose(views.node_weights(uniform, 0, None), 1 / len(ETHANOL))
+    assert np.allclose(plots.node_weights(uniform, 0, None), 1 / len(ETHANOL))
