@@ -5,7 +5,8 @@
 .NOTPARALLEL:
 
 VENV := .venv
-PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+PY := $(BIN)/python
 LAB_EXTRAS := notebooks,labels-xtb,md
 TEST_EXTRAS := notebooks,labels-xtb,md,labels,torch-sim,site,parity,test
 
@@ -15,6 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 
 # Parallel test processes, one thread each: more threads a process would fight over the cores.
 JOBS ?= 2
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 UNIT_ARGS ?=
 NOTEBOOK_ARGS ?=
@@ -34,12 +36,14 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --no-input --prefer-
 VIEWER := 3dmol@2.5.5
 VIEWER_FOLDER := $(VENV)/share/allscaip-lite
 
-.PHONY: help lab test test-units test-notebooks class site bench clean
+.PHONY: help lab check style types imports quick-tests test test-units test-notebooks class site bench clean
 
 help:
 	@echo "make lab     install what the notebooks need into $(VENV), open JupyterLab on the tour"
 	@echo "             LAB_ARGS='--no-browser --port 8899' is passed on to JupyterLab"
-	@echo "make test    install everything the tests need into $(VENV), run tests and notebooks"
+	@echo "make check   install everything the tests need into $(VENV); style, types, import rules and"
+	@echo "             the quick tests, in less than three minutes"
+	@echo "make test    the same, and then the slow tests and all notebooks"
 	@echo "             JOBS=$(JOBS) processes; UNIT_ARGS, NOTEBOOK_ARGS are passed on to pytest"
 	@echo "make class   student and instructor copies of the notebooks, in class/; CLASS_ARGS='--check'"
 	@echo "             also runs them all"
@@ -53,13 +57,30 @@ lab: $(LAB_READY)
 	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
 		$$([ "$$(id -u)" = 0 ] && echo --allow-root) $(LAB_ARGS)
 
-test: test-units test-notebooks
+# Style, types and import rules are those of pyproject.toml; tests/conftest.py says which are slow.
+check: style types imports quick-tests
+
+style: $(TEST_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TEST_READY)
+	$(BIN)/mypy
+
+imports: $(TEST_READY)
+	$(BIN)/lint-imports --quiet
+
+quick-tests: $(TEST_READY)
+	$(ONE_THREAD) $(PYTEST) -m "not slow" $(COVERAGE) tests
+
+test: COVERAGE := --cov --cov-report=
+test: check test-units test-notebooks
 
 test-units: $(TEST_READY)
-	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --dist worksteal $(UNIT_ARGS) tests
+	$(ONE_THREAD) $(PYTEST) -m slow $(COVERAGE) --cov-append $(UNIT_ARGS) tests
 
 test-notebooks: $(TEST_READY)
-	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --nbmake --nbmake-timeout=300 $(NOTEBOOK_ARGS) notebooks/*.ipynb
+	$(ONE_THREAD) $(PYTEST) --nbmake --nbmake-timeout=900 --durations=5 $(NOTEBOOK_ARGS) notebooks/*.ipynb
 
 class: $(LAB_READY)
 	$(ONE_THREAD) $(PY) -m allscaip_lite.classroom $(CLASS_ARGS)
@@ -71,7 +92,7 @@ bench: $(TEST_READY)
 	$(PY) -m allscaip_lite.cli bench $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist class site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist class site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
 $(LAB_READY): $(VERSIONS)

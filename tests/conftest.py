@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,24 @@ SMALL = AllScAIPConfig(
     angular_channels=(5, 4, 1, 3, 3),
     num_rotary_frequencies=8,
 )
+
+# Folders whose tests train, label, run dynamics or start servers: all of them are `slow`.
+SLOW_FOLDERS = ("evaluation", "labels", "md", "notebook", "parity", "studies", "training")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m "not slow"` does not even import what the slow folders need."""
+    slow = collection_path.name in SLOW_FOLDERS and collection_path.parent == Path(__file__).parent
+    return True if slow and config.getoption("markexpr") == "not slow" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow folders, and skip those for a GPU where there is none."""
+    for item in items:
+        if item.path.parent.name in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """The tables of a data card against structures counted by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -8,6 +10,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import checksum, write_aselmdb
 from allscaip_lite.data.describe import read_splits, summarise, to_markdown
+
+DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def labelled(symbols, force, **info):
@@ -74,14 +78,14 @@ def test_command_says_where_no_data_are(tmp_path, capsys):
 
 def test_sample_in_the_repository_is_as_large_as_its_card_says():
     pytest.importorskip("ase_db_backends")
-    sizes = [len(data) for data in read_splits("data/xtb").values()]
+    sizes = [len(data) for data in read_splits(DATA / "xtb").values()]
     assert sizes == [420, 90, 90]
-    with open("data/xtb/README.md") as card:
-        assert "| structures in this sample | 420 | 90 | 90 | 600 |" in card.read()
+    card = (DATA / "xtb" / "README.md").read_text(encoding="utf-8")
+    assert "| structures in this sample | 420 | 90 | 90 | 600 |" in card
 
 
 def test_omol_mini_is_what_its_card_says(capsys):
     pytest.importorskip("ase_db_backends")
-    assert main(["data", "describe", "data/omol-mini"]) == 0
-    with open("data/omol-mini/README.md") as card:
-        assert capsys.readouterr().out.strip() in card.read()
+    assert main(["data", "describe", str(DATA / "omol-mini")]) == 0
+    card = (DATA / "omol-mini" / "README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in card

@@ -1,7 +1,7 @@
 """The explorer in a real browser: as an exported page with the network off, and in JupyterLab.
 
-Needs Playwright and a Chromium, the system's or Playwright's own; without them these tests are
-skipped, and say so.
+Needs Playwright and a Chromium, the system's or Playwright's own. Without a Chromium these tests
+are skipped, or fail where REQUIRE_BROWSER is set, as .ci/run does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def browser() -> Iterator[playwright.Browser]:
         found = next(filter(None, map(shutil.which, BROWSERS)), None)
         found = found or (own if Path(own).exists() else None)
         if found is None:
-            pytest.skip(f"no Chromium on this machine: looked for {', '.join(BROWSERS)}")
+            missing = pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip
+            missing(f"no Chromium on this machine: looked for {', '.join(BROWSERS)}")
         browser = started.chromium.launch(executable_path=found, args=OPTIONS)
         yield browser
         browser.close()
