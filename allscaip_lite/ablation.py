@@ -31,9 +31,10 @@ from scipy.optimize import minimize_scalar
 
 from allscaip_lite import __version__
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.data.aselmdb import Dataset, checksum, store_text
+from allscaip_lite.data.aselmdb import Dataset, checksum
 from allscaip_lite.data.batches import in_order
 from allscaip_lite.evaluation.errors import residuals
+from allscaip_lite.files import store_text
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.training.loop import Stage, fit_units, train

@@ -37,7 +37,8 @@ from ase.io.trajectory import Trajectory
 from tqdm import tqdm
 
 from allscaip_lite import __version__
-from allscaip_lite.data.aselmdb import differing, evenly_spaced, store_text
+from allscaip_lite.data.aselmdb import evenly_spaced
+from allscaip_lite.files import differing, store_text
 from allscaip_lite.labels.water import SPCFw, molecules, water_box
 from allscaip_lite.machine import device_name, processor_name
 from allscaip_lite.md.dynamics import (

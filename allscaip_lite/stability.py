@@ -27,7 +27,8 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.data.aselmdb import Dataset, store_text
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.files import store_text
 from allscaip_lite.labels.workers import in_processes
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md.batched import side_by_side

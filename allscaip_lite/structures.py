@@ -16,13 +16,18 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from allscaip_lite.errors import InputError
+
 MAX_CHARGE = 100  # the charge table has rows for -100 .. 100
 MAX_MULTIPLICITY = 100
+# Names in `atoms.info` under which programs write the total charge and the multiplicity 2S + 1.
+CHARGE_NAMES = ("charge", "total_charge", "Charge")
+SPIN_NAMES = ("spin", "multiplicity", "spin_multiplicity", "mult")
 
 _warned_defaults = False
 
 
-class StructureError(ValueError):
+class StructureError(InputError):
     """A structure the model cannot answer for; the message says what to change."""
 
 
@@ -102,6 +107,7 @@ def structures_from_atoms(
         where = _Place(index, system)
         _check_geometry(system, where, max_num_elements)
         charge, spin = charge_and_spin(system, where)
+        _say_defaults_once(system, charge, spin)
         charges.append(charge)
         spins.append(spin)
         cells.append(system.cell.complete().array if system.pbc.any() else system.cell.array)
@@ -129,25 +135,52 @@ class _Place:
         return f"structure {self.index} ({self.system.get_chemical_formula()})"
 
 
-def charge_and_spin(atoms: Atoms, where: object = "the structure") -> tuple[int, int]:
+def stated_charge_and_spin(
+    atoms: Atoms, where: object = "the structure"
+) -> tuple[int | None, int | None]:
+    """Total charge in e and multiplicity 2S + 1 that `atoms.info` states, None where it does not.
+
+    The names are `CHARGE_NAMES` and `SPIN_NAMES`; the first that occurs counts. Raises
+    `StructureError`, which calls the structure `where`, for what is not a whole number.
+    """
+    found: list[int | None] = []
+    for names in (CHARGE_NAMES, SPIN_NAMES):
+        name = next((name for name in names if name in atoms.info), None)
+        found.append(None if name is None else _whole_number(atoms.info[name], name, where))
+    return found[0], found[1]
+
+
+def lowest_multiplicity(atoms: Atoms, charge: int) -> int:
+    """1 for an even number of electrons, 2 for an odd one."""
+    return 1 + (int(atoms.numbers.sum()) - charge) % 2
+
+
+def charge_and_spin(
+    atoms: Atoms,
+    where: object = "the structure",
+    charge: int | None = None,
+    spin: int | None = None,
+) -> tuple[int, int]:
     """Total charge in e and spin multiplicity 2S + 1 of a structure.
 
-    From `atoms.info["charge"]` and `atoms.info["spin"]`. Where they are absent the structure is
-    taken as neutral, in the lowest multiplicity its electrons allow; a warning says so once.
-    Raises `StructureError` for a multiplicity that the number of electrons forbids.
+    Args:
+        atoms: states them in its `info`, see `stated_charge_and_spin`.
+        where: what messages call the structure.
+        charge: of a structure that states none; without it, 0.
+        spin: of a structure that states none; without it, the lowest its electrons allow.
+
+    Returns:
+        The two numbers; a multiplicity that is stated as 0, "not known", stays 0.
+
+    Raises:
+        StructureError: for what is not a whole number, and for a charge or multiplicity that the
+            number of electrons forbids.
     """
-    global _warned_defaults
-    charge = _whole_number(atoms.info.get("charge", 0), "charge", where)
+    stated = stated_charge_and_spin(atoms, where)
+    charge = stated[0] if stated[0] is not None else charge or 0
     electrons = int(atoms.numbers.sum()) - charge
-    lowest = 1 + electrons % 2
-    spin = _whole_number(atoms.info.get("spin", lowest), "spin", where)
-    if not _warned_defaults and not {"charge", "spin"} <= atoms.info.keys():
-        _warned_defaults = True
-        warnings.warn(
-            'no atoms.info["charge"] or no atoms.info["spin"]: taking charge 0 and the lowest '
-            f"multiplicity (here charge {charge:+d}, multiplicity {spin}). Said once.",
-            stacklevel=3,
-        )
+    lowest = lowest_multiplicity(atoms, charge)
+    spin = stated[1] if stated[1] is not None else spin or lowest
     if abs(charge) > MAX_CHARGE:
         raise StructureError(f"{where}: charge {charge:+d} is outside ±{MAX_CHARGE}")
     if electrons < 0:
@@ -162,14 +195,28 @@ def charge_and_spin(atoms: Atoms, where: object = "the structure") -> tuple[int,
     return charge, spin
 
 
+def _say_defaults_once(atoms: Atoms, charge: int, spin: int) -> None:
+    """Warn, for the first structure of a process that does not state its charge and spin."""
+    global _warned_defaults
+    if not _warned_defaults and None in stated_charge_and_spin(atoms):
+        _warned_defaults = True
+        warnings.warn(
+            'no atoms.info["charge"] or no atoms.info["spin"]: taking charge 0 and the lowest '
+            f"multiplicity (here charge {charge:+d}, multiplicity {spin}). Said once.",
+            stacklevel=3,
+        )
+
+
 def _whole_number(value: object, name: str, where: object) -> int:
+    """A charge or a multiplicity, which some programs write as -0.9999."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not number.is_integer():
-        raise StructureError(f'{where}: atoms.info["{name}"] = {value!r} is not a whole number')
-    return int(number)
+        if abs(number - round(number)) < 0.01:
+            return round(number)
+    except (OverflowError, TypeError, ValueError):  # infinite, no number at all, or nan
+        pass
+    shown = value.item() if isinstance(value, np.generic) else value
+    raise StructureError(f'{where}: atoms.info["{name}"] = {shown!r} is not a whole number')
 
 
 def _check_geometry(atoms: Atoms, where: object, max_num_elements: int) -> None:

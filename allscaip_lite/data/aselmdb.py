@@ -13,9 +13,8 @@ import argparse
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import ase.db
 import lmdb
@@ -24,12 +23,11 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.files import atomic_write, differing, fingerprint, store_text  # noqa: F401
+
 SPLITS = ("train", "val", "test")
 _LABELS = ("energy", "forces", "stress")
-
-
-class DataError(ValueError):
-    """Data on disk that cannot be read as labelled structures, or structures without labels."""
 
 
 def write_aselmdb(
@@ -49,34 +47,19 @@ def write_aselmdb(
         raise DataError(f"{path}: the name of a data file ends in .aselmdb")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
-    partial = partial_folder(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     natoms: list[int] = []
-    try:
-        with ase.db.connect(partial / path.name, use_lock_file=False) as database:
-            for index, atoms in enumerate(structures):
-                labelled = atoms.copy()
-                labelled.calc = SinglePointCalculator(labelled, **_labels(atoms, index))
-                labelled.info = {}
-                database.write(labelled, data=dict(atoms.info))
-                natoms.append(len(atoms))
-            database.metadata = {"natoms": natoms}
-        with open(partial / path.name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial / path.name, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with (
+        atomic_write(path) as partial,
+        ase.db.connect(partial, use_lock_file=False) as database,
+    ):
+        for index, atoms in enumerate(structures):
+            labelled = atoms.copy()
+            labelled.calc = SinglePointCalculator(labelled, **_labels(atoms, index))
+            labelled.info = {}
+            database.write(labelled, data=dict(atoms.info))
+            natoms.append(len(atoms))
+        database.metadata = {"natoms": natoms}
     return len(natoms)
-
-
-def partial_folder(path: Path) -> Path:
-    """Where `write_aselmdb` has a file until it is complete; a killed process leaves it behind.
-
-    A folder of its own hides the half-written file from whoever lists `path.parent`, and lets it
-    keep the suffix by which ASE picks its backend.
-    """
-    return path.parent / f".{path.name}.partial"
 
 
 def _labels(atoms: Atoms, index: int) -> dict[str, float | np.ndarray]:
@@ -255,10 +238,11 @@ def split_by_molecule(
     """The split ("train", "val" or "test") of each molecule, by a hash of its name.
 
     A molecule's split depends on its name and the seed alone, so it stays where it is when
-    others come or go. `fractions` are the three expected shares and sum to 1 (else ValueError).
+    others come or go. `fractions` are the three expected shares, whose sum is 1; Raises
+    InputError if it is not.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise ValueError(f"fractions {tuple(fractions)}: three shares (train, val, test), sum 1")
+        raise InputError(f"fractions {tuple(fractions)}: three shares (train, val, test), sum 1")
     edges = np.cumsum(fractions)[:2]
     splits = []
     for molecule in molecules:
@@ -266,28 +250,6 @@ def split_by_molecule(
         share = int.from_bytes(digest[:8], "big") / 2**64
         splits.append(SPLITS[int(np.searchsorted(edges, share, side="right"))])
     return splits
-
-
-def store_text(path: Path, text: str) -> None:
-    """Write a text file at once: whoever stops the run leaves no half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def differing(
-    one: Mapping[str, Any], other: Mapping[str, Any], but: Iterable[str] = ()
-) -> list[str]:
-    """Names under which two plans of a run hold different values, without those of `but`."""
-    return sorted(key for key in {*one, *other} - {*but} if one.get(key) != other.get(key))
-
-
-def fingerprint(arrays: Iterable[np.ndarray]) -> str:
-    """The same for the same numbers, and for hardly any others."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def checksum(structures: Iterable[Atoms]) -> str:

@@ -19,14 +19,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
-
-# Names under which programs write the total charge and the multiplicity.
-CHARGES = ("charge", "total_charge", "Charge")
-MULTIPLICITIES = ("spin", "multiplicity", "spin_multiplicity", "mult")
-
-
-class ConversionError(ValueError):
-    """A file that cannot be converted; the message says which structure, and what to do."""
+from allscaip_lite.errors import DataError
+from allscaip_lite.structures import CHARGE_NAMES, SPIN_NAMES, StructureError, charge_and_spin
 
 
 def convert(
@@ -38,14 +32,21 @@ def convert(
 ) -> Iterator[Atoms]:
     """Structures of files ASE reads, each with energy and forces, charge and spin multiplicity.
 
-    A name may end in ASE's index, as in `run.traj@100:200`; all structures are read otherwise.
-    `charge` and `spin` (2S + 1) count where a structure says none (in `info`, under one of CHARGES
-    and MULTIPLICITIES); without them a structure is neutral and has the lowest multiplicity its
-    electrons allow. `domain` becomes the `data_id`; without it that is what a structure says, or
-    the name of the file.
+    Args:
+        files: names, each with ASE's index perhaps, as in `run.traj@100:200`; all structures are
+            read otherwise.
+        charge: total charge in e of structures that state none (see `charge_and_spin`).
+        spin: multiplicity 2S + 1 of structures that state none.
+        domain: their `data_id`; without it that is what a structure says, or the name of the file.
+        progress: whether to show a progress bar.
 
-    Raises ConversionError for a file ASE does not read, and for a structure without energy or
-    forces, with numbers that are not finite, or with a multiplicity its electrons forbid.
+    Yields:
+        The structures, one by one.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        DataError: for a file that ASE cannot read, and for a structure without energy or forces,
+            with numbers that are not finite, or with a multiplicity its electrons forbid.
     """
     for name in files:
         path, index = str(name), ""
@@ -59,7 +60,7 @@ def convert(
                 where = f"{path}, structure {number} ({atoms.symbols})"
                 yield _converted(atoms, where, charge, spin, domain, Path(path).stem)
         except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
-            raise ConversionError(f"{path} is not a file that ASE can read: {error}") from error
+            raise DataError(f"{path} is not a file that ASE can read: {error}") from error
 
 
 def _converted(
@@ -75,48 +76,25 @@ def _converted(
             labels[label] = value
     lacking = [label for label in ("energy", "forces") if label not in labels]
     if lacking:
-        raise ConversionError(
+        raise DataError(
             f"{where} has no {' and no '.join(lacking)}: compute them, and let ASE write them, as "
             "in atoms.get_forces(); ase.io.write('mine.extxyz', atoms)"
         )
     if not all(np.isfinite(value).all() for value in labels.values()):
-        raise ConversionError(f"{where} has labels that are not finite numbers: leave it out")
-    info = atoms.info
-    charge, spin = charge_and_spin(atoms, where, charge, spin)
-    kept = {key: value for key, value in info.items() if key not in CHARGES + MULTIPLICITIES}
+        raise DataError(f"{where} has labels that are not finite numbers: leave it out")
+    try:
+        charge, spin = charge_and_spin(atoms, where, charge, spin)
+        if not spin:
+            raise StructureError(f"{where} states a multiplicity of 0")
+    except StructureError as error:
+        raise DataError(
+            f"{error}: give the right --charge and --spin (2S + 1, 1 for a closed shell)"
+        ) from error
+    kept = {key: atoms.info[key] for key in atoms.info if key not in CHARGE_NAMES + SPIN_NAMES}
     atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
     if domain:
         atoms.info["data_id"] = domain
     return atoms
-
-
-def charge_and_spin(
-    atoms: Atoms, where: str, charge: int | None = None, spin: int | None = None
-) -> tuple[int, int]:
-    """Charge and multiplicity that a structure says in `info`, under one of CHARGES and
-    MULTIPLICITIES; else the given ones; else neutral, and the lowest its electrons allow.
-
-    Raises ConversionError, which calls the structure `where`, for what its electrons forbid.
-    """
-    info = atoms.info
-    charge = _whole(next((info[key] for key in CHARGES if key in info), charge or 0), where)
-    electrons = int(atoms.numbers.sum()) - charge
-    lowest = 1 + electrons % 2
-    given = next((info[key] for key in MULTIPLICITIES if key in info), spin or lowest)
-    spin = _whole(given, where)
-    if (electrons + spin) % 2 == 0 or spin < 1:
-        raise ConversionError(
-            f"{where} has {electrons} electrons, which cannot have multiplicity {spin}: give the "
-            "right --charge and --spin (2S + 1, 1 for a closed shell)"
-        )
-    return charge, spin
-
-
-def _whole(value: float, where: str) -> int:
-    """A charge or a multiplicity, which programs also write as -0.9999."""
-    if not abs(value - round(value)) < 0.01:
-        raise ConversionError(f"{where} has a charge or multiplicity of {value}, no whole number")
-    return round(value)
 
 
 # --- The command -----------------------------------------------------------------------------

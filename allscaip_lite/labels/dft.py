@@ -33,16 +33,11 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite.data.aselmdb import (
-    SPLITS,
-    Dataset,
-    checksum,
-    partial_folder,
-    store_text,
-    write_aselmdb,
-)
-from allscaip_lite.data.convert import ConversionError, charge_and_spin
+from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum, write_aselmdb
+from allscaip_lite.errors import DataError
+from allscaip_lite.files import store_text, unfinished_folder
 from allscaip_lite.labels.workers import ignore_interrupt, one_thread_each
+from allscaip_lite.structures import charge_and_spin
 
 # --- One label -------------------------------------------------------------------------------
 
@@ -370,7 +365,7 @@ def label_all(
         )
     for stem in filter(is_done, stems):  # what workers left that were killed just after a label
         stem.with_suffix(".claim").unlink(missing_ok=True)
-        shutil.rmtree(partial_folder(stem.with_suffix(".aselmdb")), ignore_errors=True)
+        shutil.rmtree(unfinished_folder(stem.with_suffix(".aselmdb")), ignore_errors=True)
 
 
 def job_file(folder: str | os.PathLike, entry: Entry, level: Level = OMOL25) -> Path:
@@ -585,8 +580,8 @@ def read_given(files: Sequence[str | os.PathLike]) -> list[Given]:
     """The structures of files, `.aselmdb` or what ASE reads; their labels, if any, are left.
 
     Charge and multiplicity are those of `info`, else neutral and the lowest. Raises
-    FileNotFoundError, and ConversionError for a structure that is periodic or whose multiplicity
-    its electrons forbid.
+    FileNotFoundError, DataError for a structure that is periodic, and StructureError for one whose
+    multiplicity its electrons forbid.
     """
     found = []
     for file in map(Path, files):
@@ -598,8 +593,10 @@ def read_given(files: Sequence[str | os.PathLike]) -> list[Given]:
         ):
             where = f"{file}, structure {index} ({atoms.symbols})"
             if atoms.pbc.any():
-                raise ConversionError(f"{where} is periodic: only molecules can be labelled")
+                raise DataError(f"{where} is periodic: only molecules can be labelled")
             charge, spin = charge_and_spin(atoms, where)
+            if not spin:
+                raise DataError(f"{where} states a multiplicity of 0: give the right one")
             kept = {key: atoms.info[key] for key in ("data_id", "molecule") if key in atoms.info}
             bare = Atoms(atoms.numbers, atoms.positions)
             bare.info = {"data_id": file.stem} | kept | {"charge": charge, "spin": spin}

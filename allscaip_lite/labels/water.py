@@ -34,7 +34,8 @@ from scipy.special import erfc
 from tqdm import tqdm
 from vesin import NeighborList
 
-from allscaip_lite.data.aselmdb import SPLITS, Dataset, store_text, write_aselmdb
+from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
+from allscaip_lite.files import store_text
 from allscaip_lite.labels.workers import in_processes
 
 # --- The teacher -----------------------------------------------------------------------------

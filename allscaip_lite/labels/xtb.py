@@ -32,15 +32,11 @@ from ase.md.langevin import Langevin
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
-from allscaip_lite.data.aselmdb import (
-    SPLITS,
-    Dataset,
-    checksum,
-    store_text,
-    write_aselmdb,
-)
+from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum, write_aselmdb
+from allscaip_lite.files import store_text
 from allscaip_lite.labels.species import SETS, Job, System, plan, with_hydrogens
 from allscaip_lite.labels.workers import in_processes
+from allscaip_lite.structures import lowest_multiplicity, stated_charge_and_spin
 
 # --- The teacher -----------------------------------------------------------------------------
 
@@ -123,9 +119,10 @@ class GFN2xTB(Calculator):
 
 
 def _charge_and_spin(atoms: Atoms) -> tuple[int, int]:
-    charge = int(atoms.info.get("charge", 0))
-    electrons = int(atoms.numbers.sum()) - charge
-    return charge, int(atoms.info.get("spin", 0)) or 1 + electrons % 2
+    """Not held to the rules of the number of electrons, which tblite applies itself."""
+    charge, spin = stated_charge_and_spin(atoms)
+    charge = charge or 0
+    return charge, spin or lowest_multiplicity(atoms, charge)
 
 
 def _gaps(state, spin: int) -> list[float]:

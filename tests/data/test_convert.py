@@ -14,7 +14,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import cli
 from allscaip_lite.data.aselmdb import Dataset
-from allscaip_lite.data.convert import ConversionError, convert
+from allscaip_lite.data.convert import convert
+from allscaip_lite.errors import DataError
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:
@@ -54,7 +55,9 @@ def test_charge_and_multiplicity_are_read_given_or_the_lowest(tmp_path: Path) ->
     assert "multiplicity" not in found[2].info
     (given,) = convert([f"{tmp_path}/a.extxyz@0"], charge=-1, spin=3, progress=False)
     assert (given.info["charge"], given.info["spin"]) == (-1, 3)
-    with pytest.raises(ConversionError, match=r"structure 0 \(CH3\).*cannot have multiplicity 1"):
+    with pytest.raises(
+        DataError, match=r"structure 0 \(CH3\).*do not allow it; the lowest.*is 2: give"
+    ):
         list(convert([f"{tmp_path}/a.extxyz@0"], spin=1, progress=False))
 
 
@@ -82,7 +85,7 @@ def test_charges_are_whole_numbers_but_for_rounding(tmp_path: Path) -> None:
     (atoms,) = convert([tmp_path / "a.extxyz"], progress=False)
     assert (atoms.info["charge"], atoms.info["spin"]) == (-1, 1)
     ase.io.write(tmp_path / "a.extxyz", [labelled("OH", charge=-0.5)])
-    with pytest.raises(ConversionError, match="charge or multiplicity of -0.5, no whole number"):
+    with pytest.raises(DataError, match=r'"charge"\] = -0.5 is not a whole number'):
         list(convert([tmp_path / "a.extxyz"], progress=False))
 
 
@@ -107,9 +110,9 @@ def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
         ([broken], "not finite"),
     ):
         ase.io.write(tmp_path / "a.traj", frames)
-        with pytest.raises(ConversionError, match=words):
+        with pytest.raises(DataError, match=words):
             list(convert([tmp_path / "a.traj"], progress=False))
-    with pytest.raises(ConversionError, match="not a file that ASE can read"):
+    with pytest.raises(DataError, match="not a file that ASE can read"):
         list(convert([tmp_path / "text.foo"], progress=False))
     with pytest.raises(FileNotFoundError, match="nowhere.xyz"):
         list(convert([tmp_path / "nowhere.xyz"], progress=False))

@@ -24,7 +24,7 @@ pytest.importorskip("numba")
 
 from allscaip_lite.cli import main  # noqa: E402
 from allscaip_lite.data.aselmdb import Dataset, checksum, write_aselmdb  # noqa: E402
-from allscaip_lite.data.convert import ConversionError  # noqa: E402
+from allscaip_lite.errors import InputError  # noqa: E402
 from allscaip_lite.labels import dft  # noqa: E402
 from allscaip_lite.labels.dft import (  # noqa: E402
     FreeAtom,
@@ -366,9 +366,9 @@ def test_one_s_own_structures_are_labelled_and_xtb_stands_beside(tmp_path, monke
 
 def test_structures_that_cannot_be_labelled_are_refused(tmp_path):
     crystal, wrong = molecule("H2", pbc=True, cell=[4, 4, 4]), in_state(molecule("H2"), spin=2)
-    for atoms, what in ((crystal, "is periodic"), (wrong, "cannot have multiplicity 2")):
+    for atoms, what in ((crystal, "is periodic"), (wrong, r'"spin"\] = 2 is the multi')):
         ase.io.write(tmp_path / "it.extxyz", atoms)
-        with pytest.raises(ConversionError, match=what):
+        with pytest.raises(InputError, match=what):
             dft.read_given([tmp_path / "it.extxyz"])
     with pytest.raises(FileNotFoundError, match="no such file"):
         dft.read_given([tmp_path / "none.xyz"])

@@ -1,0 +1,27 @@
+"""Errors that a user can put right.
+
+The command line prints the message of an `InputError` as one line and ends with status 2. Any other
+exception, a bare `ValueError` of this package too, is a fault of the package and shows its
+traceback. The subclasses are those that some caller tells apart; `structures.StructureError`,
+about a structure that the model has no answer for, is one more.
+"""
+
+
+class InputError(ValueError):
+    """An input, an option or a file that cannot be used; the message says what to change."""
+
+
+class DataError(InputError):
+    """Data that cannot be read or used, or that lack labels; the message says which, and why."""
+
+
+class RunError(InputError):
+    """A run that cannot start, go on or be analysed; the message says what to change."""
+
+
+class CheckpointError(InputError):
+    """A model file that is no checkpoint, is another kind of checkpoint, or is damaged."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A model file that asks for more than data; none of its code was run."""

@@ -1,0 +1,85 @@
+"""Writing files so that nobody meets half of one, locks between processes, and fingerprints.
+
+In: a path and what belongs there. Out: a file that is either whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path to write to, which becomes `path` when the block ends without an error.
+
+    That path has the name of `path`, in a hidden folder beside it: libraries that choose a format
+    by its suffix see the right one, and whoever lists the folder sees no unfinished file. A process
+    that is killed leaves the hidden folder behind; the next writer of `path` removes it.
+    """
+    path = Path(path)
+    folder = unfinished_folder(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished_folder(path: Path) -> Path:
+    """The folder in which `atomic_write` keeps a file until it is complete."""
+    return path.parent / f".{path.name}.partial"
+
+
+def store_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file with `atomic_write`."""
+    with atomic_write(path) as partial:
+        partial.write_text(text)
+
+
+@contextmanager
+def try_lock(path: str | os.PathLike) -> Iterator[bool]:
+    """Whether this process got the lock on `path`, held until the block ends; it does not wait.
+
+    The lock is advisory, and the system's: it ends with the process, however that ends. The file
+    is made where it does not exist, and stays.
+    """
+    import fcntl  # not on Windows, where the rest works
+
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """Sixteen hexadecimal digits, the same for the same numbers of the same type."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differing(
+    one: Mapping[str, Any], other: Mapping[str, Any], but: Iterable[str] = ()
+) -> list[str]:
+    """The names, apart from those in `but`, under which two mappings hold different values."""
+    return sorted(key for key in {*one, *other} - {*but} if one.get(key) != other.get(key))
