@@ -215,7 +215,11 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _tensor(
-    storage: Tensor, offset: int, size: tuple, stride: tuple, *_gradient_and_hooks: object
+    storage: Tensor,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    *_gradient_and_hooks: object,
 ) -> Tensor:
     """A tensor of its own: the part of a storage that offset, size and stride pick."""
     _expect(storage, Tensor)
@@ -265,7 +269,7 @@ def _follow(node: Record, reference: str) -> tuple[bool, Any]:
             return False, None
     for key in re.split(r"[.\[\]]+", reference[dots:].rstrip("]")):
         content = node.attributes.get("_content") if isinstance(node, Record) else None
-        if isinstance(content, str) and (match := _INTERPOLATION.match(content)):
+        if isinstance(content, str) and _INTERPOLATION.match(content):
             return False, None  # a reference through a reference
         if isinstance(content, Mapping) and key in content:
             node = content[key]

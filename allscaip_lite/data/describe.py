@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -68,7 +69,7 @@ def summarise(structures: Iterable[Atoms]) -> Summary:
     return summary
 
 
-def read_splits(path: str | os.PathLike) -> dict[str, Dataset]:
+def read_splits(path: str | os.PathLike[str]) -> dict[str, Dataset]:
     """The data sets of a folder by split, or those of one file or folder of shards as "all"."""
     path = Path(path)
     splits = {
@@ -90,10 +91,10 @@ def to_markdown(splits: dict[str, Summary]) -> str:
         shown = [*values, sum(values)] if several else values
         return f"| {title} | " + " | ".join(f"{value:,}" for value in shown) + " |"
 
-    def listed(counts: Counter, order) -> str:
+    def listed(counts: Counter[Any], order: Callable[[Any], Any]) -> str:
         return ", ".join(f"{key} {counts[key]:,}" for key in sorted(counts, key=order))
 
-    def together(name: str) -> Counter:
+    def together(name: str) -> Counter[Any]:
         return sum((getattr(column, name) for column in columns), Counter())
 
     lines = [
@@ -124,7 +125,7 @@ def to_markdown(splits: dict[str, Summary]) -> str:
         f"none above {lengths.max():.1f}.",
     ]
     absent = {
-        split: sorted(set(elements) - set(column.elements), key=atomic_numbers.get)
+        split: sorted(set(elements) - set(column.elements), key=atomic_numbers.__getitem__)
         for split, column in splits.items()
     }
     for split, missing in absent.items():

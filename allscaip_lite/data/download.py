@@ -69,7 +69,7 @@ SOURCES = {
 
 def fetch(
     name: str,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     server: str = SERVER,
     sha256: str | None = None,

@@ -82,7 +82,11 @@ def _errors(reference: Tree, predicted: Tree) -> dict[Keys, Error]:
 
 
 def _end(result: Tree) -> float:
-    return result["final"]["energy"]
+    return float(result["final"]["energy"])
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _mae(errors: Iterable[Error]) -> float:
@@ -114,7 +118,7 @@ def _conformer_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
         lowest = min(range(len(truth)), key=lambda i: _end(truth[i]))
         rest = [error for i, error in enumerate(errors) if i != lowest]
         differences.append(_mae(error.minus(errors[lowest]) for error in rest))
-    return {"deltaE_mae": np.mean(differences), "ensemble_rmsd": np.mean(distances)}
+    return {"deltaE_mae": _mean(differences), "ensemble_rmsd": _mean(distances)}
 
 
 def _protonation_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
@@ -128,17 +132,17 @@ def _protonation_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
             if abs(int(one.split("_")[-2]) - int(other.split("_")[-2])) == 1
         ]
         differences.append(_mae(pairs))
-        distances.append(np.mean([_rmsd(states[s], predicted[name][s]) for s in states]))
-    return {"deltaE_mae": np.mean(differences), "rmsd": np.mean(distances)}
+        distances.append(_mean(_rmsd(states[s], predicted[name][s]) for s in states))
+    return {"deltaE_mae": _mean(differences), "rmsd": _mean(distances)}
 
 
 def _state_errors(systems: Sequence[tuple[Error, Sequence[Error]]]) -> dict[str, float]:
     """Of systems in one state that the others are held against, and in those others."""
     changes = [[one.minus(base) for one in others] for base, others in systems]
     return {
-        "energy_mae": np.mean([_mae([base, *others]) for base, others in systems]),
+        "energy_mae": _mean(_mae([base, *others]) for base, others in systems),
         "forces_mae": _force_mae(e for base, others in systems for e in (base, *others)),
-        "deltaE_mae": np.mean([_mae(change) for change in changes]),
+        "deltaE_mae": _mean(_mae(change) for change in changes),
         "deltaF_mae": _force_mae(one for change in changes for one in change),
     }
 
@@ -169,7 +173,8 @@ def _spin_gap_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
 
 def _ligand_pocket_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
     """Of all three, and of the complex less its two parts, whose atoms are found by position."""
-    every, interactions = [], []
+    every: list[Error] = []
+    interactions = []
     for name, parts in reference.items():
         errors = {part: _error(parts[part], predicted[name][part]) for part in parts}
         every += errors.values()
@@ -199,7 +204,7 @@ def _ligand_strain_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
         strain = found["bioactive"]["energy"] - truth["bioactive"]["energy"]
         strains.append(1e3 * abs(strain - _end(lowest[1]) + _end(lowest[0])))
         distances.append(_rmsd(*lowest))
-    return {"strain_energy_mae": np.mean(strains), "global_min_rmsd": np.mean(distances)}
+    return {"strain_energy_mae": _mean(strains), "global_min_rmsd": _mean(distances)}
 
 
 def _distance_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
@@ -229,7 +234,7 @@ def _single_point_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
     errors = list(_errors(reference, predicted).values())
     return {
         "energy_mae": _mae(errors),
-        "energy_per_atom_mae": np.mean([abs(e.energy) / len(e.forces) for e in errors]),
+        "energy_per_atom_mae": _mean(abs(e.energy) / len(e.forces) for e in errors),
         "forces_mae": _force_mae(errors),
     }
 

@@ -11,7 +11,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -47,7 +47,7 @@ def read(file: Path) -> Any:
         ) from error
 
 
-def _from_json(entry: dict) -> dict | Atoms:
+def _from_json(entry: dict[str, Any]) -> dict[str, Any] | Atoms:
     """An entry, or the structure that it is (the dictionary of pymatgen's MSONAtoms)."""
     if "atoms_json" not in entry:
         return entry
@@ -78,7 +78,7 @@ class _Cell(_Object): ...
 class _FixAtoms(_Object): ...
 
 
-class _Forgotten(_Object, dict):
+class _Forgotten(_Object, dict[str, Any]):
     """A calculator, or a part of one."""
 
 
@@ -92,7 +92,7 @@ class _Type(_Object):
 class _Array(_Object): ...
 
 
-def _values(shape: Any, kind: _Type, raw: bytes, order: str = "C") -> np.ndarray:
+def _values(shape: Any, kind: _Type, raw: bytes, order: Literal["C", "F"] = "C") -> np.ndarray:
     dtype = np.dtype(kind.code).newbyteorder(kind.state[1])
     return np.ndarray(shape, dtype, raw, order=order).copy()
 
@@ -153,7 +153,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _structure(state: dict) -> Atoms:
+def _structure(state: dict[str, Any]) -> Atoms:
     arrays = _plain(state["arrays"])
     cell = _plain(state["_cellobj"].state["array"])
     atoms = Atoms(arrays.pop("numbers"), arrays.pop("positions"), cell=cell)

@@ -13,7 +13,7 @@ import io
 import json
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -146,9 +146,13 @@ def explore_attention(
     the model does not have, `IndexError` for a query, edge, block, head or frame that is not there.
     """
     frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
-    given = [model] if isinstance(model, AttentionMaps) else model
-    ready = None if isinstance(model, AllScAIP) else list(given)
-    _check_frames(frames, ready, names)
+    if isinstance(model, AllScAIP):
+        progress = tqdm(frames, desc="attention maps", disable=len(frames) < 10)
+        each: Iterable[AttentionMaps] = (attention_maps(model, one) for one in progress)
+        _check_frames(frames, None, names)
+    else:
+        each = [model] if isinstance(model, AttentionMaps) else list(model)
+        _check_frames(frames, each, names)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is a part of the scale: give 0 to 1")
     if scale not in SCALES:
@@ -157,17 +161,22 @@ def explore_attention(
         raise IndexError(f"frame {frame}: there are frames 0 to {len(frames) - 1}")
     frame %= len(frames)
 
-    packed, opening = None, None
-    progress = tqdm(frames, desc="attention maps", disable=len(frames) < 10 or ready is not None)
-    for index, structure in enumerate(progress):
-        maps = attention_maps(model, structure) if ready is None else ready[index]
-        if packed is None:
+    for index, maps in enumerate(each):
+        if index == 0:
             kind = kind or ("source" if maps.node is None else "node")
             packed = _Packed.empty(maps, _kinds(maps, kinds, kind), len(frames))
         packed.add(maps)
         packed.check(limit, index + 1, len(frames))
-        opening = maps if index == frame else opening
-    choice = {"kind": kind, "query": query, "edge": edge, "block": block, "head": head}
+        if index == frame:
+            opening = maps
+    kind = str(kind)
+    choice: dict[str, Any] = {
+        "kind": kind,
+        "query": query,
+        "edge": edge,
+        "block": block,
+        "head": head,
+    }
     attention_matrix(opening, kind, query, block, head)  # raises for what is not there
     slots = int((opening.neighbor[query] >= 0).sum())
     if kind != "node" and not -slots <= edge < slots:

@@ -217,9 +217,18 @@ def show_attention(
     # the explorer is made of what stands here, so it cannot be imported above
     from allscaip_lite.notebook.explorer import explore_attention
 
-    choice = {"kind": "node", "kinds": ["node"], "query": query, "block": block, "head": head}
     return explore_attention(
-        model_or_maps, atoms, **choice, scale="row", threshold=0.02, matrix=False, size=size
+        model_or_maps,
+        atoms,
+        kind="node",
+        kinds=["node"],
+        query=query,
+        block=block,
+        head=head,
+        scale="row",
+        threshold=0.02,
+        matrix=False,
+        size=size,
     )
 
 
@@ -296,7 +305,8 @@ def plot_links(
     if not -len(weights) <= edge < len(weights):
         raise IndexError(f"edge {edge}: atom {query} has edges 0 to {len(weights) - 1}")
     neighbor, image = maps.neighbor[query].tolist(), maps.image[query].tolist()
-    images, ends = [], []
+    images: list[tuple[int, tuple[int, ...]]] = []
+    ends = []
     for j, shift in zip(neighbor[: len(weights)], image, strict=False):
         ends.append(len(atoms) + len(images) if any(shift) else j)
         if any(shift):
@@ -364,13 +374,13 @@ def plot_molecule(
         axes.add_patch(patches.Circle(flat[i], radii[i], **look))
         ink = "0.1" if tone @ [0.3, 0.6, 0.1] > 0.5 else "white"
         font = {"fontsize": 6.5, "ha": "center", "va": "center", "zorder": layer[i] + 2}
-        axes.text(*flat[i], labels[kind] + ("" if i < n else "′"), color=ink, **font)
+        axes.text(flat[i, 0], flat[i, 1], labels[kind] + ("" if i < n else "′"), color=ink, **font)
     above = 3 * len(positions) + 3
     if links is not None:
         query, weights = links[0], np.asarray(links[1])
         largest = np.delete(weights, query).max(initial=1e-9)  # a large own share hides no link
         strength = (weights / largest).clip(max=1)
-        for j in np.flatnonzero(strength > 0.02):
+        for j in np.flatnonzero(strength > 0.02).tolist():
             if j == query:
                 look = {"edgecolor": LINK_COLOR, "linewidth": 1 + 3 * strength[j]}
                 shape = patches.Circle(flat[j], radii[j] + 0.08, fill=False, zorder=above, **look)
@@ -478,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from allscaip_lite.checkpoints.native import load_model
 
-    atoms = ase.io.read(args.molecule, index=0)
+    (atoms,) = ase.io.iread(args.molecule, index=0)
     maps = attention_maps(load_model(args.model), atoms)
     weights = node_weights(maps, args.block, args.head)
     figure = Figure(figsize=(10.5, 4.3), layout="constrained")

@@ -9,25 +9,24 @@ instructions: on the others it takes longer than the model's forward and backwar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`: the same settings, state and steps, up to the rounding of bfloat16."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step of all matrices that have a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """One step of all matrices that have a gradient; what the closure returns, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+            alike: dict[tuple[Any, ...], list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
                     alike.setdefault((weight.shape, weight.device), []).append(weight)
@@ -35,8 +34,8 @@ class Muon(torch.optim.Muon):
                 self._step(weights, group)
         return loss
 
-    def _step(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
-        gradients = [weight.grad for weight in weights]
+    def _step(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
