@@ -35,6 +35,7 @@ from allscaip_lite.data.aselmdb import Dataset, checksum
 from allscaip_lite.data.batches import in_order
 from allscaip_lite.evaluation.errors import residuals
 from allscaip_lite.files import store_text
+from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.training.loop import Stage, fit_units, train
@@ -209,7 +210,7 @@ def make_model(config: AllScAIPConfig, data: Dataset | Selection, seed: int) -> 
 
 
 def run_cell(
-    study: Study, cell: Cell, data: Path, folder: Path, compile: bool = False
+    study: Study, cell: Cell, data: Path, folder: Path, kernels: str = "auto"
 ) -> dict[str, Any]:
     """Train one cell and measure it; `folder` keeps what it takes to go on, and the weights.
 
@@ -231,7 +232,7 @@ def run_cell(
         seed=cell.seed,
         validate_every=max(1, study.steps // 2),
         save_every=200,
-        compile=compile,
+        kernels=kernels,
         fabric=lightning_fabric.Fabric(accelerator="auto", devices=1),
     )
     seconds = time.monotonic() - started
@@ -385,12 +386,12 @@ def run_study(
     *,
     cells: Sequence[str] = ("*",),
     hours: float = float("inf"),
-    compile: bool = False,
+    kernels: str = "auto",
 ) -> dict[str, Any]:
     """Run the cells that are not done yet, store each, and return `collect`'s table.
 
     `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
-    was stopped goes on where it was. `compile` is `train`'s. The table is written to `results`
+    was stopped goes on where it was. `kernels` is `train`'s. The table is written to `results`
     after every cell; cells that it has already are taken from there. Raises AblationError where
     `folder` or `results` holds another study or other data, or no cell has such a name.
     """
@@ -414,7 +415,7 @@ def run_study(
             break
         number = len(wanted) - len(waiting) + finished + 1
         print(f"{cell.name}: {number} of {len(wanted)}", flush=True)
-        row = run_cell(study, cell, data, folder / cell.name, compile)
+        row = run_cell(study, cell, data, folder / cell.name, kernels)
         store_text(folder / f"{cell.name}.json", json.dumps(row))
         finished += 1
         pace = (time.monotonic() - started) / finished
@@ -606,9 +607,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'rotary-*-seed0'"
     )
-    parser.add_argument(
-        "--compile", action="store_true", help="train faster on a CPU, by kernels in C (needs gcc)"
-    )
+    add_kernels_option(parser)
     parser.add_argument("--show", action="store_true", help="only print the table --results holds")
     parser.add_argument("--list", action="store_true", help="only say which cells are done")
 
@@ -638,7 +637,7 @@ def run(args: argparse.Namespace) -> int:
         args.results,
         cells=args.cells,
         hours=args.hours,
-        compile=args.compile,
+        kernels=args.kernels,
     )
     print(table["done"])
     return 0

@@ -1,24 +1,42 @@
 """Attention, twice: among the edges of one atom, and among all atoms of a system.
 
-In: states (M, H) of the graph's rows, or (N, H) of its atoms. Out: the same shapes, mixed. Each
-attention stands here as the plain formula, which can be differentiated any number of times
-(training on forces needs two); its twin of the same name in `fused` serves where one is enough,
-`rotary_bias`'s everywhere. Paper sections 3.2 (neighbourhood) and 3.3 (node attention).
+In: states (M, H) of the graph's rows, or (N, H) of its atoms. Out: the same shapes, mixed, and the
+weights of the mixing. Every formula can be differentiated any number of times; training on forces
+needs two. Paper sections 3.2 (neighbourhood attention) and 3.3 (node attention).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from allscaip_lite.encodings import sinc_features
-from allscaip_lite.kernels.fused import Linear, linear
-from allscaip_lite.kernels.slots import Collect, Layout, Spread, SystemTable
+from allscaip_lite import encodings
+from allscaip_lite.graph import Graph
 
 # --- neighbourhood attention ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Neighborhoods:
+    """What attention among edges reads of a graph: its slots, and the angles between them.
+
+    legendre (degree, N, K, K): P_l(cos θ) between the edges of each row, l = 1 .. degree.
+    """
+
+    graph: Graph
+    legendre: Tensor
+
+    @classmethod
+    def make(cls, graph: Graph, degree: int) -> Neighborhoods:
+        return cls(graph, encodings.slot_legendre(graph, degree))
+
+
+def pair_sums(neighborhoods: Neighborhoods, weights: Tensor, degree: int) -> Tensor:
+    """(N, K) → (N, degree): Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row."""
+    return encodings.pair_sums(neighborhoods.legendre[:degree], weights)
 
 
 def channel_groups(channels: tuple[int, ...] | None, head_size: int) -> list[slice]:
@@ -30,118 +48,144 @@ def channel_groups(channels: tuple[int, ...] | None, head_size: int) -> list[sli
     return groups
 
 
-def angular_logits(q: Tensor, k: Tensor, legendre: Tensor | None, groups: list[slice]) -> Tensor:
-    """(h, N, K, D), (h, N, K, D) → (h, N, K, K): Σ_l P_l(cos θ) q_l·k_l, P_0 = 1.
+def angular_logits(q: Tensor, k: Tensor, legendre: Tensor, groups: list[slice]) -> Tensor:
+    """(h, N, Q, D), (h, N, K, D) → (h, N, Q, K): Σ_l P_l(cos θ) q_l·k_l, P_0 = 1.
 
-    legendre (l, N, K, K) starts at l = 1. The reference repeats every channel 2l+1 times and
-    multiplies by Y_lm on both sides; by the addition theorem that is this sum.
+    legendre (l, N, Q, K) starts at l = 1; there may be more degrees than groups. The reference
+    repeats every channel 2l+1 times and multiplies by Y_lm on both sides; by the addition theorem
+    that is this sum.
     """
-    sizes = [group.stop - group.start for group in groups]  # split: slices' derivatives are large
-    first, *others = zip(q.split(sizes, -1), k.split(sizes, -1), strict=True)
-    logits = first[0] @ first[1].transpose(-1, -2)
-    for (q_l, k_l), p in zip(others, () if legendre is None else legendre, strict=True):
-        if q_l.shape[-1]:
-            logits = logits + p * (q_l @ k_l.transpose(-1, -2))
+    logits = q[..., groups[0]] @ k[..., groups[0]].transpose(-1, -2)
+    for group, p in zip(groups[1:], legendre, strict=False):
+        logits = logits + p * (q[..., group] @ k[..., group].transpose(-1, -2))
     return logits
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor,
+    legendre: Tensor,
+    groups: list[slice],
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Q queries and K keys a row: (h, N, Q, D), (h, N, K, D) twice → (h, N, Q, D), (h, N, Q, K).
+
+    softmax_f(Σ_l P_l(cos θ_ef) q_e·k_f/√D + log w_f) v_f, the envelope w_f as log_weight (N, K).
+    """
+    logits = angular_logits(q, k, legendre, groups) * q.shape[-1] ** -0.5  # (h, N, Q, K)
+    weights = (logits + log_weight.unsqueeze(1)).softmax(-1)  # rows sum to one
+    return F.dropout(weights, dropout, dropout > 0) @ v, weights
 
 
 def neighborhood_attention(
     qkv: Tensor,
-    log_weight: Tensor,
-    legendre: Tensor | None,
-    layout: Layout,
+    neighborhoods: Neighborhoods,
+    layout: str,
     groups: list[slice],
     num_heads: int,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The formula. (M, 3H) → (M, H), and the weights (h, N, K, K), whose rows sum to one.
+    """(M, 3H) → (M, H), and the weights (h, N, K, K): every edge attends to the edges of its row.
 
-    softmax_f(Σ_l P_l(cos θ_ef) q_e·k_f/√D + log w_f) v_f inside each row of the layout.
+    layout: "source", where a row holds the edges that leave an atom, or "destination".
     """
+    log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
-    table = Spread.apply(qkv, layout.slot, n * num_slots)  # (N·K, 3H)
+    table = qkv.new_zeros(n * num_slots, qkv.shape[1]).index_copy(0, slot, qkv)  # (N·K, 3H)
     q, k, v = table.view(n, num_slots, 3, num_heads, -1).permute(2, 3, 0, 1, 4)  # (h, N, K, D) each
-    logits = angular_logits(q, k, legendre, groups) * q.shape[-1] ** -0.5  # (h, N, K, K)
-    weights = (logits + log_weight.unsqueeze(1)).softmax(-1)
-    mixed = F.dropout(weights, dropout, dropout > 0) @ v  # (h, N, K, D)
+    options = (log_weight, neighborhoods.legendre, groups, dropout)
+    mixed, weights = softmax_attention(q, k, v, *options)
     mixed = mixed.permute(1, 2, 0, 3).reshape(n * num_slots, -1)  # (N·K, H)
-    return Collect.apply(mixed, layout.slot), weights
+    return mixed.index_select(0, slot), weights
 
 
 def self_edge_attention(
     q: Tensor,
     key_value: Tensor,
-    log_weight: Tensor,
-    layout: Layout,
-    group: slice,
+    neighborhoods: Neighborhoods,
+    layout: str,
+    groups: list[slice],
+    num_heads: int,
     dropout: float = 0.0,
-) -> Tensor:
-    """Neighbourhood attention asked by the self-edges: q (N, h, D), k and v (M, 2H) → (N, H).
+) -> tuple[Tensor, Tensor]:
+    """The same for the atoms alone, which stand in slot 0 of their rows.
 
-    The last block needs no more, for the heads read only atoms. A self-edge has no direction, so
-    of the angular encoding the first group (l = 0) is left.
+    q (N, H), key_value (M, 2H) → (N, H), and the weights (h, N, 1, K).
     """
+    log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
-    row = layout.slot // num_slots  # (M,)
-    k, v = key_value.unflatten(1, (2, *q.shape[1:])).unbind(1)  # (M, h, D) each
-    logits = (q[..., group].index_select(0, row) * k[..., group]).sum(-1) * q.shape[-1] ** -0.5
-    table = Spread.apply(logits, layout.slot, n * num_slots)  # (M, h) → (N·K, h)
-    weights = (table.view(n, num_slots, -1) + log_weight.unsqueeze(2)).softmax(1)
-    weights = F.dropout(Collect.apply(weights.flatten(0, 1), layout.slot), dropout, dropout > 0)
-    return torch.zeros_like(q).index_add(0, row, weights.unsqueeze(2) * v).flatten(1)  # (N, H)
-
-
-class SelfAttention(nn.Module):
-    """The four projections of one attention; the mixing in between is passed in by the block."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.query = Linear(size, size)
-        self.key = Linear(size, size)
-        self.value = Linear(size, size)
-        self.output = Linear(size, size)
-
-    def project(self, x: Tensor, names: Sequence[str] = ("query", "key", "value")) -> Tensor:
-        """(R, H) → (R, 3H): queries, keys and values side by side, in one product."""
-        parts = [getattr(self, name) for name in names]
-        weight = torch.cat([part.weight for part in parts])
-        return linear(x, weight, torch.cat([part.bias for part in parts]))
+    q = q.view(n, 1, num_heads, -1).permute(2, 0, 1, 3)  # (h, N, 1, D)
+    table = key_value.new_zeros(n * num_slots, key_value.shape[1]).index_copy(0, slot, key_value)
+    k, v = table.view(n, num_slots, 2, num_heads, -1).permute(2, 3, 0, 1, 4)  # (h, N, K, D) each
+    legendre = neighborhoods.legendre[:, :, :1]  # (l, N, 1, K)
+    mixed, weights = softmax_attention(q, k, v, log_weight, legendre, groups, dropout)
+    return mixed.permute(1, 2, 0, 3).reshape(n, -1), weights  # (N, H)
 
 
 # --- node attention ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SystemTable:
+    """All atoms of each system as one padded row: B rows of n slots.
+
+    slot (N,): slot of each atom, or None where no padding is needed (all systems of one size).
+    real (B, n) bool: slots that hold an atom.
+    """
+
+    slot: Tensor | None
+    real: Tensor
+
+    @classmethod
+    def make(cls, natoms: Tensor) -> SystemTable:
+        longest = int(natoms.max())
+        inside = torch.arange(longest, device=natoms.device)
+        real = inside < natoms.unsqueeze(1)  # (B, n)
+        return cls(None if bool(real.all()) else real.flatten().nonzero().squeeze(1), real)
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, 1, n): -inf at empty slots, 0 elsewhere; None where there are none."""
+        if self.slot is None:
+            return None
+        mask = torch.zeros(self.real.shape, dtype=dtype, device=self.real.device)
+        return mask.masked_fill(~self.real, -torch.inf)[:, None, None]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, C) → (B·n, C), zeros in empty slots."""
+        if self.slot is None:
+            return x
+        return x.new_zeros(self.real.numel(), x.shape[1]).index_copy(0, self.slot, x)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """(B·n, C) → (N, C)."""
+        return x if self.slot is None else x.index_select(0, self.slot)
+
+
 def node_attention(
     qkv: Tensor,
     bias: Tensor | None,
-    table: SystemTable,
+    systems: SystemTable,
     num_heads: int,
     dropout: float = 0.0,
-    fused: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """(N, 3H) → (N, H) among all atoms of a system, and the weights (B, h, n, n).
 
-    bias (B, h, n, n): ERoPE's, or -inf at empty keys, or None. The fused form is PyTorch's
-    `scaled_dot_product_attention` (flash where the device and the bias allow it); it gives no
-    weights.
+    softmax_j(q_i·k_j/√D + bias_ij) v_j. bias (B, h, n, n): ERoPE's, -inf at empty keys, or None.
     """
-    batch, longest = table.real.shape
-    qkv = table.spread(qkv).view(batch, longest, 3, num_heads, -1)
+    batch, longest = systems.real.shape
+    qkv = systems.spread(qkv).view(batch, longest, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, n, D) each
-    if fused:
-        mixed, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=bias), None
-    else:
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, n)
-        weights = (logits if bias is None else logits + bias).softmax(-1)
-        mixed = F.dropout(weights, dropout, dropout > 0) @ v
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, n)
+    weights = (logits if bias is None else logits + bias).softmax(-1)
+    mixed = F.dropout(weights, dropout, dropout > 0) @ v  # (B, h, n, D)
     mixed = mixed.transpose(1, 2).reshape(batch * longest, -1)  # (B·n, H)
-    return table.collect(mixed), weights
-
-
-# --- ERoPE ------------------------------------------------------------------------------------
+    return systems.collect(mixed), weights
 
 
 def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
-    """The formula. (...,) Å, (h, F) → (h, ...): log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6)."""
-    mixed = torch.tensordot(weight, sinc_features(distances, frequencies), dims=([1], [-1]))
+    """ERoPE: (...,) Å, (h, F) → (h, ...): log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6)."""
+    features = encodings.sinc_features(distances, frequencies)  # (..., F)
+    mixed = torch.tensordot(weight, features, dims=([1], [-1]))  # (h, ...)
     return torch.log(F.softplus(mixed) + 1e-6)

@@ -36,6 +36,7 @@ from allscaip_lite.checkpoints.native import load_model
 from allscaip_lite.checkpoints.official import save_official
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.batches import collate
+from allscaip_lite.kernels import choose
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.training.loop import (
@@ -103,8 +104,14 @@ def calculator(side: str, checkpoint: str, device: str) -> Any:
 
         unit = load_predict_unit(checkpoint, device=device)
         return FAIRChemCalculator(unit, task_name="omol")
-    options = {"compile": True} if side == COMPILED else {}
-    return AllScAIPCalculator(load_model(checkpoint), device=device, **options)
+    return AllScAIPCalculator(load_model(checkpoint), device, kernels=kernels_of(side, device))
+
+
+def kernels_of(side: str, device: str) -> str:
+    """What `kernels` is called for the two sides of this package."""
+    if side == COMPILED:
+        return "c" if device == "cpu" else "cuda-graphs"
+    return "torch"
 
 
 def peak_memory(device: str) -> float:
@@ -446,13 +453,13 @@ def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespac
     if args.device == "cuda" and args.compile:
         natoms = batch.structures.natoms.numpy()
         recorded = RecordedLoss(model, stage, batch_size(natoms, int(natoms.sum()), config))
-        batch = batch.brought_to(recorded.size, config.reach)
+        batch = batch.padded_to(recorded.size, config.reach)
     batch = batch.to(torch.device(args.device))
     sides = [side for side in args.sides if side != THEIRS]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(WARM_UP + args.rounds):
         for side in sides:
-            model.compiled = side == COMPILED
+            model.operations = choose(kernels_of(side, args.device), args.device)
             started = time.perf_counter()
             if recorded and side == COMPILED:
                 recorded(batch)

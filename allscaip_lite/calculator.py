@@ -22,6 +22,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
 from allscaip_lite.checkpoints.native import load_model
+from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result
 
@@ -31,18 +32,19 @@ class AllScAIPCalculator(Calculator):
 
     `device` defaults to the model's own, or for a name to a CUDA GPU where there is one, else the
     CPU. The model that is given stays as it is, in training mode or not: the calculator's own
-    `model` is a frozen copy on the same weights (on a copy of them, where `device` or `dtype` ask
+    `model` is a copy on the same weights that takes no gradients of them (on a copy of them, where `device` or `dtype` ask
     for another place). Results are kept until positions, cell, elements, charge or multiplicity
     change; after a change of the weights, call `reset()`.
 
-    `compile=True` makes it faster. On a CPU by kernels in C that take a second or two to compile,
-    once on a machine (see `compiled`); it needs gcc or clang. On a CUDA GPU by recording a step and
-    repeating it (see `recorded`), which takes some seconds for each new composition.
+    `kernels` chooses how the model computes, see the table of `allscaip_lite.kernels`; the results
+    are the same. "auto" takes what is fastest on the device: on a CPU kernels in C, where there is
+    a C compiler (the first call on a machine compiles them, in a second or two); on a CUDA GPU a
+    step that is recorded and repeated, once a composition has been asked for several times.
 
-    Raises `CompileError` where the kernels cannot be compiled, `FixedSizeError` where a step cannot
-    be recorded, `StructureError` for structures the model cannot answer for, and ASE's
-    `PropertyNotImplementedError` for a stress that does not exist: of a structure without periodic
-    directions, or of a model with a head for direct forces.
+    Raises `CompileError` where `kernels="c"` cannot be compiled, `PaddingError` where
+    `kernels="cuda-graphs"` cannot record a step, `StructureError` for structures the model cannot
+    answer for, and ASE's `PropertyNotImplementedError` for a stress that does not exist: of a
+    structure without periodic directions, or of a model with a head for direct forces.
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
@@ -52,18 +54,18 @@ class AllScAIPCalculator(Calculator):
         model: AllScAIP | str | Path = "lite",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        compile: bool = False,
+        kernels: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not isinstance(model, AllScAIP):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = load_model(model)
-        self.model = _frozen(model).to(device=device, dtype=dtype).eval()
-        self.model.compiled = compile  # which a GPU leaves undone
+            model = load_model(model, kernels="plain")
+        self.model = _without_weight_grad(model).to(device=device, dtype=dtype).eval()
+        self.model.operations = choose(kernels, self.model.device, self.model.dtype)
         self.recorded = None
-        if compile and self.model.device.type != "cpu":
-            self.recorded = RecordedModel(self.model)
+        if self.model.device.type == "cuda" and kernels in ("auto", "cuda-graphs"):
+            self.recorded = RecordedModel(self.model, patient=kernels == "auto")
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last call, of all that the model reads: ASE's own way takes longer
@@ -111,11 +113,11 @@ class AllScAIPCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)
 
     def answer(self, atoms: Atoms) -> Result:
-        """The model's, from scratch."""
+        """What the model gives, computed anew."""
         return self.model.predict(atoms, self.recorded)[0]
 
 
-def _frozen(model: AllScAIP) -> AllScAIP:
+def _without_weight_grad(model: AllScAIP) -> AllScAIP:
     """A second module on the same weights, which asks for no gradients of them."""
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for weight in model.parameters():

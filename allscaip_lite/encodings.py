@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from allscaip_lite.graph import Graph
-from allscaip_lite.kernels import fused
 
 # ERoPE's wavelengths run from 120 Å down to 1/4 Å: frequencies in 1/Å
 LOWEST_FREQUENCY = math.pi / (4 * 30.0)
@@ -28,13 +27,24 @@ def radial_basis(distances: Tensor, kind: str, cutoff: float, size: int) -> Tens
     `gaussian`: exp(-½ (d-c)²/(2Δ)²), centres c evenly on [0, cutoff], Δ their spacing.
     `sigmoid`: σ(2(d-c)/Δ). `linear_sigmoid`: that plus 0.002 (d-c)/Δ.
     """
-    centers = torch.linspace(0, cutoff, size, dtype=distances.dtype, device=distances.device)
-    per_spacing = (size - 1) / cutoff
+    centers, spacing = radial_centers(cutoff, size, distances)
     if kind == "gaussian":
-        return fused.gaussians(distances, centers, per_spacing)
-    offset = (distances.unsqueeze(1) - centers) * per_spacing  # (E, size) in spacings
+        return gaussian_basis(distances, centers, spacing)
+    offset = (distances.unsqueeze(1) - centers) / spacing  # (E, size) in spacings
     step = torch.sigmoid(2 * offset)
     return step if kind == "sigmoid" else step + 0.002 * offset
+
+
+def radial_centers(cutoff: float, size: int, like: Tensor) -> tuple[Tensor, float]:
+    """(size,) Å, evenly on [0, cutoff], and their spacing in Å."""
+    centers = torch.linspace(0, cutoff, size, dtype=like.dtype, device=like.device)
+    return centers, cutoff / (size - 1)
+
+
+def gaussian_basis(distances: Tensor, centers: Tensor, spacing: float) -> Tensor:
+    """(E,), (C,) Å → (E, C): exp(-½ (d-c)²/(2Δ)²), Δ the spacing of the centres."""
+    offset = (distances.unsqueeze(1) - centers) / spacing  # (E, C) in spacings
+    return torch.exp(-offset.square() / 8)
 
 
 def spherical_harmonics(directions: Tensor, degree: int) -> Tensor:

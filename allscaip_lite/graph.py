@@ -17,13 +17,13 @@ the reverse of slot s of the other, so angles between slots and envelopes are sh
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.kernels import fused
 from allscaip_lite.neighbors import (
     candidate_pairs,
     pair_vectors,
@@ -33,6 +33,7 @@ from allscaip_lite.neighbors import (
 from allscaip_lite.structures import Structures
 
 EXTRA_CANDIDATES = 20  # ranks count the k + 20 nearest
+ABSENT = 1.9  # stands behind every value of what is there, in `places_in_rows`
 SLOT_STEP = 4  # rows are as long as a multiple of this: small matrix products run best so
 
 
@@ -70,6 +71,10 @@ class Graph:
     @property
     def num_pairs(self) -> int:
         return self.distances.shape[0]
+
+    def slot(self, layout: str) -> Tensor:
+        """(M,) where each state stands in the `source` or the `destination` layout."""
+        return self.source_slot if layout == "source" else self.destination_slot
 
 
 def bump(x: Tensor) -> Tensor:
@@ -112,39 +117,23 @@ def log_envelope(envelope: Tensor) -> Tensor:
     return -squared / (1 - squared)
 
 
-def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
+def build_graph(
+    structures: Structures, config: AllScAIPConfig, rank: Callable[..., Tensor] = soft_rank
+) -> Graph:
     """Graph of a batch; differentiable in positions and cell. See `Graph` for what comes out.
 
-    Raises `StructureError` where two atoms stand on one spot.
+    rank: `soft_rank`, or a faster form of it. Raises `StructureError` where two atoms stand on one
+    spot.
     """
-    positions, n = structures.positions, len(structures.positions)
+    n = len(structures.positions)
     first, second, shift = candidate_pairs(structures, config.reach)
     vectors = pair_vectors(structures, first, second, shift)  # (P, 3)
     distances = safe_norm(vectors)  # (P,)
+    near = torch.ones_like(first, dtype=torch.bool)
+    envelope, alive = pair_envelopes(first, second, distances, near, n, config, rank)
 
-    # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
-    rows = torch.cat([first, second])  # (2P,)
-    position = places_in_rows(rows, distances.double() / config.reach, n)
-    width = int(position.max()) + 1 if len(rows) else 1
-    if config.truncated_rank:
-        width = min(width, config.k + EXTRA_CANDIDATES)
-    kept = position < width
-    listed = kept.view(2, -1).all(0)  # pairs that both atoms count among their nearest
-    entry = rows * width + position  # place in the table, slot 0 being the atom itself
-    table = positions.new_full((n, width), torch.inf)
-    table[:, 0] = 0
-    table = table.flatten().index_put((entry[kept],), distances.repeat(2)[kept]).view(n, width)
-    scale, truncated = config.rank_width, config.truncated_rank
-    soft = fused.soft_rank(table, scale) if truncated else soft_rank(table, scale, truncated)
-    rank = (soft if config.soft_rank else hard_rank(table)).flatten()
-
-    ranks = rank.gather(0, entry.view(2, -1)[:, listed].flatten()).view(2, -1)  # (2, P')
-    limits = torch.cat([ranks / config.k, distances[listed].unsqueeze(0) / config.cutoff])
-    maximum = soft_maximum(limits, config.envelope_temperature)
-    envelope = maximum if config.soft_rank else limits.amax(0)
-    alive = envelope < 1
-    chosen, envelope = listed.nonzero().squeeze(1)[alive], envelope[alive]
-    position = places_in_rows(torch.cat([first[chosen], second[chosen]]), envelope, n)
+    chosen = alive.nonzero().squeeze(1)  # (P',)
+    position = places_in_rows(torch.cat([first[chosen], second[chosen]]), envelope[chosen], n)
     longest = int(position.max()) + 1 if len(position) else 1
     num_slots = config.max_neighbors or -(-longest // SLOT_STEP) * SLOT_STEP
     if longest > num_slots:
@@ -153,15 +142,59 @@ def build_graph(structures: Structures, config: AllScAIPConfig) -> Graph:
             "the weakest edges are dropped, and the energy is no longer smooth",
             stacklevel=3,
         )
-        fits = (position < num_slots).view(2, -1).all(0)
-        chosen, envelope = chosen[fits], envelope[fits]
-        position = places_in_rows(torch.cat([first[chosen], second[chosen]]), envelope, n)
+        chosen = chosen[(position < num_slots).view(2, -1).all(0)]
+        position = places_in_rows(torch.cat([first[chosen], second[chosen]]), envelope[chosen], n)
 
     first, second, shift = first[chosen], second[chosen], shift[chosen]
-    edge_slot = torch.cat([first, second]) * num_slots + position  # (2P,)
+    edge_slot = torch.cat([first, second]) * num_slots + position  # (2P',)
     distances, directions = distances[chosen], vectors[chosen] / distances[chosen].unsqueeze(1)
-    pairs = (first, second, shift, distances, directions, log_envelope(envelope))
+    pairs = (first, second, shift, distances, directions, log_envelope(envelope[chosen]))
     return in_slots(pairs, edge_slot, n, num_slots)
+
+
+def pair_envelopes(
+    first: Tensor,
+    second: Tensor,
+    distances: Tensor,
+    near: Tensor,
+    n: int,
+    config: AllScAIPConfig,
+    rank: Callable[..., Tensor] = soft_rank,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The envelope of each candidate pair (P,), and which of the pairs are edges, (P,) bool.
+
+    near (P,) bool: which of the pairs count at all. width: candidates of an atom, itself included,
+    that are ranked; as many as there are, where it is not given.
+    """
+    # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
+    rows = torch.cat([first, second])  # (2P,)
+    order = torch.where(near, distances.double() / config.reach, ABSENT)
+    position = places_in_rows(rows, order, n)
+    if width is None:
+        width = int(position.max()) + 1 if len(rows) else 1
+        width = min(width, config.k + EXTRA_CANDIDATES) if config.truncated_rank else width
+    kept = (position < width) & near.repeat(2)
+    listed = kept.view(2, -1).all(0)  # pairs that both atoms count among their nearest
+    # place in the table, slot 0 being the atom itself; what has no place goes to the very last one
+    entry = torch.where(kept, rows * width + position, n * width)
+    table = distances.new_full((n * width + 1,), torch.inf)
+    table = table.index_fill(0, torch.arange(n, device=rows.device) * width, 0.0)
+    value = torch.where(kept, distances.repeat(2), torch.inf)
+    table = table.scatter(0, entry, value)[:-1].view(n, width)
+    if not config.soft_rank:
+        ranks = hard_rank(table)
+    elif config.truncated_rank:
+        ranks = rank(table, config.rank_width)
+    else:
+        ranks = soft_rank(table, config.rank_width, truncated=False)
+
+    # Ranks and distance of each pair over their limits; the largest of the three decides.
+    of_pair = ranks.flatten().gather(0, torch.where(listed.repeat(2), entry, 0)).view(2, -1)
+    limits = torch.cat([of_pair / config.k, distances.unsqueeze(0) / config.cutoff])  # (3, P)
+    smooth = soft_maximum(limits, config.envelope_temperature)
+    envelope = smooth if config.soft_rank else limits.amax(0)
+    return envelope, listed & (envelope < 1)
 
 
 def in_slots(pairs: tuple[Tensor, ...], edge_slot: Tensor, n: int, num_slots: int) -> Graph:

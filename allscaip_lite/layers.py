@@ -1,23 +1,21 @@
-"""What is done to each state on its own: activations, the norm, the feed-forward network.
+"""What is done to each state on its own: linear layers, activations, norms, the feed-forward network.
 
-In and out: states of any number of rows. `compiled` on a module says whether its form in C may
-serve, on a CPU; `AllScAIP.compiled` sets it on all.
+In and out: states of any number of rows. The modules hold weights; what is done with them is asked
+of an `Operations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.kernels import compiled, fused
-from allscaip_lite.kernels.fused import Linear
+from allscaip_lite.operations import PLAIN, Operations
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": fused.gelu,
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "squared_relu": lambda x: F.relu(x).square(),
@@ -27,37 +25,48 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Activation(nn.Module):
-    """One of `ACTIVATIONS`, any shape."""
-
-    compiled = False
+    """GELU, or one of `ACTIVATIONS`, any shape."""
 
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
         self.name = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.compiled and self.name == "gelu" and x.device.type == "cpu":
-            return compiled.gelu(x)
-        return ACTIVATIONS[self.name](x)
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        return operations.gelu(x) if self.name == "gelu" else ACTIVATIONS[self.name](x)
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b, (R, a) → (R, b)."""
+
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        return operations.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) · w, (R, H) → (R, H)."""
 
-    compiled = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        form = compiled if self.compiled else fused
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return form.rms_norm(x, self.weight, eps)
+        return operations.rms_norm(x, self.weight, eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / std(x) · w + b, (R, H) → (R, H)."""
+
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        return super().forward(x)
+
+
+class NoNorm(nn.Identity):
+    """x."""
+
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        return x
 
 
 def make_norm(config: AllScAIPConfig, size: int) -> nn.Module:
-    if config.normalization == "rms":
-        return RMSNorm(size)
-    return nn.LayerNorm(size) if config.normalization == "layer" else nn.Identity()
+    """The norm that a configuration asks for."""
+    return {"rms": RMSNorm, "layer": LayerNorm, "none": NoNorm}[config.normalization](size)
 
 
 class FeedForward(nn.Module):
@@ -72,7 +81,30 @@ class FeedForward(nn.Module):
         self.expand = Linear(size, config.ffn_ratio * size)
         self.contract = Linear(config.ffn_ratio * size, out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.expand(self.norm(x)))  # (R, 2H)
-        x = self.contract(F.dropout(x, self.dropout, self.training))  # (R, out)
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        x = self.expand(self.norm(x, operations), operations)  # (R, 2H)
+        x = F.dropout(self.activation(x, operations), self.dropout, self.training)
+        x = self.contract(x, operations)  # (R, out)
         return F.dropout(x, self.dropout, self.training)
+
+
+class SelfAttention(nn.Module):
+    """The four projections of one attention; the mixing in between is one of `Operations`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.query = Linear(size, size)
+        self.key = Linear(size, size)
+        self.value = Linear(size, size)
+        self.output = Linear(size, size)
+
+    def project(
+        self,
+        x: Tensor,
+        operations: Operations = PLAIN,
+        names: Sequence[str] = ("query", "key", "value"),
+    ) -> Tensor:
+        """(R, H) → (R, 3H): queries, keys and values side by side, in one product."""
+        parts = [getattr(self, name) for name in names]
+        weight = torch.cat([part.weight for part in parts])
+        return operations.linear(x, weight, torch.cat([part.bias for part in parts]))

@@ -9,9 +9,9 @@ States are one flat list (M, H): the N atoms, then the 2P edges (see `graph`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,15 +20,19 @@ import torch.nn.functional as F
 from ase import Atoms
 from torch import Tensor, nn
 
-from allscaip_lite import attention, encodings
-from allscaip_lite.attention import SelfAttention
+from allscaip_lite import encodings
+from allscaip_lite.attention import SystemTable, channel_groups
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.graph import Graph, build_graph
-from allscaip_lite.kernels import compiled, fused
-from allscaip_lite.kernels.fused import Linear
-from allscaip_lite.kernels.slots import AttentionRecord, Layout, SystemTable, by_count
-from allscaip_lite.layers import Activation, FeedForward, RMSNorm, make_norm
+from allscaip_lite.layers import (
+    Activation,
+    FeedForward,
+    Linear,
+    SelfAttention,
+    make_norm,
+)
 from allscaip_lite.neighbors import system_distances
+from allscaip_lite.operations import PLAIN, Operations
 from allscaip_lite.structures import (
     MAX_CHARGE,
     MAX_MULTIPLICITY,
@@ -62,13 +66,23 @@ class Geometry:
     """All that the blocks read of a batch besides the states, made once a forward pass."""
 
     graph: Graph
-    legendre: Tensor | None  # (l, N, K, K) for LAE
-    source: Layout
-    destination: Layout
+    neighborhoods: Any  # the graph with its angles, as `operations.neighborhoods` makes it
     systems: SystemTable
-    biases: Sequence[Any]  # of each block's node attention, (B, h, n, n) or None
-    fused: bool  # whether the forms that can be differentiated once may serve
-    rows: compiled.Rows | None  # for the compiled form
+    biases: Sequence[Tensor | None]  # of each block's node attention, (B, h, n, n)
+    operations: Operations
+
+
+@dataclass
+class AttentionRecord:
+    """Where a forward pass leaves its attention weights, a list entry a block, on request.
+
+    source, destination (h, N, K, K); node (B, h, n, n). Only the plain operations have them.
+    """
+
+    source: list[Tensor] = field(default_factory=list)
+    destination: list[Tensor] = field(default_factory=list)
+    node: list[Tensor] = field(default_factory=list)
+    geometry: Geometry | None = None  # whose slots the weights belong to
 
 
 class Input(nn.Module):
@@ -92,48 +106,62 @@ class Input(nn.Module):
         if config.distance_basis == "silu":
             self.distance_basis = Linear(2, config.num_distance_basis)
 
-    def forward(self, structures: Structures, graph: Graph, order: Tensor) -> Tensor:
+    def forward(
+        self,
+        structures: Structures,
+        graph: Graph,
+        order: Tensor,
+        operations: Operations = PLAIN,
+    ) -> Tensor:
         """→ (M, H) states of atoms and edges; order (N, 10): the bond-orientational order."""
-        config, act = self.config, self.activation
+        config, ops = self.config, operations
+
+        def act(x: Tensor) -> Tensor:
+            return self.activation(x, ops)
+
         atoms = self.atom_embedding(structures.atomic_numbers)  # (N, H)
-        nodes = torch.cat([atoms, act(self.bond_order(order))], dim=1)  # (N, 2H)
-        nodes = act(self.node(self.norm(nodes)))  # (N, H)
+        nodes = torch.cat([atoms, act(self.bond_order(order, ops))], dim=1)  # (N, 2H)
+        nodes = act(self.node(self.norm(nodes, ops), ops))  # (N, H)
         charge = self.charge_embedding(structures.charge + MAX_CHARGE)  # (B, H)
         spin = self.spin_embedding(structures.spin)  # (B, H)
-        charge_spin = act(self.charge_spin(torch.cat([charge, spin], dim=1)))  # (B, H)
-        nodes = nodes + charge_spin[structures.system]
+        charge_spin = self.charge_spin(torch.cat([charge, spin], dim=1), ops)  # (B, H)
+        nodes = nodes + act(charge_spin)[structures.system]
 
         # Lin([node ; attributes]) in two halves: the node's half once an atom, not once an edge
         node_weight, attribute_weight = self.edge.weight.split(config.hidden_size, dim=1)
-        node_half = fused.linear(nodes, node_weight, self.edge.bias)  # (N, H)
+        node_half = ops.linear(nodes, node_weight, self.edge.bias)  # (N, H)
         row = torch.cat([torch.arange(len(nodes), device=nodes.device), graph.source])
         node_half = node_half.gather(0, row.unsqueeze(1).expand(-1, config.hidden_size))  # (M, H)
-        attributes = act(self.attributes(graph))  # (M, H)
-        return act(node_half + fused.linear(attributes, attribute_weight, None))
+        attributes = act(self.attributes(graph, ops))  # (M, H)
+        return act(node_half + ops.linear(attributes, attribute_weight, None))
 
-    def attributes(self, graph: Graph) -> Tensor:
+    def attributes(self, graph: Graph, ops: Operations) -> Tensor:
         """(M, H): Lin([basis(d) ; Y(r̂)]), each pair computed once for both its directions."""
         size, degree = self.config.num_distance_basis, self.config.direction_degree
         basis_weight, direction_weight = self.edge_attributes.weight.tensor_split([size], dim=1)
         distances = torch.cat([graph.distances.new_zeros(1), graph.distances])  # self-edge first
-        radial = fused.linear(self.basis(distances), basis_weight, self.edge_attributes.bias)
+        radial = ops.linear(self.basis(distances, ops), basis_weight, self.edge_attributes.bias)
         harmonics = encodings.spherical_harmonics(graph.directions, degree)  # (P, 36)
         number = torch.arange((degree + 1) ** 2, device=harmonics.device)  # l² + l + m
         parity = 1 - 2 * (number.sqrt().long() % 2)  # Y(-r) = (-1)^l Y(r)
         harmonics = torch.cat([harmonics, harmonics * parity])  # (2P, 36)
-        edges = radial[1:].repeat(2, 1) + fused.linear(harmonics, direction_weight, None)  # (2P, H)
+        edges = radial[1:].repeat(2, 1) + ops.linear(harmonics, direction_weight, None)  # (2P, H)
         alone = radial[:1] + direction_weight[:, 0]  # only Y_00 = 1 survives without a direction
         return torch.cat([alone.expand(graph.num_atoms, -1), edges])
 
-    def basis(self, distances: Tensor) -> Tensor:
+    def basis(self, distances: Tensor, ops: Operations) -> Tensor:
         """(E,) Å → (E, 512)."""
-        config = self.config
-        if config.distance_basis == "silu":
-            ones = torch.ones_like(distances)
-            return F.silu(self.distance_basis(torch.stack([distances, ones], dim=1)))
-        return encodings.radial_basis(
-            distances, config.distance_basis, config.cutoff, config.num_distance_basis
+        kind, cutoff, size = (
+            self.config.distance_basis,
+            self.config.cutoff,
+            self.config.num_distance_basis,
         )
+        if kind == "silu":
+            ones = torch.ones_like(distances)
+            return F.silu(self.distance_basis(torch.stack([distances, ones], dim=1), ops))
+        if kind == "gaussian":
+            return ops.gaussian_basis(distances, *encodings.radial_centers(cutoff, size, distances))
+        return encodings.radial_basis(distances, kind, cutoff, size)
 
 
 class Block(nn.Module):
@@ -143,7 +171,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.groups = attention.channel_groups(config.angular_channels, config.head_size)
+        self.groups = channel_groups(config.angular_channels, config.head_size)
         self.source_norm = make_norm(config, size)
         self.source_attention = SelfAttention(size)
         self.destination_norm = make_norm(config, size)
@@ -171,66 +199,81 @@ class Block(nn.Module):
     def forward(
         self, states: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None = None
     ) -> Tensor:
-        """(M, H) → (M, H), or (N, H) from the last block, whose edges nobody reads."""
-        graph = geometry.graph
+        """(M, H) → (M, H)."""
+        graph, ops = geometry.graph, geometry.operations
         states = self.mix_edges(states, "source", geometry, record)
-        if index == self.config.num_layers - 1 and record is None:
-            nodes, edges = self.mix_self_edges(states, geometry), None
-        else:
-            states = self.mix_edges(states, "destination", geometry, record)
-            nodes, edges = states.split([graph.num_atoms, 2 * graph.num_pairs])
-            edges = torch.addcmul(edges, self.edge_ffn(edges), self.scale["edge_ffn"])
+        states = self.mix_edges(states, "destination", geometry, record)
+        nodes, edges = states.split([graph.num_atoms, 2 * graph.num_pairs])
+        edges = torch.addcmul(edges, self.edge_ffn(edges, ops), self.scale["edge_ffn"])
+        return torch.cat([self.update_nodes(nodes, geometry, index, record), edges])
+
+    def last(self, states: Tensor, geometry: Geometry, index: int) -> Tensor:
+        """(M, H) → (N, H): the same for the atoms alone, the only states that the heads read."""
+        states = self.mix_edges(states, "source", geometry)
+        return self.update_nodes(self.mix_self_edges(states, geometry), geometry, index)
+
+    def update_nodes(
+        self, nodes: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None = None
+    ) -> Tensor:
+        """(N, H) → (N, H): node attention and the atoms' feed-forward network."""
         if self.config.node_attention:
             nodes = self.mix_nodes(nodes, geometry, index, record)
-        nodes = torch.addcmul(nodes, self.node_ffn(nodes), self.scale["node_ffn"])
-        return nodes if edges is None else torch.cat([nodes, edges])
+        update = self.node_ffn(nodes, geometry.operations)
+        return torch.addcmul(nodes, update, self.scale["node_ffn"])
 
     def mix_edges(
-        self, states: Tensor, layout: str, geometry: Geometry, record: AttentionRecord | None
+        self,
+        states: Tensor,
+        layout: str,
+        geometry: Geometry,
+        record: AttentionRecord | None = None,
     ) -> Tensor:
         """Neighbourhood attention in one layout, with its residual: (M, H) → (M, H)."""
+        ops = geometry.operations
         norm, layer = getattr(self, f"{layout}_norm"), getattr(self, f"{layout}_attention")
-        groups, heads = self.groups, self.config.num_heads
-        qkv = layer.project(norm(states))  # (M, 3H)
-        table = (geometry.graph.log_weight, geometry.legendre, getattr(geometry, layout))
-        if geometry.rows is not None and not self.dropout:
-            mixed = compiled.neighborhood_attention(qkv, geometry.rows, layout, groups, heads)
-        elif geometry.fused and not self.dropout:
-            mixed = fused.FusedNeighborhoodAttention.apply(qkv, *table, groups, heads)
-        else:
-            options = (groups, heads, self.dropout)
-            mixed, weights = attention.neighborhood_attention(qkv, *table, *options)
-            if record is not None:
-                getattr(record, layout).append(weights)
-        return torch.addcmul(states, layer.output(mixed), self.scale[layout])
+        mixed, weights = ops.neighborhood_attention(
+            layer.project(norm(states, ops), ops),  # (M, 3H)
+            geometry.neighborhoods,
+            layout,
+            self.groups,
+            self.config.num_heads,
+            self.dropout,
+        )
+        if record is not None:
+            getattr(record, layout).append(weights)
+        return torch.addcmul(states, layer.output(mixed, ops), self.scale[layout])
 
     def mix_self_edges(self, states: Tensor, geometry: Geometry) -> Tensor:
         """Destination attention for the atoms alone, with its residual: (M, H) → (N, H)."""
-        layer, log_weight = self.destination_attention, geometry.graph.log_weight
-        normed = self.destination_norm(states)
-        nodes = states[: len(log_weight)]
-        q = layer.query(normed[: len(nodes)]).unflatten(1, (self.config.num_heads, -1))  # (N, h, D)
-        key_value = layer.project(normed, ("key", "value"))  # (M, 2H)
-        mixed = attention.self_edge_attention(
-            q, key_value, log_weight, geometry.destination, self.groups[0], self.dropout
+        ops, layer = geometry.operations, self.destination_attention
+        normed = self.destination_norm(states, ops)
+        nodes = states[: geometry.graph.num_atoms]
+        mixed, _ = ops.self_edge_attention(
+            layer.query(normed[: len(nodes)], ops),  # (N, H)
+            layer.project(normed, ops, ("key", "value")),  # (M, 2H)
+            geometry.neighborhoods,
+            "destination",
+            self.groups,
+            self.config.num_heads,
+            self.dropout,
         )
-        return torch.addcmul(nodes, layer.output(mixed), self.scale["destination"])
+        return torch.addcmul(nodes, layer.output(mixed, ops), self.scale["destination"])
 
     def mix_nodes(
-        self, nodes: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None
+        self, nodes: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None = None
     ) -> Tensor:
         """All-to-all attention over the atoms of a system, with its residual: (N, H) → (N, H)."""
-        mixed, weights = attention.node_attention(
-            self.node_attention.project(self.node_norm(nodes)),  # (N, 3H)
+        ops, layer = geometry.operations, self.node_attention
+        mixed, weights = ops.node_attention(
+            layer.project(self.node_norm(nodes, ops), ops),  # (N, 3H)
             geometry.biases[index],
             geometry.systems,
             self.config.num_heads,
             self.dropout,
-            geometry.fused and record is None and not self.dropout,
         )
         if record is not None:
             record.node.append(weights)
-        return torch.addcmul(nodes, self.node_attention.output(mixed), self.scale["node"])
+        return torch.addcmul(nodes, layer.output(mixed, ops), self.scale["node"])
 
 
 class AllScAIP(nn.Module):
@@ -238,12 +281,14 @@ class AllScAIP(nn.Module):
 
     Residual scales start at 1/L and biases at zero, as in the reference; matrices start at variance
     2/fan-in and atom embeddings at 1, larger than there: short trainings then learned faster.
+
+    operations: the formulas, in their plain form or a faster one (see `kernels.choose`).
     """
 
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
         self.config = config
-        self._compiled = False
+        self.operations = PLAIN
         self.input = Input(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.energy_head = FeedForward(config, 1)
@@ -268,21 +313,6 @@ class AllScAIP(nn.Module):
         return self
 
     @property
-    def compiled(self) -> bool:
-        """Whether the kernels of `compiled` serve; set, they are compiled now, on a CPU only."""
-        return self._compiled
-
-    @compiled.setter
-    def compiled(self, wanted: bool) -> None:
-        wanted = wanted and self.device.type == "cpu"
-        if wanted:
-            compiled.load_kernels(self.dtype)  # now, not at the first step
-        self._compiled = wanted
-        for module in self.modules():
-            if isinstance(module, Activation | RMSNorm):
-                module.compiled = wanted
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.input.atom_embedding.weight.dtype
 
@@ -298,33 +328,31 @@ class AllScAIP(nn.Module):
         self,
         structures: Structures,
         create_graph: bool | None = None,
-        features: Callable[..., Tensor] | None = None,
-        periodic: bool | None = None,
+        geometry: Callable[[Structures, Operations], Geometry] | None = None,
     ) -> Prediction:
         """Energy, forces and, for a conservative model with periodic systems, stress.
 
-        `create_graph` keeps forces differentiable (default: in training mode); otherwise the fused
-        kernels run, which can be differentiated once. The compiled ones serve for both. `features`
-        may replace those below, and `periodic` say whether anything is.
+        `create_graph` keeps forces differentiable (default: in training mode). `geometry` may
+        replace `self.geometry`, for padded input.
         """
-        features = features or self.features
         create_graph = self.training if create_graph is None else create_graph
         structures = structures.to(self.device, self.dtype)
         if not self.config.conservative:
-            nodes = features(structures, fused=True)
-            energy = self.in_electronvolts(self.energy_head(nodes).squeeze(1), structures)
-            forces = self.force_head(nodes) * self.force_scale.to(self.dtype)
-            return Prediction(energy, forces, None)
+            nodes = self.features(structures, self.operations, geometry=geometry)
+            atomic = self.energy_head(nodes, self.operations).squeeze(1)
+            forces = self.force_head(nodes, self.operations) * self.force_scale.to(self.dtype)
+            return Prediction(self.in_electronvolts(atomic, structures), forces, None)
+        ops = self.operations.twice_differentiable if create_graph else self.operations
         with torch.enable_grad():
             positions = structures.positions.detach().requires_grad_()
             inputs = [positions]
             moved = structures.replace(positions=positions)
-            periodic = bool(structures.pbc.any()) if periodic is None else periodic
-            with_stress = self.config.stress and periodic
+            with_stress = self.config.stress and structures.periodic
             if with_stress:
                 inputs.append(positions.new_zeros(len(structures), 3, 3).requires_grad_())
                 moved = moved.strained(inputs[1])
-            atomic = self.energy_head(features(moved, fused=not create_graph)).squeeze(1)
+            nodes = self.features(moved, ops, geometry=geometry)
+            atomic = self.energy_head(nodes, ops).squeeze(1)
             gradients = torch.autograd.grad(
                 atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
             )
@@ -338,70 +366,74 @@ class AllScAIP(nn.Module):
         return Prediction(energy if create_graph else energy.detach(), forces, stress)
 
     def features(
-        self, structures: Structures, fused: bool, record: AttentionRecord | None = None
+        self,
+        structures: Structures,
+        operations: Operations | None = None,
+        record: AttentionRecord | None = None,
+        geometry: Callable[[Structures, Operations], Geometry] | None = None,
     ) -> Tensor:
-        """(N, H): the states of the atoms after the last block, before the heads' norms."""
-        graph, atoms, rows = build_graph(structures, self.config), None, None
-        if self.compiled and record is None and not any(block.dropout for block in self.blocks):
-            rows = compiled.Rows.make(graph)
-        elif fused:
-            structures, graph, atoms = by_count(structures, graph)
-        systems = SystemTable.make(structures.natoms)
-        occupied = torch.arange(graph.num_slots, device=self.device) < graph.counts.unsqueeze(1)
-        lae = 0 if rows else len(self.config.angular_channels or (0,)) - 1
-        geometry = Geometry(
-            graph=graph,
-            legendre=encodings.slot_legendre(graph, lae) if lae else None,
-            source=Layout.make(graph.source_slot, occupied),
-            destination=Layout.make(graph.destination_slot, occupied),
-            systems=systems,
-            biases=self.biases(structures, systems),
-            fused=fused,
-            rows=rows,
-        )
-        nodes = self.states(structures, geometry, record)
-        return nodes if atoms is None else torch.empty_like(nodes).index_copy(0, atoms, nodes)
+        """(N, H): the states of the atoms after the last block, before the heads' norms.
 
-    def states(
-        self, structures: Structures, geometry: Geometry, record: AttentionRecord | None = None
-    ) -> Tensor:
-        """(N, H): the same from a geometry that is made, in the order of its atoms."""
-        states = self.input(structures, geometry.graph, self.bond_order(geometry))  # (M, H)
-        for index, block in enumerate(self.blocks):
-            states = block(states, geometry, index, record)
-        if record is not None:
-            record.geometry = geometry
-        return states[: geometry.graph.num_atoms]
+        operations: by default the model's own, in a form that can be differentiated twice.
+        """
+        made = (geometry or self.geometry)(
+            structures, operations or self.operations.twice_differentiable
+        )
+        order = self.bond_order(made)  # (N, 10)
+        states = self.input(structures, made.graph, order, made.operations)  # (M, H)
+        *blocks, last = self.blocks
+        for index, block in enumerate(blocks):
+            states = block(states, made, index, record)
+        if record is None:
+            return last.last(states, made, len(blocks))
+        record.geometry = made
+        return last(states, made, len(blocks), record)[: made.graph.num_atoms]
+
+    def geometry(self, structures: Structures, operations: Operations) -> Geometry:
+        """The graph of a batch with its angles, and the logits of ERoPE."""
+        graph = build_graph(structures, self.config, operations.soft_rank)
+        systems = SystemTable.make(structures.natoms)
+        positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
+        distances = system_distances(structures, positions) if self.config.rotary else None
+        return self.geometry_of(graph, systems, distances, operations)
+
+    def geometry_of(
+        self,
+        graph: Graph,
+        systems: SystemTable,
+        distances: Tensor | None,
+        operations: Operations,
+    ) -> Geometry:
+        """The same of a graph that is made; distances (B, n, n) Å between nearest images."""
+        degree = max(self.config.bond_order_degree, len(self.config.angular_channels or (0,)) - 1)
+        return Geometry(
+            graph=graph,
+            neighborhoods=operations.neighborhoods(graph, degree),
+            systems=systems,
+            biases=self.biases(systems, distances, operations),
+            operations=operations,
+        )
 
     def bond_order(self, geometry: Geometry) -> Tensor:
         """(N, 10): the bond-orientational order of all atoms."""
-        graph, degree = geometry.graph, self.config.bond_order_degree
-        smooth, log_weight = self.config.smooth_bond_order, graph.log_weight  # (N, K)
+        smooth, log_weight = self.config.smooth_bond_order, geometry.graph.log_weight  # (N, K)
         weights = log_weight.exp() if smooth else log_weight.isfinite().to(self.dtype)
-        if geometry.rows is not None:
-            sums = compiled.pair_sums(weights, geometry.rows, degree)
-        elif geometry.fused:
-            sums = fused.pair_sums(graph.slot_directions, weights, degree, geometry.source.runs)
-        else:
-            sums = encodings.pair_sums(encodings.slot_legendre(graph, degree), weights)
+        sums = geometry.operations.pair_sums(
+            geometry.neighborhoods, weights, self.config.bond_order_degree
+        )
         return encodings.bond_orientational_order(sums, weights)
 
     def biases(
-        self, structures: Structures, systems: SystemTable, distances: Tensor | None = None
-    ) -> Sequence[Any]:
-        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys, from
-        `distances` (B, n, n) Å between nearest images, if they are known."""
-        config, empty = self.config, systems.mask(self.dtype)
-        if not config.rotary:
-            return [empty] * config.num_layers
+        self, systems: SystemTable, distances: Tensor | None, operations: Operations
+    ) -> Sequence[Tensor | None]:
+        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
+        empty, layers = systems.mask(self.dtype), self.config.num_layers
         if distances is None:
-            positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
-            distances = system_distances(structures, positions)
+            return [empty] * layers
         weight = torch.cat([block.rotary_weight for block in self.blocks])  # (L·h, F)
         frequencies = encodings.rotary_frequencies(weight.shape[1], distances)
-        # all blocks at once, (L·h, B, n, n)
-        bias = fused.rotary_bias(distances, weight, frequencies)
-        bias = bias.unflatten(0, (config.num_layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
+        bias = operations.rotary_bias(distances, weight, frequencies)  # (L·h, B, n, n)
+        bias = bias.unflatten(0, (layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
         return (bias if empty is None else bias + empty).unbind(0)
 
     def in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
@@ -422,8 +454,7 @@ class AllScAIP(nn.Module):
         batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         limit = self.config.max_num_elements
         structures = structures_from_atoms(batch, torch.float64, max_num_elements=limit)
-        # gradients are switched on for forces alone
-        with torch.no_grad(), nullcontext() if forward else fused.frozen(self):
+        with torch.no_grad(), no_weight_grad(self):  # gradients are switched on for forces alone
             energy, forces, stress = (forward or self)(structures, create_graph=False)
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
@@ -432,3 +463,16 @@ class AllScAIP(nn.Module):
             Result(float(energy[i]), forces[i].numpy(), stress[i] if full[i] else None)
             for i in range(len(batch))
         ]
+
+
+@contextmanager
+def no_weight_grad(module: nn.Module) -> Iterator[None]:
+    """Within it the weights of `module` ask for no gradients, which nobody would read."""
+    asking = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in asking:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)

@@ -83,7 +83,8 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
     is among the 27 around it, and it is the difference itself where the lattice is orthogonal or
     the difference shorter than half of every lattice vector. Lattice vectors that are not periodic
-    give way to normals of the others, or a tilted one would lead to the wrong image.
+    give way to normals of the others, or a tilted one would lead to the wrong image. Where two images
+    are equally near, i and j take the same one: shift[j, i] = -shift[i, j].
     """
     lattice = complete_cell((cell.double() * pbc.unsqueeze(1)).cpu().numpy())
     reduced, operation = minkowski_reduce(lattice, pbc.cpu().numpy())
@@ -101,26 +102,18 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
         steps = torch.cartesian_prod(*(torch.tensor(list(s)) for s in steps)).to(reduced)
         images = wrapped[far] + (steps @ reduced).unsqueeze(1)  # (27, Q, 3)
         shift[far] += steps[images.square().sum(-1).argmin(0)]
-    return shift @ operation
+    upper = (shift @ operation).permute(2, 0, 1).triu(1).permute(1, 2, 0)
+    return upper - upper.transpose(0, 1)
 
 
-def pair_vectors(
-    structures: Structures,
-    first: Tensor,
-    second: Tensor,
-    shift: Tensor,
-    periodic: bool | None = None,
-) -> Tensor:
-    """(P, 3) Å from atom `first` to the image `shift` of atom `second`; differentiable.
-
-    periodic: whether anything is, if that is known already.
-    """
+def pair_vectors(structures: Structures, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
+    """(P, 3) Å from atom `first` to the image `shift` of atom `second`; differentiable."""
     positions = structures.positions
     # gather rather than indexing: its backward adds up fast and in a fixed order
     vectors = positions.gather(0, second.unsqueeze(1).expand(-1, 3)) - positions.gather(
         0, first.unsqueeze(1).expand(-1, 3)
     )
-    if bool(structures.pbc.any()) if periodic is None else periodic:
+    if structures.periodic:
         cell = structures.cell.index_select(0, structures.system.gather(0, first))  # (P, 3, 3)
         vectors = vectors + (shift.to(cell.dtype).unsqueeze(2) * cell).sum(1)
     return vectors
@@ -136,7 +129,7 @@ def safe_norm(vectors: Tensor) -> Tensor:
 def system_distances(structures: Structures, positions: Tensor) -> Tensor:
     """(B, n, 3) padded positions → (B, n, n) Å between nearest images; differentiable."""
     vectors = positions.unsqueeze(1) - positions.unsqueeze(2)  # (B, n, n, 3)
-    if bool(structures.pbc.any()):
+    if structures.periodic:
         shift = torch.zeros_like(vectors)
         for index in structures.pbc.any(1).nonzero().flatten().tolist():
             size = int(structures.natoms[index])

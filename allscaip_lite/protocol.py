@@ -3,7 +3,7 @@
 In: the teacher (`spcfw`) or a model. Out: one small JSON file with what experiments measure, made
 in the same way whatever the model is, so that the files can be compared line by line:
 
-    python -m allscaip_lite.protocol run lite-water --compile --out FILE.json
+    python -m allscaip_lite.protocol run lite-water --out FILE.json
     python -m allscaip_lite.protocol table FILE.json OTHER.json --out docs/water.md
 
 A run has stages, each a folder of `allscaip_lite.md.dynamics`. The teacher prepares a box, always the same,
@@ -39,6 +39,7 @@ from tqdm import tqdm
 from allscaip_lite import __version__
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.files import differing, store_text
+from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.labels.water import SPCFw, molecules, water_box
 from allscaip_lite.machine import device_name, processor_name
 from allscaip_lite.md.dynamics import (
@@ -800,12 +801,12 @@ def insert_table(page: Path, table: str) -> None:
 # --- The command -----------------------------------------------------------------------------
 
 
-def _make_calculator(model: str, compiled: bool) -> Calculator:
+def _make_calculator(model: str, kernels: str) -> Calculator:
     if model == TEACHER:
         return SPCFw()
     from allscaip_lite.calculator import AllScAIPCalculator
 
-    return AllScAIPCalculator(model, compile=compiled)
+    return AllScAIPCalculator(model, kernels=kernels)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -816,14 +817,14 @@ def _run(args: argparse.Namespace) -> int:
     folder = args.folder or Path("runs/observables") / place
     exploded: dict[str, str] = {}
     if not args.collect:
-        calculator = _make_calculator(args.model, args.compile)
+        calculator = _make_calculator(args.model, args.kernels)
         try:
             exploded = run_protocol(calculator, protocol, folder, name, args.stages, not args.quiet)
         except KeyboardInterrupt:
             print("\nprotocol: stopped; the same command goes on from here", file=sys.stderr)
             return 130
     if args.teacher:
-        calculator = _make_calculator(args.model, args.compile)
+        calculator = _make_calculator(args.model, args.kernels)
         ask_model(calculator, folder, args.teacher, not args.quiet)
     result = collect(folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -878,11 +879,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--stages", nargs="+", choices=PROLONGED, default=PROLONGED, help="default: all"
     )
-    run.add_argument(
-        "--compile",
-        action="store_true",
-        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
-    )
+    add_kernels_option(run)
     run.add_argument(
         "--collect", action="store_true", help="only write what the folder holds by now"
     )

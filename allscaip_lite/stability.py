@@ -29,6 +29,7 @@ from tqdm import tqdm
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.files import store_text
+from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.labels.workers import in_processes
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md.batched import side_by_side
@@ -194,7 +195,7 @@ def run_trial(
     folder: Path,
     label: str = "",
     *,
-    compile: bool = False,
+    kernels: str = "auto",
     progress: bool = True,
     line: int | None = None,
     names: Sequence[str] | None = None,
@@ -206,7 +207,7 @@ def run_trial(
     called by its number or by one of `names`. `line` is that of the progress bar on the terminal,
     where there are several.
     """
-    calculator = AllScAIPCalculator(model, compile=compile)
+    calculator = AllScAIPCalculator(model, kernels=kernels)
     names = names or _names(len(molecules))
     folders = [folder / name for name in names]
     works = [
@@ -247,9 +248,9 @@ def _work(
 ) -> list[dict[str, Any]]:
     from allscaip_lite.checkpoints.native import load_model
 
-    name, compile, molecules, trial, folder, names, line = task
+    name, kernels, molecules, trial, folder, names, line = task
     model = load_model(name)
-    return run_trial(model, molecules, trial, folder, name, compile=compile, line=line, names=names)
+    return run_trial(model, molecules, trial, folder, name, kernels=kernels, line=line, names=names)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -288,11 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--duration", type=float, default=trial.duration, help="fs")
     parser.add_argument("--timestep", type=float, default=trial.timestep, help="fs")
     parser.add_argument("--temperature", type=float, default=trial.temperature, help="K")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
-    )
+    add_kernels_option(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -310,7 +307,7 @@ def run(args: argparse.Namespace) -> int:
     names = _names(len(molecules))
     shares = [slice(first, None, args.workers) for first in range(args.workers)]
     tasks = [
-        (args.model, args.compile, molecules[share], trial, args.out, names[share], line)
+        (args.model, args.kernels, molecules[share], trial, args.out, names[share], line)
         for line, share in enumerate(shares)
         if molecules[share]
     ]

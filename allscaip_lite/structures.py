@@ -37,6 +37,7 @@ class Structures:
 
     positions (N, 3) Å; atomic_numbers (N,); cell (B, 3, 3) Å, rows are lattice vectors;
     pbc (B, 3) bool; charge (B,) in e; spin (B,) multiplicity, 0 where not given; natoms (B,).
+    periodic: whether anything in the batch is, so that nobody has to ask a GPU for it.
     """
 
     positions: Tensor
@@ -46,6 +47,11 @@ class Structures:
     charge: Tensor
     spin: Tensor
     natoms: Tensor
+    periodic: bool = None  # type: ignore[assignment]  # read off pbc where it is not given
+
+    def __post_init__(self) -> None:
+        if self.periodic is None:
+            object.__setattr__(self, "periodic", bool(self.pbc.any()))
 
     def __len__(self) -> int:
         return len(self.natoms)
@@ -64,6 +70,9 @@ class Structures:
         return (torch.linalg.cross(first, second) * third).sum(1).abs()
 
     def replace(self, **changes: Tensor) -> Structures:
+        """The same batch with some tensors changed."""
+        if "pbc" in changes:
+            return replace(self, **changes, periodic=None)
         return replace(self, **changes)
 
     def strained(self, strain: Tensor) -> Structures:
@@ -79,10 +88,13 @@ class Structures:
     ) -> Structures:
         """On another device, or with another floating-point type for positions and cell."""
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device, dtype if value.is_floating_point() else None)
-        return Structures(**moved)
+        for name, value in self.tensors().items():
+            moved[name] = value.to(device, dtype if value.is_floating_point() else None)
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the batch, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "periodic"}
 
 
 def structures_from_atoms(

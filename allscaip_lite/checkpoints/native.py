@@ -31,6 +31,7 @@ from allscaip_lite.checkpoints.unpickler import (
     UnsafeCheckpointError,
 )
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.kernels import choose
 from allscaip_lite.model import AllScAIP
 
 __all__ = [
@@ -72,13 +73,16 @@ def load_model(
     name_or_path: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    kernels: str = "auto",
 ) -> AllScAIP:
     """A model in evaluation mode, by name or from a file.
 
     `name_or_path` is a bundled model ("lite"), a released one
     ("allscaip-md-conserving-all-omol", "allscaip-md-direct-all-omol": fetched once from the model
     hub, gated), or the path of a `.safetensors` file of ours or an official `.pt` file.
-    `device` (CPU) and `dtype` (that of the file) may be chosen.
+    `device` (CPU) and `dtype` (that of the file) may be chosen, and `kernels`, how it computes: the
+    fastest way on the device where nothing is said, "plain" for the formulas as they are written
+    (see `allscaip_lite.kernels`).
 
     Raises `ValueError` for a name nobody knows, `FileNotFoundError`, `ModelUnavailableError` where
     the hub does not give the file, `CheckpointFormatError` for a file that is not understood,
@@ -91,7 +95,9 @@ def load_model(
     state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
     check_weights(model.state_dict(), state, path.name)
     model.load_state_dict(state, assign=True)
-    return model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype).eval()
+    model.operations = choose(kernels, model.device, model.dtype)
+    return model
 
 
 def read_card(name_or_path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from allscaip_lite.data.aselmdb import DataError, Dataset
-from allscaip_lite.kernels.padded import Fixed, FixedSizeError, Size, padded
+from allscaip_lite.kernels.padded import PaddedBatch, PaddingError, Size, pad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures, structures_from_atoms
 
@@ -26,28 +26,28 @@ from allscaip_lite.structures import Structures, structures_from_atoms
 class Batch:
     """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å.
 
-    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label. fixed: the same
-    structures brought to a size, if they were asked for and fit.
+    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label. padded: the same
+    structures padded to a size, if they were asked for and fit.
     """
 
     structures: Structures
     energy: Tensor
     forces: Tensor
     stress: Tensor
-    fixed: Fixed | None = None
+    padded: PaddedBatch | None = None
 
     def to(self, device: torch.device) -> Batch:
         labels = (self.energy, self.forces, self.stress)
         return Batch(
             self.structures.to(device),
             *(label.to(device) for label in labels),
-            None if self.fixed is None else self.fixed.to(device),
+            None if self.padded is None else self.padded.to(device),
         )
 
-    def brought_to(self, size: Size, reach: float) -> Batch:
-        """With `fixed`, whose pairs are within `reach` Å; FixedSizeError if it does not fit."""
+    def padded_to(self, size: Size, reach: float) -> Batch:
+        """With `padded`, whose pairs are within `reach` Å; PaddingError if it does not fit."""
         pairs = candidate_pairs(self.structures, reach)
-        return replace(self, fixed=padded(self.structures, pairs, size))
+        return replace(self, padded=pad(self.structures, pairs, size))
 
 
 def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
@@ -85,7 +85,7 @@ class Batches(torch.utils.data.Dataset):
 
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
     the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
-    of molecules come as `Fixed` too, with the pairs of atoms within `reach` Å, where they fit.
+    of molecules come as `PaddedBatch` too, with the pairs of atoms within `reach` Å, where they fit.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class Batches(torch.utils.data.Dataset):
         if self.size is None or bool(batch.structures.pbc.any()):
             return batch
         try:
-            return batch.brought_to(self.size, self.reach)
-        except FixedSizeError:
+            return batch.padded_to(self.size, self.reach)
+        except PaddingError:
             return batch
 
     def _fill(self, epoch: int) -> list[np.ndarray]:

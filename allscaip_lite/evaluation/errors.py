@@ -26,6 +26,7 @@ from tqdm import tqdm
 from allscaip_lite.checkpoints.native import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.batches import in_order
+from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 
@@ -386,7 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
     parser.add_argument("data", type=Path, nargs="+", help=".aselmdb files, or folders of them")
     parser.add_argument("--device", help="default: a CUDA GPU where there is one")
-    parser.add_argument("--compile", action="store_true", help="kernels in C, on a CPU")
+    add_kernels_option(parser)
     parser.add_argument(
         "--by",
         nargs="+",
@@ -486,7 +487,7 @@ def run(args: argparse.Namespace) -> None:
 
     def load(name: str) -> AllScAIP:
         model = load_model(name, device=device).requires_grad_(False)
-        model.compiled = args.compile
+        model.operations = choose(args.kernels, model.device, model.dtype)
         return model
 
     model = load(args.model)

@@ -38,6 +38,7 @@ from allscaip_lite.evaluation.omol_errors import (
     table,
 )
 from allscaip_lite.evaluation.omol_files import LeaderboardError, read
+from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import StructureError, structures_from_atoms
 
@@ -152,7 +153,7 @@ def predict(
     out: Path,
     *,
     max_atoms: int = 400,
-    compile: bool = False,
+    kernels: str = "auto",
     progress: bool = False,
 ) -> list[str]:
     """Write the predictions of a task, and return the relaxations that did not converge, by name.
@@ -172,7 +173,7 @@ def predict(
     digest = hashlib.sha256(inputs.read_bytes()).hexdigest()
     done = _resume(journal, {"task": task, "model": _fingerprint(model), "inputs": digest})
     left = [job for job in todo if job.path not in done]
-    calculator = AllScAIPCalculator(model, compile=compile)
+    calculator = AllScAIPCalculator(model, kernels=kernels)
     bar = tqdm(total=len(todo), initial=len(done), unit="structures", disable=not progress)
     with journal.open("a") as stream, bar:
         for group in _groups(left, max_atoms):
@@ -304,11 +305,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="default: a CUDA GPU where there is one")
     parser.add_argument("--max-atoms", type=int, default=400, help="atoms of a batch")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
-    )
+    add_kernels_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -324,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
         args.inputs,
         args.out,
         max_atoms=args.max_atoms,
-        compile=args.compile,
+        kernels=args.kernels,
         progress=True,
     )
     print(f"written: {args.out}")

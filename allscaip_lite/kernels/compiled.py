@@ -1,11 +1,10 @@
-"""The third form of the sums over pairs of edges: a C file, compiled on the user's machine.
+"""Sums over pairs of edges, norm and GELU in C, compiled on the user's machine, on a CPU.
 
-In: a C compiler. Out: attention, bond-orientational order, norm and GELU as autograd functions that
-call it, differentiable twice, on a CPU. `AllScAIPCalculator(model, compile=True)` uses them,
-and `train(..., compile=True)`, where forces are derivatives and the loss is derived once more.
+In and out: what the plain functions of the same names in `operations` and `attention` take and give.
 PyTorch's own operators work on padded tables, which they write and read many times; `kernels.c`
-keeps what belongs to one atom in the nearest cache. The formulas are those of `attention` and
-`encodings`, and tests hold all forms equal.
+keeps what belongs to one atom in the nearest cache. Everything can be differentiated twice, so that
+it serves in training on forces. What the kernels are not made for (another device or number type,
+dropout) is left to the plain formulas.
 """
 
 from __future__ import annotations
@@ -25,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from allscaip_lite import attention, operations
+from allscaip_lite.attention import Neighborhoods
 from allscaip_lite.graph import Graph
-from allscaip_lite.kernels import fused
+from allscaip_lite.kernels.elementwise import RMSNormDerivative
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # sums in any order, products and sums at once, no traps: what fast registers need; not -ffast-math,
@@ -58,13 +60,13 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
     Raises `CompileError` without a C compiler, or where it fails.
     """
     if dtype not in TYPES:
-        raise CompileError(f"compile=True takes float32 and float64, not {dtype}")
+        raise CompileError(f"the kernels in C take float32 and float64, not {dtype}")
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     compiler = compiler or shutil.which("clang")
     if not compiler:
         raise CompileError(
-            "compile=True needs a C compiler: install gcc or clang (on Debian and Ubuntu: "
-            "apt install gcc), or leave compile=True out"
+            'kernels="c" needs a C compiler: install gcc or clang (on Debian and Ubuntu: '
+            'apt install gcc), or ask for kernels="auto"'
         )
     command = [*compiler.split(), *FLAGS, f"-DREAL={TYPES[dtype]}"]
     # -march=native makes another file on another processor
@@ -93,11 +95,11 @@ def _compile(command: list[str], library: Path) -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
-            raise CompileError(f"compile=True: {command[0]} does not run: {error}") from error
+            raise CompileError(f'kernels="c": {command[0]} does not run: {error}') from error
         if done.returncode:
             raise CompileError(
-                f"compile=True: {command[0]} failed, leave compile=True out or set CC to another "
-                f"compiler; it said:\n{done.stderr.strip()[-2000:]}"
+                f'kernels="c": {command[0]} failed; set CC to another compiler, or ask for '
+                f'kernels="auto"; it said:\n{done.stderr.strip()[-2000:]}'
             )
         made.replace(library)  # at once, so that no other process sees half a file
 
@@ -126,6 +128,8 @@ class Rows:
     which both layouts share.
     """
 
+    graph: Graph
+    degree: int
     slots: Tensor
     first: Tensor
     source: Tensor
@@ -134,7 +138,7 @@ class Rows:
     direction: Tensor
 
     @classmethod
-    def make(cls, graph: Graph) -> Rows:
+    def make(cls, graph: Graph, degree: int) -> Rows:
         occupied = torch.arange(graph.num_slots) < graph.counts.unsqueeze(1)  # (N, K)
         slots = occupied.flatten().nonzero().squeeze(1)  # (E,)
         place = torch.empty(occupied.numel(), dtype=torch.long)
@@ -145,6 +149,8 @@ class Rows:
             state[place[slot]] = torch.arange(len(slots))
             states.append(state)
         return cls(
+            graph,
+            degree,
             slots,
             torch.cat([graph.counts.new_zeros(1), graph.counts.cumsum(0)]),
             *states,
@@ -152,22 +158,49 @@ class Rows:
             graph.slot_directions.flatten(0, 1)[slots],
         )
 
+    @functools.cached_property
+    def plain(self) -> Neighborhoods:
+        """What the plain formulas read."""
+        return Neighborhoods.make(self.graph, self.degree)
+
+
+def neighborhoods(graph: Graph, degree: int) -> Rows | Neighborhoods:
+    """The rows of a graph, or what the plain formulas read where these serve."""
+    served = _serves(graph.log_weight)
+    return Rows.make(graph, degree) if served else Neighborhoods.make(graph, degree)
+
+
+def _serves(x: Tensor) -> bool:
+    """Whether the kernels are made for a tensor like this one."""
+    return x.device.type == "cpu" and x.dtype in TYPES
+
 
 def neighborhood_attention(
-    qkv: Tensor, rows: Rows, layout: str, groups: list[slice], num_heads: int
-) -> Tensor:
-    """(M, 3H) → (M, H) in the `source` or `destination` layout; `groups`: channels by degree."""
-    widths = [group.stop - group.start for group in groups]
+    qkv: Tensor,
+    neighborhoods: Rows | Neighborhoods,
+    layout: str,
+    groups: list[slice],
+    num_heads: int,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention.neighborhood_attention`: (M, 3H) → (M, H); weights only where it serves itself."""
+    if dropout or isinstance(neighborhoods, Neighborhoods):
+        plain = neighborhoods if isinstance(neighborhoods, Neighborhoods) else neighborhoods.plain
+        return attention.neighborhood_attention(qkv, plain, layout, groups, num_heads, dropout)
+    rows, widths = neighborhoods, [group.stop - group.start for group in groups]
     state = getattr(rows, layout)
     # made contiguous out here, where the derivative of doing so is known
     qkv = qkv.contiguous()
-    return _Attention.apply(qkv, rows.log_weight, rows.direction, rows, state, widths, num_heads)
+    shape = (rows, state, widths, num_heads)
+    return _Attention.apply(qkv, rows.log_weight, rows.direction, *shape), None
 
 
-def pair_sums(weights: Tensor, rows: Rows, degree: int) -> Tensor:
-    """(N, K) → (N, degree): Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row."""
-    weights = weights.flatten()[rows.slots].contiguous()
-    return _PairSums.apply(weights, rows.direction, rows, degree)
+def pair_sums(neighborhoods: Rows | Neighborhoods, weights: Tensor, degree: int) -> Tensor:
+    """`attention.pair_sums`: (N, K) → (N, degree)."""
+    if isinstance(neighborhoods, Neighborhoods):
+        return attention.pair_sums(neighborhoods, weights, degree)
+    weights = weights.flatten()[neighborhoods.slots].contiguous()
+    return _PairSums.apply(weights, neighborhoods.direction, neighborhoods, degree)
 
 
 def _call(
@@ -227,6 +260,10 @@ def _share(
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
+
+
+if hasattr(os, "register_at_fork"):  # the threads of a pool do not follow into a forked process
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class _Attention(torch.autograd.Function):
@@ -337,6 +374,8 @@ class _PairSumsDerivative(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(R, a), (a,) → (R, a): x / rms(x) · w."""
+    if not _serves(x):
+        return operations.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x.contiguous(), weight, eps)
 
 
@@ -355,7 +394,7 @@ class _RMSNorm(torch.autograd.Function):
         return *_RMSNormDerivative.apply(gradient, *ctx.saved_tensors, asked), None
 
 
-class _RMSNormDerivative(fused.RMSNormDerivative):
+class _RMSNormDerivative(RMSNormDerivative):
     """What `_RMSNorm` gives back; its own derivative is that of the other form."""
 
     @staticmethod
@@ -371,7 +410,7 @@ class _RMSNormDerivative(fused.RMSNormDerivative):
 
 def gelu(x: Tensor) -> Tensor:
     """`F.gelu`, any shape."""
-    return _GELU.apply(x.contiguous())
+    return _GELU.apply(x.contiguous()) if _serves(x) else F.gelu(x)
 
 
 class _GELU(torch.autograd.Function):

@@ -4,7 +4,7 @@ In: structures of one composition, time after time, or batches of one `Size`. Ou
 says of them. A step of a small model is a thousand short kernels, and Python takes longer to order
 them than the GPU to run them. A CUDA graph holds the whole order: repeated, nothing waits.
 
-On a CPU the same forms of fixed size run without being recorded, to the same numbers.
+On a CPU the same padded forms run without being recorded, to the same numbers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from allscaip_lite.graph import SLOT_STEP, build_graph
-from allscaip_lite.kernels import fused
 from allscaip_lite.kernels.padded import (
-    Fixed,
+    PaddedBatch,
+    PaddingError,
     Size,
-    fixed_prediction,
-    padded,
+    pad,
+    padded_prediction,
     reduced_cells,
 )
-from allscaip_lite.model import AllScAIP, Prediction
+from allscaip_lite.model import AllScAIP, Prediction, no_weight_grad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures
 
 SKIN = 1.0  # Å beyond the reach of the model, so that a list of pairs serves for some steps
 SPARE = 1.25  # room for as many times the pairs that were there at first
+PATIENCE = 5  # calls, before a step is recorded that nobody asked to be
 WARMUPS = 3  # before a recording, as PyTorch asks: libraries choose their kernels then
 
 
@@ -81,14 +82,19 @@ class RecordedModel:
     The list of pairs reaches SKIN farther than the model, and is made anew, on the CPU, when atoms
     have moved so far that a pair may be missing. A step that finds more neighbours than there is
     room for is recorded and done once more, with room.
+
+    patient: a composition is recorded only after PATIENCE calls, and a model or structures that have
+    no padded form are left to the model itself, where else `PaddingError` is raised.
     """
 
-    def __init__(self, model: AllScAIP) -> None:
-        self.model = model
+    def __init__(self, model: AllScAIP, patient: bool = False) -> None:
+        self.model, self.patient = model, patient
+        self.calls = 0  # of the composition of the last call
+        self.asked: Structures | None = None  # in the last call
         self.reach = model.config.reach + SKIN
         self.recording: Recording | None = None
         self.size: Size | None = None
-        self.fixed: Fixed | None = None  # what is recorded reads these tensors
+        self.batch: PaddedBatch | None = None  # what is recorded reads these tensors
         self.listed: Structures | None = None  # where the list of pairs was made
         self.cell: Tensor | None = None  # the last one
 
@@ -97,38 +103,56 @@ class RecordedModel:
 
         It cannot be derived further, `create_graph` or not.
 
-        Raises `FixedSizeError` for a model or structures that have no form of fixed size,
-        `StructureError` where two atoms stand on one spot.
+        Raises `StructureError` where two atoms stand on one spot and, where it is not patient,
+        `PaddingError` for a model or structures that have no padded form.
         """
+        if self.patient:
+            same = self.asked is not None and _alike(structures, self.asked)
+            self.calls = self.calls + 1 if same else 1
+            self.asked = structures
+            if self.calls <= PATIENCE:
+                return self._unrecorded(structures)
+        try:
+            return self._recorded(structures)
+        except PaddingError:
+            if not self.patient:
+                raise
+            return self._unrecorded(structures)
+
+    def _unrecorded(self, structures: Structures) -> Prediction:
+        found = self.model(structures, create_graph=False)
+        return Prediction(*(part if part is None else part.cpu() for part in found))
+
+    def _recorded(self, structures: Structures) -> Prediction:
         if not self._move(structures):
             self._list(structures)
         while True:
             if self.recording is None:
                 self._record()
-            lost, energy, forces, stress = self._unpack(self.recording().cpu())
-            if not lost:
+            overflow, energy, forces, stress = self._unpack(self.recording().cpu())
+            if not overflow:
                 return Prediction(energy, forces, stress)
             self.size = replace(self.size, slots=self.size.slots + SLOT_STEP)
             self.recording = None
 
     def _record(self) -> None:
-        with fused.frozen(self.model):
-            self.recording = Recording(self._predict, self.fixed.tensors())
-        self.fixed = self.fixed.like(self.recording.inputs)
+        with no_weight_grad(self.model):
+            self.recording = Recording(self._predict, self.batch.tensors())
+        self.batch = self.batch.like(self.recording.inputs)
 
     def _predict(self, *tensors: Tensor) -> Tensor:
         """What is recorded: everything in one tensor, to be fetched in one piece."""
-        fixed = self.fixed.like(list(tensors))
-        prediction, lost = fixed_prediction(self.model, fixed, self.size)
-        parts = [lost, *(part for part in prediction if part is not None)]
+        batch = self.batch.like(list(tensors))
+        prediction, overflow = padded_prediction(self.model, batch, self.size)
+        parts = [overflow, *(part for part in prediction if part is not None)]
         return torch.cat([part.detach().double().flatten() for part in parts])
 
     def _unpack(self, packed: Tensor) -> tuple[int, Tensor, Tensor, Tensor | None]:
         batch, n = self.size.systems, self.size.atoms
         rest = len(packed) - 1 - batch - 3 * n
-        lost, energy, forces, stress = packed.split([1, batch, 3 * n, rest])
+        overflow, energy, forces, stress = packed.split([1, batch, 3 * n, rest])
         stress = stress.view(-1, 3, 3) if len(stress) else None
-        return int(lost), energy, forces.view(n, 3), stress
+        return int(overflow), energy, forces.view(n, 3), stress
 
     def _list(self, structures: Structures) -> None:
         """A new list of pairs; what is recorded stays if that has room."""
@@ -141,11 +165,11 @@ class RecordedModel:
             room = math.ceil(len(pairs[0]) * SPARE) + 1
             self.size = Size(int(natoms.sum()), len(natoms), int(natoms.max()), room, slots)
             self.recording = None
-        fixed = padded(structures, pairs, self.size).to(self.model.device, self.model.dtype)
+        batch = pad(structures, pairs, self.size).to(self.model.device, self.model.dtype)
         if self.recording is None:
-            self.fixed = fixed
+            self.batch = batch
         else:
-            self.recording.set(fixed.tensors())
+            self.recording.set(batch.tensors())
         self.listed, self.cell = structures, structures.cell
 
     def _move(self, structures: Structures) -> bool:
@@ -165,14 +189,14 @@ class RecordedModel:
         farthest = float((here - before).square().sum(1).max()) ** 0.5
         if not 2 * farthest + strain * self.reach < SKIN:
             return False
-        inner = self.fixed.structures
+        inner = self.batch.structures
         inner.positions.copy_(here, non_blocking=True)
         inner.charge.copy_(structures.charge)
         inner.spin.copy_(structures.spin)
         if bool(last.pbc.any()) and not torch.equal(self.cell, structures.cell):
             inner.cell.copy_(structures.cell)
             for name, part in reduced_cells(structures).items():
-                getattr(self.fixed, name).copy_(part)
+                getattr(self.batch, name).copy_(part)
             self.cell = structures.cell
         return True
 

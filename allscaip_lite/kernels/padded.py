@@ -1,9 +1,10 @@
-"""The same model on tensors whose sizes never change, for GPUs.
+"""The model on tensors whose sizes never change, for GPUs.
 
-In: a batch brought to a `Size`, with a list of pairs of atoms that are near each other, or soon may
-be. Out: what `AllScAIP.forward` gives. Its own way asks the device how many edges there are, a
-dozen times a step; here nothing is asked, what does not exist is masked, and so a GPU can record
-a step once (see `recorded`) and repeat it without waiting for Python. Tests hold the two equal.
+In: a batch padded to a `Size`, with a list of pairs of atoms that are near each other, or soon may
+be. Out: what `AllScAIP.forward` gives. The model itself asks the device how many edges there are, a
+dozen times a step; here nothing is asked, what does not exist is masked, and so a GPU can record a
+step once (see `cuda_graphs`) and repeat it without waiting for Python. The graph comes from the
+functions of `graph`; only the choice of slots is another one.
 
 The table of slots has N rows of K, and as many states stand in it: the N atoms, the edges, and in
 place of edges that do not exist pairs that the envelope lets nobody see.
@@ -18,26 +19,24 @@ import torch
 from ase.geometry import minkowski_reduce
 from torch import Tensor
 
-from allscaip_lite import encodings
+from allscaip_lite.attention import SystemTable
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.graph import (
+    ABSENT,
     EXTRA_CANDIDATES,
     Graph,
     in_slots,
     log_envelope,
-    soft_maximum,
+    pair_envelopes,
 )
-from allscaip_lite.kernels import fused
-from allscaip_lite.kernels.slots import Layout, Run, SystemTable
 from allscaip_lite.model import AllScAIP, Geometry, Prediction
 from allscaip_lite.neighbors import pair_vectors, places_in_rows, safe_norm
+from allscaip_lite.operations import Operations
 from allscaip_lite.structures import Structures
 
-ABSENT = 1.9  # stands behind every value of what is there, in `places_in_rows`
 
-
-class FixedSizeError(ValueError):
-    """A model or batch that has no form of fixed size; the message says why."""
+class PaddingError(ValueError):
+    """A model or batch that cannot be padded to a fixed size; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class PaddedBatch:
     """A batch of one `Size`: B systems with N atoms, P pairs, padding included.
 
     first, second (P,) and shift (P, 3): the pairs, as from `candidate_pairs`; present (P,) bool.
@@ -75,23 +74,19 @@ class Fixed:
     real_systems: Tensor
     real_atoms: Tensor
 
-    @property
-    def periodic(self) -> bool:
-        """Whether anything in it is."""
-        return len(self.reduced) > 0
-
     def tensors(self) -> list[Tensor]:
         """All of it, in a fixed order; the inverse of `like`."""
-        inner = [getattr(self.structures, field.name) for field in fields(Structures)]
+        inner = list(self.structures.tensors().values())
         return inner + [getattr(self, field.name) for field in fields(self)[1:]]
 
-    def like(self, tensors: list[Tensor]) -> Fixed:
+    def like(self, tensors: list[Tensor]) -> PaddedBatch:
         """Another batch of the same size, from its tensors."""
-        names = [field.name for field in fields(Structures)]
-        structures = Structures(*tensors[: len(names)])
-        return Fixed(structures, *tensors[len(names) :])
+        names = list(self.structures.tensors())
+        inner = dict(zip(names, tensors, strict=False))
+        structures = replace(self.structures, **inner)
+        return PaddedBatch(structures, *tensors[len(names) :])
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Fixed:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PaddedBatch:
         """On another device, or with another floating-point type."""
         return self.like(
             [
@@ -101,11 +96,11 @@ class Fixed:
         )
 
 
-def padded(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size) -> Fixed:
+def pad(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size) -> PaddedBatch:
     """A batch on a CPU brought to a size; `pairs` from `candidate_pairs`.
 
     Padding atoms are hydrogen, each without neighbours, in systems of their own; what is then left
-    of the systems has no atoms. Raises `FixedSizeError` where the batch does not fit or is periodic
+    of the systems has no atoms. Raises `PaddingError` where the batch does not fit or is periodic
     in some directions only.
     """
     n, batch = len(structures.positions), len(structures)
@@ -113,14 +108,14 @@ def padded(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: S
     missing, rows = size.atoms - n, size.systems - batch
     fits = min(missing, rows, size.pairs - len(first)) >= 0
     if not fits or int(structures.natoms.max()) > size.longest:
-        raise FixedSizeError(f"{n} atoms in {batch} systems, {len(first)} pairs, exceed {size}")
+        raise PaddingError(f"{n} atoms in {batch} systems, {len(first)} pairs, exceed {size}")
     if rows * size.longest < missing:
-        raise FixedSizeError(f"no systems are left for {missing} padding atoms: {size}")
+        raise PaddingError(f"no systems are left for {missing} padding atoms: {size}")
     natoms = (missing - torch.arange(rows) * size.longest).clamp(0, size.longest)
     apart = torch.arange(missing, dtype=structures.positions.dtype) * 10
     periodic = structures.pbc.all(1)
     if bool((structures.pbc.any(1) != periodic).any()):
-        raise FixedSizeError("a structure is periodic in some directions, but not in all")
+        raise PaddingError("a structure is periodic in some directions, but not in all")
     lattices = reduced_cells(structures)
 
     def more(tensor: Tensor, count: int, value: float = 0) -> Tensor:
@@ -128,7 +123,7 @@ def padded(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: S
 
     padding = torch.stack([apart, apart * 0, apart * 0], dim=1)
     unused = size.pairs - len(first)
-    return Fixed(
+    return PaddedBatch(
         structures=Structures(
             positions=torch.cat([structures.positions, padding]),
             atomic_numbers=more(structures.atomic_numbers, missing, 1),
@@ -162,45 +157,38 @@ def reduced_cells(structures: Structures) -> dict[str, Tensor]:
     return {name: torch.as_tensor(part).to(structures.cell) for name, part in parts.items()}
 
 
-def fixed_graph(fixed: Fixed, config: AllScAIPConfig, slots: int) -> tuple[Graph, Tensor]:
+def padded_graph(
+    batch: PaddedBatch, config: AllScAIPConfig, slots: int, operations: Operations
+) -> tuple[Graph, Tensor]:
     """What `build_graph` gives, with N·K states, and how many edges found no slot, a tensor.
 
-    Where an edge is lost the results are wrong: take more slots.
+    Where an edge found none the results are wrong: take more slots.
     """
-    n, pairs = len(fixed.structures.positions), (fixed.first, fixed.second, fixed.shift)
-    first, second, shift = pairs
-    vectors = pair_vectors(fixed.structures, *pairs, fixed.periodic)  # (P, 3)
+    n, first, second, shift = (
+        len(batch.structures.positions),
+        batch.first,
+        batch.second,
+        batch.shift,
+    )
+    vectors = pair_vectors(batch.structures, first, second, shift)  # (P, 3)
     upwards = torch.eye(3, dtype=vectors.dtype, device=vectors.device)[1]
-    vectors = torch.where(fixed.present.unsqueeze(1), vectors, upwards)
+    vectors = torch.where(batch.present.unsqueeze(1), vectors, upwards)
     distances = safe_norm(vectors)
-    near = fixed.present & (distances < config.reach)
-
-    # the table of candidates, its last entry for those that are none
+    near = batch.present & (distances < config.reach)
     width = config.k + EXTRA_CANDIDATES
-    rows = torch.cat([first, second])  # (2P,)
-    position = places_in_rows(rows, torch.where(near, distances.double() / config.reach, ABSENT), n)
-    kept = (position < width) & near.repeat(2)
-    listed = kept.view(2, -1).all(0)
-    entry = torch.where(kept, rows * width + position, n * width)
-    table = distances.new_full((n * width + 1,), torch.inf)
-    value = torch.where(kept, distances.repeat(2), torch.inf)
-    table = table.scatter(0, torch.arange(n, device=rows.device) * width, 0.0)
-    table = table.scatter(0, entry, value)[:-1].view(n, width)
-    rank = fused.soft_rank(table, config.rank_width).flatten()
-    ranks = rank.gather(0, torch.where(listed.repeat(2), entry, 0)).view(2, -1)
-    limits = torch.cat([ranks / config.k, distances.unsqueeze(0) / config.cutoff])
-    envelope = soft_maximum(limits, config.envelope_temperature)
-    alive = listed & (envelope < 1)
+    envelope, alive = pair_envelopes(
+        first, second, distances, near, n, config, operations.soft_rank, width
+    )
     envelope = torch.where(alive, envelope, 0.5)
 
     # who keeps a place in the table of slots
     order = torch.where(alive, envelope.detach(), ABSENT)
-    position = places_in_rows(rows, order, n).view(2, -1)
-    lost = alive.sum()
+    position = places_in_rows(torch.cat([first, second]), order, n).view(2, -1)
+    overflow = alive.sum()
     alive = alive & (position < slots).all(0)
-    lost = lost - alive.sum()
+    overflow = overflow - alive.sum()
     count = min(len(first), n * (slots - 1) // 2)
-    chosen = (~alive).to(torch.int8).argsort(stable=True)[:count]  # the living ones first
+    chosen = (~alive).to(torch.int8).argsort(stable=True)[:count]  # the edges that are there first
     alive, position, shift = alive[chosen], position[:, chosen], shift[chosen]
     first, second = first[chosen], second[chosen]
     vectors = torch.where(alive.unsqueeze(1), vectors[chosen], upwards)
@@ -210,105 +198,85 @@ def fixed_graph(fixed: Fixed, config: AllScAIPConfig, slots: int) -> tuple[Graph
 
     # the others take the empty slots, two each
     edge_slot = torch.stack([first, second]) * slots + position  # (2, P')
-    self_slot = torch.arange(n, device=rows.device) * slots
+    self_slot = torch.arange(n, device=first.device) * slots
     spare = n * slots  # an entry for what goes nowhere
-    occupied = torch.zeros(spare + 1, dtype=torch.int8, device=rows.device)
+    occupied = torch.zeros(spare + 1, dtype=torch.int8, device=first.device)
     occupied = occupied.scatter(0, torch.where(alive, edge_slot, spare).flatten(), 1)
     occupied = occupied.scatter(0, self_slot, 1)[:-1]
     empty = occupied.argsort(stable=True)
-    rest = (torch.arange(count, device=rows.device) - alive.sum()).clamp(min=0) * 2
+    rest = (torch.arange(count, device=first.device) - alive.sum()).clamp(min=0) * 2
     rest = torch.stack([rest, rest + 1]).clamp(max=spare - 1)
     edge_slot = torch.where(alive, edge_slot, empty[rest])
 
     pairs = (first, second, shift, distances, directions, pair_weight)
-    return in_slots(pairs, edge_slot.flatten(), n, slots), lost
+    graph = in_slots(pairs, edge_slot.flatten(), n, slots)
+    return replace(graph, counts=torch.full_like(graph.counts, slots)), overflow
 
 
-def fixed_distances(fixed: Fixed, positions: Tensor) -> Tensor:
+def padded_distances(batch: PaddedBatch, positions: Tensor) -> Tensor:
     """(B, n, 3) padded positions → (B, n, n) Å between nearest images: `system_distances`."""
     vectors = positions.unsqueeze(1) - positions.unsqueeze(2)  # (B, n, n, 3)
-    if fixed.periodic:
+    if batch.structures.periodic:
         with torch.no_grad():
-            periodic = fixed.structures.pbc.all(1)
-            shift = -torch.einsum("bijx,bxs->bijs", vectors, fixed.inverse).round()
-            wrapped = vectors + torch.einsum("bijs,bsx->bijx", shift, fixed.reduced)
+            periodic = batch.structures.pbc.all(1)
+            shift = -torch.einsum("bijx,bxs->bijs", vectors, batch.inverse).round()
+            wrapped = vectors + torch.einsum("bijs,bsx->bijx", shift, batch.reduced)
             one = torch.arange(-1, 2, device=vectors.device, dtype=vectors.dtype)
             steps = torch.cartesian_prod(one, one, one)  # (27, 3)
-            images = torch.einsum("qs,bsx->qbx", steps, fixed.reduced)  # (27, B, 3)
+            images = torch.einsum("qs,bsx->qbx", steps, batch.reduced)  # (27, B, 3)
             images = wrapped.unsqueeze(0) + images[:, :, None, None]  # (27, B, n, n, 3)
             shift = shift + steps[images.square().sum(-1).argmin(0)]
-            shift = torch.einsum("bijs,bst->bijt", shift, fixed.operation)
+            shift = torch.einsum("bijs,bst->bijt", shift, batch.operation)
             shift = shift * periodic[:, None, None, None]
-        vectors = vectors + torch.einsum("bijs,bsx->bijx", shift, fixed.structures.cell)
+        vectors = vectors + torch.einsum("bijs,bsx->bijx", shift, batch.structures.cell)
     return safe_norm(vectors)
 
 
-def fixed_geometry(
-    model: AllScAIP, fixed: Fixed, size: Size, once: bool
+def padded_geometry(
+    model: AllScAIP, batch: PaddedBatch, size: Size, operations: Operations
 ) -> tuple[Geometry, Tensor]:
-    """What the blocks read, and how many edges found no slot; `once`: by the fused forms."""
-    structures, config, n = fixed.structures, model.config, size.atoms
-    graph, lost = fixed_graph(fixed, config, size.slots)
-    occupied = graph.log_weight.isfinite()
-    runs = [Run(slice(0, n), slice(0, n * size.slots), size.slots)]
-    state = torch.arange(len(graph.source_slot), device=graph.source_slot.device)
-
-    def layout(slot: Tensor) -> Layout:
-        occupant = torch.zeros(n * size.slots, dtype=slot.dtype, device=slot.device)
-        occupant = occupant.scatter(0, slot, state)
-        full = occupied.flatten().to(graph.distances.dtype)
-        return Layout(slot, occupied, slot, occupant, full, runs)
-
-    inside = torch.arange(size.longest, device=state.device)
+    """What the blocks read, and how many edges found no slot."""
+    structures, n = batch.structures, size.atoms
+    graph, overflow = padded_graph(batch, model.config, size.slots, operations)
+    device = graph.distances.device
+    inside = torch.arange(size.longest, device=device)
     # of a system without atoms one empty slot is shown, or its attention would be 0/0
     real = inside < structures.natoms.clamp(min=1).unsqueeze(1)  # (B, longest)
     starts = structures.natoms.cumsum(0) - structures.natoms
-    place = torch.arange(n, device=state.device) + (
-        torch.arange(size.systems, device=state.device) * size.longest - starts
+    place = torch.arange(n, device=device) + (
+        torch.arange(size.systems, device=device) * size.longest - starts
     ).gather(0, structures.system)
     systems = SystemTable(None if size.systems * size.longest == n else place, real)
     distances = None
-    if config.rotary:
+    if model.config.rotary:
         spread = systems.spread(structures.positions).view(size.systems, size.longest, 3)
-        distances = fixed_distances(fixed, spread)
-    lae = len(config.angular_channels or (0,)) - 1
-    geometry = Geometry(
-        graph=graph,
-        legendre=encodings.slot_legendre(graph, lae) if lae else None,
-        source=layout(graph.source_slot),
-        destination=layout(graph.destination_slot),
-        systems=systems,
-        biases=model.biases(structures, systems, distances),
-        fused=once,
-        rows=None,
-    )
-    return geometry, lost
+        distances = padded_distances(batch, spread)
+    return model.geometry_of(graph, systems, distances, operations), overflow
 
 
-def has_fixed_size(config: AllScAIPConfig) -> bool:
-    """Whether a model ranks neighbours in the way for which there is a form of fixed size."""
+def can_pad(config: AllScAIPConfig) -> bool:
+    """Whether a model ranks neighbours in the way for which there is a padded form."""
     return config.soft_rank and config.truncated_rank and not config.max_neighbors
 
 
-def fixed_prediction(
-    model: AllScAIP, fixed: Fixed, size: Size, create_graph: bool = False
+def padded_prediction(
+    model: AllScAIP, batch: PaddedBatch, size: Size, create_graph: bool = False
 ) -> tuple[Prediction, Tensor]:
     """What `AllScAIP.forward` gives, padding included, and how many edges found no slot.
 
-    Raises `FixedSizeError` for a model that ranks neighbours by other than truncated soft ranks.
+    Raises `PaddingError` for a model that ranks neighbours by other than truncated soft ranks.
     """
-    if not has_fixed_size(model.config):
-        raise FixedSizeError(
-            "the form of fixed size is for soft_rank=True, truncated_rank=True and max_neighbors="
-            "None, and this model has others"
+    if not can_pad(model.config):
+        raise PaddingError(
+            "the padded form is for soft_rank=True, truncated_rank=True and max_neighbors=None, "
+            "and this model has others"
         )
     found = []
 
-    def features(structures: Structures, fused: bool) -> Tensor:
-        moved = replace(fixed, structures=structures)
-        geometry, lost = fixed_geometry(model, moved, size, once=fused)
-        found.append(lost)
-        return model.states(structures, geometry)
+    def geometry(structures: Structures, operations: Operations) -> Geometry:
+        moved = replace(batch, structures=structures)
+        made, overflow = padded_geometry(model, moved, size, operations)
+        found.append(overflow)
+        return made
 
-    prediction = model(fixed.structures, create_graph, features, fixed.periodic)
-    return prediction, *found
+    return model(batch.structures, create_graph, geometry), *found

@@ -43,6 +43,7 @@ from ase.optimize import FIRE
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import differing, fingerprint
+from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.structures import StructureError
 
 ENSEMBLES = ("nve", "nvt", "npt")
@@ -560,7 +561,7 @@ _PLAIN = {
     "seed": int,
     "hottest": float,
 }
-_OTHERS = ("structure", "model", "out", "device", "compile", "charge", "spin")
+_OTHERS = ("structure", "model", "out", "device", "kernels", "charge", "spin")
 
 
 def femtoseconds(text: str) -> float:
@@ -599,16 +600,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spin", type=int, help="multiplicity; default: the structure's own")
     parser.add_argument("--seed", type=int, help="of velocities and noise (default: 0)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
-    parser.add_argument(
-        "--compile",
-        action="store_const",
-        const=True,
-        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
-    )
+    add_kernels_option(parser)
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Settings, and what else an input says (structure, model, out, device, compile, charge, spin).
+    """Settings, and what else an input says (structure, model, out, device, kernels, charge, spin).
 
     Raises MDError for a key that does not exist or a value of the wrong kind.
     """
@@ -659,8 +655,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         from allscaip_lite.calculator import AllScAIPCalculator
 
-        compiled = bool(others.get("compile", False))
-        calculator = AllScAIPCalculator(model, others.get("device"), compile=compiled)
+        kernels = others.get("kernels") or "auto"
+        calculator = AllScAIPCalculator(model, others.get("device"), kernels=kernels)
     folder = Path(others.get("out", "runs/md"))
     final = run_md(atoms, calculator, settings, folder, label=model)
     print(

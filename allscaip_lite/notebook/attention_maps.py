@@ -1,7 +1,7 @@
 """Who attends to whom: the attention weights of a model on one structure, as plain tensors.
 
 In: an `AllScAIP` and an `ase.Atoms`. Out: `AttentionMaps`. The weights are those of the plain
-formulas (paper sections 3.2 and 3.3); the fused kernels that the model otherwise runs never hold
+formulas (paper sections 3.2 and 3.3); faster kernels, which the model otherwise runs, never hold
 them, and are tested to give what these weights give.
 """
 
@@ -14,6 +14,7 @@ from ase import Atoms
 from torch import Tensor
 
 from allscaip_lite.model import AllScAIP, AttentionRecord
+from allscaip_lite.operations import PLAIN
 from allscaip_lite.structures import structures_from_atoms
 
 KINDS = ("node", "source", "destination")
@@ -74,13 +75,13 @@ def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
     training = model.training
     model.eval()
     try:
-        nodes = model.features(structures, fused=False, record=record)  # (N, H)
+        nodes = model.features(structures, PLAIN, record)  # (N, H)
         atomic = model.energy_head(nodes).squeeze(1)  # (N,)
     finally:
         model.train(training)
-    geometry = record.geometry
-    occupied = geometry.source.occupied  # (N, K)
-    graph = geometry.graph
+    assert record.geometry is not None
+    graph = record.geometry.graph
+    occupied = graph.log_weight.isfinite()  # (N, K)
 
     neighbor = torch.full_like(occupied, -1, dtype=torch.long)
     image = torch.zeros(*occupied.shape, 3, dtype=torch.long, device=occupied.device)

@@ -36,9 +36,9 @@ from allscaip_lite.data.aselmdb import (
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.graph import SLOT_STEP
-from allscaip_lite.kernels.compiled import load_kernels
+from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
-from allscaip_lite.kernels.padded import Fixed, Size, fixed_prediction, has_fixed_size
+from allscaip_lite.kernels.padded import PaddedBatch, Size, can_pad, padded_prediction
 from allscaip_lite.model import AllScAIP, Prediction
 from allscaip_lite.training.muon import Muon
 
@@ -253,7 +253,7 @@ def can_record(model: AllScAIP, data: Dataset, fabric: lightning_fabric.Fabric) 
     config = model.config
     still = max(config.ffn_dropout, config.attention_dropout) == 0
     alone = fabric.device.type == "cuda" and fabric.world_size == 1
-    return alone and has_fixed_size(config) and still and not data[0].pbc.any()
+    return alone and can_pad(config) and still and not data[0].pbc.any()
 
 
 class RecordedLoss:
@@ -263,44 +263,44 @@ class RecordedLoss:
         self.model, self.stage, self.size = model, stage, size
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.recording: Recording | None = None
-        self.pattern: Fixed | None = None
+        self.pattern: PaddedBatch | None = None
 
     def __call__(self, batch: Batch) -> float | None:
         """The loss, whose gradients are the weights' then; None of a batch that does not fit."""
-        if batch.fixed is None:
+        if batch.padded is None:
             return None
-        fixed = batch.fixed.to(self.model.device, self.model.dtype)
+        padded = batch.padded.to(self.model.device, self.model.dtype)
         systems, atoms = self.size.systems, self.size.atoms
         tensors = [
             F.pad(batch.energy, (0, systems - len(batch.energy))),
             F.pad(batch.forces, (0, 0, 0, atoms - len(batch.forces))),
-            *fixed.tensors(),
+            *padded.tensors(),
         ]
         if self.recording is None:
-            self.pattern = fixed
+            self.pattern = padded
             self.recording = Recording(self._loss, tensors)
             self.gradients = [weight.grad for weight in self.weights]
         self.recording.set(tensors)
-        value, lost = self.recording().tolist()
+        value, overflow = self.recording().tolist()
         if self.recording.graph is not None:
             for weight, gradient in zip(self.weights, self.gradients, strict=True):
                 weight.grad = gradient  # where the recording writes, whatever happened since
-        return None if lost else value
+        return None if overflow else value
 
     def _loss(self, energy: Tensor, forces: Tensor, *tensors: Tensor) -> Tensor:
         """What is recorded: (2,), the loss and how many edges found no slot."""
         assert self.pattern is not None
-        fixed = self.pattern.like(list(tensors))
-        prediction, lost = fixed_prediction(self.model, fixed, self.size, create_graph=True)
-        batch = Batch(fixed.structures, energy, forces, energy.new_zeros(0))
-        real = (fixed.real_systems, fixed.real_atoms)
+        padded = self.pattern.like(list(tensors))
+        prediction, overflow = padded_prediction(self.model, padded, self.size, create_graph=True)
+        batch = Batch(padded.structures, energy, forces, energy.new_zeros(0))
+        real = (padded.real_systems, padded.real_atoms)
         value = loss(prediction, batch, self.model, self.stage, real)
         # not backward(), for what adds up a weight's gradient may be left from a step that was not
         # recorded, and belong to another stream
         gradients = torch.autograd.grad(value, self.weights, allow_unused=True)
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
-        return torch.stack([value.detach(), lost.to(value.dtype)])
+        return torch.stack([value.detach(), overflow.to(value.dtype)])
 
 
 def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
@@ -325,7 +325,7 @@ def train(
     validate_every: int = 500,
     save_every: int = 200,
     workers: int = 0,
-    compile: bool = False,
+    kernels: str = "auto",
     start: str = "",
     fabric: lightning_fabric.Fabric | None = None,
     watch: Callable[[Stage, int, float], None] | None = None,
@@ -338,15 +338,12 @@ def train(
     is given) it raises TrainingError. `watch(stage, step, loss)` is called after each step, to draw
     a curve for example.
 
-    `compile=True` trains faster on a CPU, by kernels in C (see `compiled`), to the same numbers but
-    for rounding; it raises `CompileError` without a C compiler, and does nothing where attention
-    has dropout. On one CUDA GPU it records a step on molecules and repeats it (see `recorded`).
+    `kernels` chooses how the model computes, to the same numbers but for rounding (see the table of
+    `allscaip_lite.kernels`): "auto" takes what is fastest, on one CUDA GPU a step on molecules that
+    is recorded and repeated.
     """
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
-    record = compile
-    compile = compile and fabric.device.type == "cpu"
-    if compile:
-        load_kernels(model.dtype)  # now, not at the first step
+    operations = choose(kernels, fabric.device, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.pt"
     plan = {
@@ -368,7 +365,7 @@ def train(
             )
     for index, stage in enumerate(stages):
         model = start_stage(model, stage)
-        model.compiled = compile
+        model.operations = operations
         if saved and saved["stage"] > index:
             continue
         average = torch.optim.swa_utils.AveragedModel(
@@ -411,7 +408,7 @@ def train(
             fabric.world_size,
         )
         recorded = None
-        if record and can_record(model, training_data, fabric):
+        if kernels in ("auto", "cuda-graphs") and can_record(model, training_data, fabric):
             batches.size = batch_size(training_data.natoms, max_atoms, model.config)
             batches.reach = model.config.reach
             recorded = RecordedLoss(model, stage, batches.size)
@@ -453,7 +450,6 @@ def train(
         if fabric.global_rank == 0:
             save_model(model, folder / f"{stage.name}.safetensors", {"stage": stage.name})
         saved = None
-    model.compiled = False
     return model.eval()
 
 
@@ -554,11 +550,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validate-every", type=int, default=500, help="steps")
     parser.add_argument("--save-every", type=int, default=200, help="steps")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="faster: on a CPU by kernels in C (needs gcc or clang), on a GPU by recorded steps",
-    )
+    add_kernels_option(parser)
     parser.add_argument(
         "--tf32",
         action="store_true",
@@ -688,7 +680,7 @@ def run(args: argparse.Namespace) -> None:
         validate_every=args.validate_every,
         save_every=args.save_every,
         workers=args.workers,
-        compile=args.compile,
+        kernels=args.kernels,
         start=fingerprint(weight.detach().cpu().numpy() for weight in model.parameters()),
         fabric=fabric,
     )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoints.native import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
+from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 
@@ -57,7 +58,7 @@ def refit(
     force_weight: float = 20.0,
     stress_weight: float = 100.0,
     seed: int = 0,
-    compile: bool = False,
+    kernels: str = "auto",
     progress: bool = True,
 ) -> Refit:
     """A copy of a conservative model whose last layer has the least loss on `data`.
@@ -65,7 +66,7 @@ def refit(
     The loss is training's (`training.Stage`), of means of absolute errors: the linear problem is
     solved again with weights 1/|error| until it is that one (Schlossmacher, J. Am. Stat. Assoc. 68,
     857, 1973). Forces are asked for along one random direction of all atoms a structure, drawn by
-    `seed`. `compile=True` is faster on a CPU, see `training.train`. Raises ReadoutError for a
+    `seed`. `kernels`: see `training.train`. Raises ReadoutError for a
     direct model and for data with fewer structures than weights.
     """
     if not model.config.conservative:
@@ -73,7 +74,7 @@ def refit(
     size = model.energy_head.contract.weight.numel() + 1
     if len(data) < size:
         raise ReadoutError(f"{len(data)} structures are too few for {size} weights: give more")
-    kinds = dict(zip(KINDS, measure(model, data, seed, compile, progress), strict=True))
+    kinds = dict(zip(KINDS, measure(model, data, seed, kernels, progress), strict=True))
     kinds = {name: rows for name, rows in kinds.items() if len(rows.missing)}
     weights = dict(zip(KINDS, (energy_weight, force_weight, stress_weight), strict=True))
     step = solve([(rows, weights[name]) for name, rows in kinds.items()])
@@ -97,7 +98,7 @@ def measure(
     model: AllScAIP,
     data: Dataset | Subset,
     seed: int = 0,
-    compile: bool = False,
+    kernels: str = "auto",
     progress: bool = True,
 ) -> tuple[Rows, Rows, Rows]:
     """Rows of energies (eV an atom), forces (eV/Å) and pressures (times volume, eV an atom).
@@ -107,7 +108,7 @@ def measure(
     derivative by u of the gradient of u·Φ along v.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    model.compiled = compile
+    model.operations = choose(kernels, model.device, model.dtype)
     layer, inputs = model.energy_head.contract, []
     layer.register_forward_hook(lambda _layer, given, _result: inputs.append(given[0]))
     weights = layer.weight[0].double()  # as they are: what they say of a row is row · weights
@@ -128,7 +129,7 @@ def measure(
         boxed = bool(atoms.pbc.any()) and "stress" in results and model.config.stress
         moved = moved.strained(strain) if boxed else moved
         inputs.clear()
-        atomic = model.energy_head(model.features(moved, fused=False)).squeeze(1)
+        atomic = model.energy_head(model.features(moved)).squeeze(1)
         total = inputs[0].sum(0)  # (2H,): Φ
         change = torch.zeros_like(total).requires_grad_()
         asked = [positions, strain] if boxed else [positions]
@@ -196,11 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stress-weight", type=float, default=100.0, help="likewise (100)")
     parser.add_argument("--seed", type=int, default=0, help="of the directions of forces")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="faster on a CPU, by kernels in C (needs gcc or clang)",
-    )
+    add_kernels_option(parser)
     parser.add_argument("--device", help="cuda where there is one, else cpu")
 
 
@@ -213,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
     data = Subset(data, evenly_spaced(len(data), args.structures))
     energy, force = args.weights
     weights = {"energy_weight": energy, "force_weight": force, "stress_weight": args.stress_weight}
-    found = refit(model, data, **weights, seed=args.seed, compile=args.compile)
+    found = refit(model, data, **weights, seed=args.seed, kernels=args.kernels)
     save_model(found.model, args.out, read_card(args.model))
     for name, before in found.before.items():
         print(f"{name:22s} {before:8.3f} → {found.after[name]:8.3f} {KINDS[name]}")

@@ -104,7 +104,7 @@ def test_the_command_puts_the_errors_into_the_card(
 ) -> None:
     save_model(model, tmp_path / "model.safetensors", {"about": "a test"})
     command = ["evaluate", str(tmp_path / "model.safetensors"), str(labelled), "--device", "cpu"]
-    for out, more in (("plain", []), ("compiled", ["--compile"])):
+    for out, more in (("auto", []), ("plain", ["--kernels", "plain"])):
         save = ["--save", str(tmp_path / f"{out}.safetensors"), "--note", "how"]
         assert cli.main([*command, *more, *save]) == 0
         card = read_card(tmp_path / f"{out}.safetensors")

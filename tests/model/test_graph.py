@@ -29,7 +29,6 @@ from allscaip_lite.graph import (
     soft_maximum,
     soft_rank,
 )
-from allscaip_lite.kernels import fused
 from allscaip_lite.neighbors import (
     candidate_pairs,
     nearest_images,
@@ -491,27 +490,3 @@ def test_system_distances_of_a_batch(cluster: Atoms, crystal: Atoms, slab: Atoms
         np.testing.assert_allclose(distances[index, :n, :n].detach(), expected, atol=1e-9)
     (gradient,) = torch.autograd.grad(distances.sum(), padded)
     assert gradient.isfinite().all()
-
-
-def test_fused_soft_rank_is_the_formula() -> None:
-    """Value, gradient, gradient of the gradient; with empty candidates, and chunk by chunk."""
-    generator = torch.Generator().manual_seed(0)
-    distances = 3 * torch.rand(40, 60, generator=generator, dtype=torch.float64)
-    distances[:, 0] = 0
-    distances[5, 30:] = distances[7, 1:] = torch.inf
-    distances.requires_grad_()
-    assert len(fused._SoftRank.chunks(distances)) > 1
-    pull = torch.rand(distances.shape, generator=generator, dtype=torch.float64)
-    real = distances.isfinite()
-    found = {}
-    for name, form in (("fused", fused.soft_rank), ("formula", soft_rank)):
-        rank = form(distances, 0.2)
-        assert torch.equal(rank.isfinite(), real)
-        total = (torch.where(real, rank, 0.0) * pull).sum()
-        (first,) = torch.autograd.grad(total, distances, create_graph=True)
-        (second,) = torch.autograd.grad((first[real] ** 2).sum(), distances)
-        (plain,) = torch.autograd.grad((form(distances, 0.2)[real] * pull[real]).sum(), distances)
-        found[name] = [rank[real], first[real], second[real], plain[real]]
-    for a, b in zip(*found.values(), strict=True):
-        assert b.abs().max() > 1
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

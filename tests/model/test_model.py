@@ -18,6 +18,7 @@ from torch import Tensor
 
 from allscaip_lite import PRESETS, AllScAIP, AllScAIPConfig, Result, StructureError
 from allscaip_lite.graph import build_graph
+from allscaip_lite.kernels import choose
 from allscaip_lite.model import UNITS
 from allscaip_lite.structures import Structures, structures_from_atoms
 
@@ -479,11 +480,13 @@ def test_float32_is_float64_rounded(make_model: ModelMaker, cluster: Atoms, crys
 # --- training mode ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kernels", ["plain", "torch"])
 def test_training_mode_gives_the_same_numbers(
-    make_model: ModelMaker, cluster: Atoms, crystal: Atoms
+    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, kernels: str
 ) -> None:
-    """The plain formulas that training differentiates twice, and the fused ones of inference."""
+    """Operations that can be differentiated twice in training, and the faster ones of inference."""
     model = make_model()
+    model.operations = choose(kernels, "cpu", torch.float64)
     structures = structures_from_atoms([cluster, crystal, rattled("H2O")], torch.float64)
     inference = model(structures)
     training = model.train()(structures)
@@ -610,8 +613,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(make_model: ModelMaker, cluster: Atoms, crystal: Atoms, name: str) -> None:
-    """Builds, and its forces are slopes of its energy, by the fused and by the plain formulas."""
+    """Builds, and its forces are slopes of its energy, in inference and in training."""
     model = make_model(**OPTIONS[name])
+    model.operations = choose("torch", "cpu", torch.float64)
     assert_forces_are_slopes(model, cluster, seeds=1)
     structures = structures_from_atoms([cluster, crystal], torch.float64)
     inference, training = model(structures), model.train()(structures)

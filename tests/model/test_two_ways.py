@@ -1,21 +1,21 @@
-"""Two ways to the same numbers: fused and plain, short cut and whole way, frozen and trained.
+"""Two ways to the same numbers: the last block for its atoms alone and in full, inference and training.
 
-Inference may cut corners that training cannot; nobody should see where. Weights are random in
-every term (`conftest.make_model`), and all is in float64 unless said.
+Weights are random in every term (`conftest.make_model`), and all is in float64 unless said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
 
 from allscaip_lite import AllScAIP, AllScAIPConfig
-from allscaip_lite.kernels.slots import AttentionRecord
+from allscaip_lite.kernels import choose
+from allscaip_lite.model import AttentionRecord
+from allscaip_lite.operations import PLAIN
 from allscaip_lite.structures import structures_from_atoms
 
 ModelMaker = Callable[..., AllScAIP]
@@ -44,9 +44,9 @@ def test_last_block_computes_for_atoms_what_the_whole_block_would(
     structures = structures_from_atoms([cluster, crystal], torch.float64)
     record = AttentionRecord()
     with torch.no_grad():
-        full = model.features(structures, fused=False, record=record)
-        for fused in (True, False):
-            short = model.features(structures, fused=fused)
+        full = model.features(structures, PLAIN, record)
+        for kernels in ("plain", "torch"):
+            short = model.features(structures, choose(kernels, "cpu", torch.float64))
             torch.testing.assert_close(short, full, rtol=0, atol=1e-11)
     n, slots = record.geometry.graph.log_weight.shape
     for weights in (*record.source, *record.destination):
@@ -74,8 +74,9 @@ def test_inference_keeps_no_graph(make_model: ModelMaker, crystal: Atoms) -> Non
 
 
 def test_weights_learn_from_forces_and_stress(make_model: ModelMaker, crystal: Atoms) -> None:
-    """Gradients through the plain formulas, against differences of the fused ones' answers."""
+    """Gradients of the weights in training, against differences of what inference gives."""
     model = make_model()
+    model.operations = choose("torch", "cpu", torch.float64)
     structures = structures_from_atoms(crystal, torch.float64)
 
     def loss(create_graph: bool) -> torch.Tensor:
@@ -121,7 +122,7 @@ def test_molecules_do_not_spoil_a_loss_on_the_stress_of_others(
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_direct_model_learns_the_same_by_the_fused_kernels(
+def test_direct_model_learns_the_same_by_once_differentiable_kernels(
     make_model: ModelMaker, cluster: Atoms
 ) -> None:
     """One differentiation is enough for it, so training uses them too."""
@@ -129,22 +130,14 @@ def test_direct_model_learns_the_same_by_the_fused_kernels(
     structures = structures_from_atoms(cluster, torch.float64)
     parameters = list(model.parameters())
     gradients = []
-    for fused in (True, False):
-        nodes = model.features(structures, fused=fused)
+    for kernels in ("torch", "plain"):
+        nodes = model.features(structures, choose(kernels, "cpu", torch.float64))
         loss = model.force_head(nodes).square().sum() + model.energy_head(nodes).sum()
         gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
     for fast, plain in zip(*gradients, strict=True):
         assert (fast is None) == (plain is None)
         if plain is not None:
             torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
-
-
-def test_frozen_weights_answer_the_same(make_model: ModelMaker, cluster: Atoms) -> None:
-    """In float32, where the linear layers ask whether a weight wants a gradient."""
-    trained, frozen = make_model(torch.float32), make_model(torch.float32).requires_grad_(False)
-    left, right = trained.predict(cluster)[0], frozen.predict(cluster)[0]
-    assert left.energy == pytest.approx(right.energy, abs=1e-4)
-    np.testing.assert_allclose(left.forces, right.forces, rtol=0, atol=1e-4)
 
 
 def test_predicting_leaves_no_trace_on_the_weights() -> None:

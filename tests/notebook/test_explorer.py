@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.build import molecule
 
 from allscaip_lite.graph import build_graph
+from allscaip_lite.kernels import choose
 from allscaip_lite.notebook import explorer, plots
 from allscaip_lite.notebook.attention_maps import KINDS, attention_maps
 from allscaip_lite.notebook.explorer import explore_attention
@@ -323,10 +324,10 @@ def test_links_of_an_edge_end_at_its_neighbours_and_images(model, crystal):
         plots.plot_links(maps, crystal, 0, kind="source", edge=99)
 
 
-# --- the weights are those of the fused path ------------------------------------------------------
+# --- the weights are those of the faster kernels --------------------------------------------------
 
 
-def watched(model, atoms: Atoms, block: int, kind: str, fused: bool) -> dict[str, torch.Tensor]:
+def watched(model, atoms: Atoms, block: int, kind: str, kernels: str) -> dict[str, torch.Tensor]:
     """What enters an attention of a pass (rows, H), and what its mixing hands on (rows, H)."""
     seen, part = {}, model.blocks[block]
     hooks = [
@@ -339,7 +340,9 @@ def watched(model, atoms: Atoms, block: int, kind: str, fused: bool) -> dict[str
     ]
     try:
         with torch.no_grad():
-            model.features(structures_from_atoms(atoms, torch.float64), fused=fused)
+            model.features(
+                structures_from_atoms(atoms, torch.float64), choose(kernels, "cpu", torch.float64)
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -348,14 +351,13 @@ def watched(model, atoms: Atoms, block: int, kind: str, fused: bool) -> dict[str
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [0, 1])
-def test_the_weights_mix_what_the_fused_path_mixes(model, crystal, kind, block):
-    """Values times these weights are what a fused pass hands to its output layer.
+def test_the_weights_mix_what_faster_kernels_mix(model, crystal, kind, block):
+    """Values times these weights are what faster kernels hand to the output layer.
 
-    Its last block asks only from the self-edges in the destination layout, and it may number
-    the rows in its own way: they are recognised by the states that they hold.
+    The last block asks only from the self-edges in the destination layout.
     """
     maps, n = attention_maps(model, crystal), len(crystal)
-    states = watched(model, crystal, block, kind, fused=False)["states"]
+    states = watched(model, crystal, block, kind, "plain")["states"]
     layer = getattr(model.blocks[block], f"{kind}_attention")
     with torch.no_grad():
         values = layer.value(states).unflatten(1, (maps.num_heads, -1))  # (rows, h, D)
@@ -376,7 +378,7 @@ def test_the_weights_mix_what_the_fused_path_mixes(model, crystal, kind, block):
                 rows = [place[j, i, *(-x for x in image)] for j, image in ends]
             weights = getattr(maps, kind)[block, :, i, :count, :count]  # (h, c, c)
             expected[rows] = torch.einsum("hst,thd->shd", weights, values[rows])
-    found = watched(model, crystal, block, kind, fused=True)
+    found = watched(model, crystal, block, kind, "torch")
     gap, same = torch.cdist(found["states"], states).min(1)
     assert gap.max() < 1e-6 and len(same.unique()) == len(states)
     only_atoms = kind == "destination" and block == maps.num_blocks - 1

@@ -19,6 +19,7 @@ from ase.build import bulk, molecule
 
 from allscaip_lite import AllScAIP, AllScAIPConfig
 from allscaip_lite.graph import build_graph
+from allscaip_lite.kernels import choose
 from allscaip_lite.notebook import plots
 from allscaip_lite.notebook.attention_maps import attention_maps
 from allscaip_lite.structures import structures_from_atoms
@@ -84,15 +85,15 @@ def test_rows_sum_to_one_and_empty_slots_hold_nothing(model, name):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_the_fused_path_reproduces_the_energy(model, name):
+def test_the_plain_pass_reproduces_the_energy(model, name):
     atoms = STRUCTURES[name]
     (result,) = model.predict(atoms)
     assert attention_maps(model, atoms).energy == pytest.approx(result.energy, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["source", "destination", "node"])
-def test_fused_kernels_mix_values_with_these_weights(model, maps, kind):
-    """Weights times values, computed here, against what enters the output layer of a fused pass."""
+def test_faster_kernels_mix_values_with_these_weights(model, maps, kind):
+    """Weights times values, computed here, against what enters the output layer of a faster pass."""
     seen = {}
     block = model.blocks[0]
     layer = getattr(block, f"{kind}_attention")
@@ -104,7 +105,9 @@ def test_fused_kernels_mix_values_with_these_weights(model, maps, kind):
     ]
     try:
         with torch.no_grad():
-            model.features(structures_from_atoms(ETHANOL, torch.float64), fused=True)
+            model.features(
+                structures_from_atoms(ETHANOL, torch.float64), choose("torch", "cpu", torch.float64)
+            )
     finally:
         for hook in hooks:
             hook.remove()

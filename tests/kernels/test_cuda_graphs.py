@@ -1,4 +1,4 @@
-"""The forms of fixed size against the model itself; where there is a CUDA GPU, recorded."""
+"""The padded forms against the model itself; where there is a CUDA GPU, recorded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator
-from allscaip_lite.kernels import cuda_graphs as recorded
+from allscaip_lite.kernels import choose, cuda_graphs
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.kernels.padded import (
-    Fixed,
-    FixedSizeError,
+    PaddedBatch,
+    PaddingError,
     Size,
-    fixed_prediction,
-    padded,
+    pad,
+    padded_prediction,
 )
 from allscaip_lite.labels.water import water_box
 from allscaip_lite.neighbors import candidate_pairs
@@ -41,7 +41,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest, make_model: ModelMaker) -> AllScAIP:
-    return make_model(**KINDS[request.param]).to(DEVICE)
+    model = make_model(**KINDS[request.param]).to(DEVICE)
+    model.operations = choose("torch", DEVICE, torch.float64)
+    return model
 
 
 def molecules() -> list[Atoms]:
@@ -67,10 +69,10 @@ def water(tilted: bool = False, waters: int = 10) -> Atoms:
     return box
 
 
-def as_batch(atoms: list[Atoms], model: AllScAIP, size: Size) -> tuple[Structures, Fixed]:
+def as_batch(atoms: list[Atoms], model: AllScAIP, size: Size) -> tuple[Structures, PaddedBatch]:
     structures = structures_from_atoms(atoms, torch.float64)
-    fixed = padded(structures, candidate_pairs(structures, model.config.reach + 1), size)
-    return structures.to(model.device), fixed.to(model.device)
+    padded = pad(structures, candidate_pairs(structures, model.config.reach + 1), size)
+    return structures.to(model.device), padded.to(model.device)
 
 
 def assert_same(ours: Any, theirs: Any, atol: float = 1e-11) -> None:
@@ -82,10 +84,10 @@ def assert_same(ours: Any, theirs: Any, atol: float = 1e-11) -> None:
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_padded_molecules_give_what_the_model_gives(model: AllScAIP, create_graph: bool) -> None:
-    structures, fixed = as_batch(molecules(), model, Size(60, 9, 12, 300, 16))
-    prediction, lost = fixed_prediction(model, fixed, Size(60, 9, 12, 300, 16), create_graph)
+    structures, padded = as_batch(molecules(), model, Size(60, 9, 12, 300, 16))
+    prediction, overflow = padded_prediction(model, padded, Size(60, 9, 12, 300, 16), create_graph)
     theirs = model(structures, create_graph=create_graph)
-    assert int(lost) == 0
+    assert int(overflow) == 0
     assert_same(prediction, theirs)
 
 
@@ -93,9 +95,9 @@ def test_padded_molecules_give_what_the_model_gives(model: AllScAIP, create_grap
 def test_periodic_boxes_beside_each_other(model: AllScAIP, tilted: bool) -> None:
     boxes = [water(tilted), water(tilted, waters=12)]
     size = Size(70, 4, 36, 20_000, 24)
-    structures, fixed = as_batch(boxes, model, size)
-    prediction, lost = fixed_prediction(model, fixed, size)
-    assert int(lost) == 0
+    structures, padded = as_batch(boxes, model, size)
+    prediction, overflow = padded_prediction(model, padded, size)
+    assert int(overflow) == 0
     assert_same(prediction, model(structures, create_graph=False))
 
 
@@ -103,10 +105,10 @@ def test_gradients_of_the_weights(make_model: ModelMaker) -> None:
     """Of energies and forces, as training takes them; padding adds nothing."""
     model = make_model().to(DEVICE)
     size = Size(60, 9, 12, 300, 16)
-    structures, fixed = as_batch(molecules(), model, size)
+    structures, padded = as_batch(molecules(), model, size)
     found = []
     for prediction in (
-        fixed_prediction(model, fixed, size, create_graph=True)[0],
+        padded_prediction(model, padded, size, create_graph=True)[0],
         model(structures, create_graph=True),
     ):
         energy = prediction.energy[: len(structures)]
@@ -120,8 +122,8 @@ def test_gradients_of_the_weights(make_model: ModelMaker) -> None:
 
 def test_edges_without_a_slot_are_counted(make_model: ModelMaker) -> None:
     model = make_model().to(DEVICE)
-    _, fixed = as_batch(molecules(), model, Size(60, 9, 12, 300, 8))
-    assert int(fixed_prediction(model, fixed, Size(60, 9, 12, 300, 8))[1]) > 0
+    _, padded = as_batch(molecules(), model, Size(60, 9, 12, 300, 8))
+    assert int(padded_prediction(model, padded, Size(60, 9, 12, 300, 8))[1]) > 0
 
 
 class NoQuestions(TorchDispatchMode):
@@ -142,23 +144,23 @@ class NoQuestions(TorchDispatchMode):
 @pytest.mark.parametrize("periodic", [False, True])
 def test_nothing_is_asked_of_the_device(model: AllScAIP, periodic: bool) -> None:
     size = Size(70, 9, 36, 20_000, 24)
-    _, fixed = as_batch([water()] if periodic else molecules(), model, size)
+    _, padded = as_batch([water()] if periodic else molecules(), model, size)
     for create_graph in (False, True):
-        fixed_prediction(model, fixed, size, create_graph)  # tables are made once
+        padded_prediction(model, padded, size, create_graph)  # tables are made once
         with NoQuestions():
-            prediction, _ = fixed_prediction(model, fixed, size, create_graph)
+            prediction, _ = padded_prediction(model, padded, size, create_graph)
             if create_graph:
                 (prediction.energy.sum() + prediction.forces.square().sum()).backward()
 
 
 def test_dynamics_are_the_models(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a short skin, so that lists are made anew, and a cell that breathes."""
-    monkeypatch.setattr(recorded, "SKIN", 0.4)
+    monkeypatch.setattr(cuda_graphs, "SKIN", 0.4)
     model = make_model().to(DEVICE)
     ends, lists = [], []
     for use in (False, True):
         box = water()
-        calculator = AllScAIPCalculator(model, compile=False)
+        calculator = AllScAIPCalculator(model, kernels="torch")
         if use:
             calculator.recorded = RecordedModel(calculator.model)
             list_pairs = calculator.recorded._list
@@ -206,10 +208,30 @@ def test_charge_is_read_with_every_step(make_model: ModelMaker) -> None:
     assert abs(after - model.predict(atoms)[0].energy) < 1e-9
 
 
-def test_what_has_no_fixed_size_is_refused(make_model: ModelMaker) -> None:
+def test_what_cannot_be_padded_is_refused(make_model: ModelMaker) -> None:
     slab = water()
     slab.pbc = [True, True, False]
-    with pytest.raises(FixedSizeError, match="some directions"):
+    with pytest.raises(PaddingError, match="some directions"):
         make_model().predict(slab, RecordedModel(make_model()))
-    with pytest.raises(FixedSizeError, match="soft_rank"):
+    with pytest.raises(PaddingError, match="soft_rank"):
         make_model(soft_rank=False).predict(water(), RecordedModel(make_model(soft_rank=False)))
+
+
+def test_a_patient_recording_waits_and_falls_back(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It records what is asked for again and again, and answers for what cannot be padded."""
+    model = make_model().to(DEVICE)
+    recording, recorded = RecordedModel(model, patient=True), []
+    call = recording._recorded
+    monkeypatch.setattr(recording, "_recorded", lambda s: recorded.append(len(s)) or call(s))
+    slab = water()
+    slab.pbc = [True, True, False]
+    for atoms in (molecules()[0], slab):
+        recorded.clear()
+        expected = model.predict(atoms)[0]
+        for repeat in range(1, cuda_graphs.PATIENCE + 3):
+            found = model.predict(atoms, recording)[0]
+            assert found.energy == pytest.approx(expected.energy, abs=1e-9)
+            assert np.allclose(found.forces, expected.forces, rtol=0, atol=1e-9)
+            assert len(recorded) == max(0, repeat - cuda_graphs.PATIENCE)

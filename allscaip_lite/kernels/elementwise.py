@@ -1,27 +1,20 @@
-"""The fast twins of the attention's formulas, for when one differentiation is enough.
+"""Linear layers, norm, GELU, radial basis, soft ranks and ERoPE, with derivatives written by hand.
 
-In and out: what the plain functions in `attention` of the same name take and give, and tests hold
-the two equal. Each is a `torch.autograd.Function` whose derivative is written by hand, so that
-nothing is copied and little is kept. What serves in training on forces as well can be derived
-twice or more: `linear`, `gelu`, the norm, `gaussians`, `soft_rank` and `rotary_bias`.
+In and out: what the plain functions of the same names in `operations`, `encodings`, `graph` and
+`attention` take and give. Each is a `torch.autograd.Function` that keeps little for its derivative
+and can be differentiated twice or more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from allscaip_lite.machine import processor_name
-
-if TYPE_CHECKING:
-    from allscaip_lite.kernels.slots import Layout, Run
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -38,46 +31,37 @@ class _OneDNNLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         d_weight = None
         if need_weight and gradient.shape[1] > x.shape[1]:  # oneDNN copies its first matrix
-            d_weight = linear(x.t(), gradient.t(), None).t().contiguous()
+            d_weight = linear_by_onednn(x.t(), gradient.t(), None).t().contiguous()
         elif need_weight:
-            d_weight = linear(gradient.t(), x.t(), None)
+            d_weight = linear_by_onednn(gradient.t(), x.t(), None)
         return (
-            linear(gradient, weight.t(), None) if need_x else None,
+            linear_by_onednn(gradient, weight.t(), None) if need_x else None,
             d_weight,
             gradient.sum(0) if need_bias else None,
         )
 
 
-_BY_ONEDNN = (
-    "AMD" in processor_name()
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+def has_onednn() -> bool:
+    """Whether this build of PyTorch offers oneDNN's linear layer."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(R, a) → (R, b), on an AMD processor in float32 by oneDNN.
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(R, a) → (R, b), in float32 on a CPU by oneDNN, else by PyTorch's default.
 
     PyTorch's float32 products on CPUs are MKL's, which on AMD processors leave AVX-512 unused:
     oneDNN was 2.5 times as fast there. On an Intel Xeon a step of training takes a fifth longer
     with it, because it compiles a kernel for each new number of edges.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if _BY_ONEDNN and on_cpu and x.numel() and weight.numel():
-        return _OneDNNLinear.apply(_plain(x), _plain(weight), bias)
+    if on_cpu and x.numel() and weight.numel():
+        return _OneDNNLinear.apply(_readable(x), _readable(weight), bias)
     return F.linear(x, weight, bias)
 
 
-def _plain(x: Tensor) -> Tensor:
+def _readable(x: Tensor) -> Tensor:
     """A matrix that oneDNN can read as it lies, also the transpose of one; others are copied."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, by oneDNN on an AMD processor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -133,6 +117,11 @@ class RMSNormDerivative(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(R, a), (a,) → (R, a): `F.rms_norm`, with a backward pass of few steps."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(R, a), (a,) → (R, a): PyTorch's own kernel, for GPUs."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _GELU(torch.autograd.Function):
@@ -237,177 +226,9 @@ def soft_rank(distances: Tensor, width: float) -> Tensor:
     return rank.masked_fill(empty, torch.inf)
 
 
-def gaussians(distances: Tensor, centers: Tensor, per_spacing: float) -> Tensor:
-    """(E,), (C,) → (E, C): exp(-½ (d-c)²/(2Δ)²), `per_spacing` being 1/Δ."""
-    return _Gaussians.apply(distances, centers, per_spacing)
-
-
-class FusedNeighborhoodAttention(torch.autograd.Function):
-    """The same by hand, forwards and once backwards: no copies, few saved intermediates.
-
-    It takes one run of rows at a time (see `Layout`), all heads together, so that their K × K
-    matrices stay in the processor's cache. Queries of empty slots get zero weights, so what stands
-    there never reaches a gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        log_weight: Tensor,
-        legendre: Tensor | None,
-        layout: Layout,
-        groups: list[slice],
-        num_heads: int,
-    ) -> Tensor:
-        table = qkv.index_select(0, layout.occupant).view(len(layout.occupant), 3, num_heads, -1)
-        mixed = table.new_empty(len(table), num_heads, table.shape[-1])  # (S, h, D)
-        kept = []
-        for run in layout.runs:
-            q, k, v = _by_head(table, run)  # (h·c, w, D) each
-            q *= q.shape[-1] ** -0.5
-            logits = _products(q, k, groups[0]).unflatten(0, (num_heads, -1))  # (h, c, w, w)
-            for l, group in enumerate(groups[1:]):
-                if group.stop > group.start:
-                    products = _products(q, k, group).view_as(logits)
-                    logits.addcmul_(_angles(legendre, l, run), products)
-            logits += log_weight[run.rows, None, : run.width]
-            weights = torch.softmax(logits, -1)
-            weights *= layout.full[run.slots].view(-1, run.width, 1)
-            heads = torch.bmm(weights.flatten(0, 1), v).view(num_heads, -1, v.shape[-1])
-            mixed[run.slots] = heads.transpose(0, 1)
-            kept += [q, k, v, weights]
-        ctx.save_for_backward(legendre, *kept)
-        ctx.layout, ctx.groups = layout, groups
-        return mixed.flatten(1).index_select(0, layout.packed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        legendre, *kept = ctx.saved_tensors
-        layout, groups = ctx.layout, ctx.groups
-        num_heads, head_size = kept[3].shape[0], kept[0].shape[-1]
-        gradient = gradient.index_select(0, layout.occupant).view(-1, 1, num_heads, head_size)
-        d_table = gradient.new_empty(len(gradient), 3, num_heads, head_size)
-        d_log_weight = gradient.new_zeros(layout.occupied.shape)
-        d_legendre = None
-        if legendre is not None and ctx.needs_input_grad[2]:
-            d_legendre = torch.zeros_like(legendre)
-        for run in layout.runs:
-            q, k, v, weights = (kept.pop(0) for _ in range(4))
-            (pull,) = _by_head(gradient, run)  # (h·c, w, D)
-            d_qkv = pull.new_empty(3, *pull.shape)
-            dq, dk, dv = d_qkv
-            torch.bmm(weights.flatten(0, 1).transpose(1, 2), pull, out=dv)
-            d_weights = torch.bmm(pull, v.transpose(1, 2)).view_as(weights)
-            d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_log_weight[run.rows, : run.width] = d_logits.sum((0, 2))
-            for l, group in enumerate(groups):
-                if group.stop == group.start:
-                    continue
-                d_product = d_logits * _angles(legendre, l - 1, run) if l else d_logits
-                d_product = d_product.flatten(0, 1)
-                dq[..., group] = torch.bmm(d_product, k[..., group])
-                dk[..., group] = torch.bmm(d_product.transpose(1, 2), q[..., group])
-                if l and d_legendre is not None:
-                    products = _products(q, k, group).view_as(d_logits)
-                    _angles(d_legendre, l - 1, run).copy_(products.mul_(d_logits).sum(0))
-            dq *= head_size**-0.5
-            d_table[run.slots] = d_qkv.view(3, num_heads, -1, head_size).permute(2, 0, 1, 3)
-        d_qkv = d_table.flatten(1).index_select(0, layout.packed)
-        return d_qkv, d_log_weight, d_legendre, None, None, None
-
-
-def _by_head(table: Tensor, run: Run) -> Tensor:
-    """The rows of one run from (S, p, h, D), a batch of matrices for each part: (p, h·c, w, D)."""
-    _, parts, num_heads, size = table.shape
-    heads = table[run.slots].permute(1, 2, 0, 3)  # (p, h, c·w, D)
-    return heads.reshape(parts, -1, run.width, size)
-
-
-def _products(q: Tensor, k: Tensor, group: slice) -> Tensor:
-    """q·k over one group of channels: (b, w, D) twice → (b, w, w)."""
-    return torch.bmm(q[..., group], k[..., group].transpose(1, 2))
-
-
-def _angles(legendre: Tensor, l: int, run: Run) -> Tensor:
-    """(c, w, w) of (l, N, K, K), a view."""
-    return legendre[l, run.rows, : run.width, : run.width]
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within it the weights of `module` ask for no gradients, which nobody would read."""
-    asking = [weight for weight in module.parameters() if weight.requires_grad]
-    try:
-        for weight in asking:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in asking:
-            weight.requires_grad_(True)
-
-
-def pair_sums(directions: Tensor, weights: Tensor, degree: int, runs: list[Run]) -> Tensor:
-    """`encodings.pair_sums` from the slots' directions: (N, K, 3), (N, K) → (N, degree)."""
-    return FusedPairSums.apply(directions, weights, degree, runs)
-
-
-class FusedPairSums(torch.autograd.Function):
-    """The same by hand, forwards and once backwards.
-
-    A run of rows at a time and a degree after the other, so that of the Legendre matrices no more
-    than three are there at once. Slots without direction hold zero vectors.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, directions: Tensor, weights: Tensor, degree: int, runs: list[Run]
-    ) -> Tensor:
-        ctx.save_for_backward(directions, weights)
-        ctx.degree, ctx.runs = degree, runs
-        sums = weights.new_empty(len(weights), degree)
-        for run in runs:
-            _, both, cosine = _pairs(directions, weights, run)
-            before, now = torch.ones_like(cosine), cosine
-            for l in range(1, degree + 1):
-                sums[run.rows, l - 1] = (now * both).sum((1, 2))
-                before, now = now, _next_legendre(l, cosine, now, before)
-        return sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        directions, weights = ctx.saved_tensors
-        d_directions, d_weights = torch.zeros_like(directions), torch.zeros_like(weights)
-        for run in ctx.runs:
-            (u, w), both, cosine = _pairs(directions, weights, run)
-            before, now = torch.ones_like(cosine), cosine
-            slope_before, slope = torch.zeros_like(cosine), torch.ones_like(cosine)
-            value, pull = torch.zeros_like(cosine), torch.zeros_like(cosine)
-            for l in range(1, ctx.degree + 1):
-                part = gradient[run.rows, l - 1, None, None]
-                value.addcmul_(now, part)  # Σ_l g_l P_l
-                pull.addcmul_(slope, part)  # Σ_l g_l P_l'
-                slope_before, slope = slope, slope_before.add_(now, alpha=2 * l + 1)
-                before, now = now, _next_legendre(l, cosine, now, before)
-            d_directions[run.rows, : run.width] = 2 * torch.bmm(pull.mul_(both), u)
-            d_weights[run.rows, : run.width] = 2 * torch.bmm(value, w.unsqueeze(2)).squeeze(2)
-        return d_directions, d_weights * directions.any(2), None, None
-
-
-def _pairs(
-    directions: Tensor, weights: Tensor, run: Run
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Of one run: directions (c, w, 3), weights (c, w), their products and cosines (c, w, w)."""
-    u = directions[run.rows, : run.width]
-    w = weights[run.rows, : run.width] * u.any(2)
-    return (u, w), w.unsqueeze(2) * w.unsqueeze(1), torch.bmm(u, u.transpose(1, 2))
-
-
-def _next_legendre(l: int, x: Tensor, now: Tensor, before: Tensor) -> Tensor:
-    """P_(l+1) from P_l and P_(l-1), by Bonnet's recursion."""
-    return (x * now).mul_((2 * l + 1) / (l + 1)).sub_(before, alpha=l / (l + 1))
+def gaussian_basis(distances: Tensor, centers: Tensor, spacing: float) -> Tensor:
+    """(E,), (C,) → (E, C): exp(-½ (d-c)²/(2Δ)²), Δ the spacing."""
+    return _Gaussians.apply(distances, centers, 1 / spacing)
 
 
 def _sinc(distances: Tensor, frequencies: Tensor, order: int) -> list[Tensor]:
@@ -429,7 +250,7 @@ def _sinc(distances: Tensor, frequencies: Tensor, order: int) -> list[Tensor]:
 PAIRS_AT_ONCE = 8192  # on a CPU: so that their features stay in the cache
 
 
-def _some(distances: Tensor) -> Iterator[slice]:
+def _chunks(distances: Tensor) -> Iterator[slice]:
     """All distances, some at a time."""
     step = PAIRS_AT_ONCE if distances.device.type == "cpu" else max(1, len(distances))
     return (slice(start, start + step) for start in range(0, len(distances), step))
@@ -446,7 +267,7 @@ class _RotaryMix(torch.autograd.Function):
     def forward(ctx: Any, distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
         ctx.save_for_backward(distances, weight, frequencies)
         mixed = distances.new_empty(weight.shape[0], len(distances))
-        for some in _some(distances):
+        for some in _chunks(distances):
             (features,) = _sinc(distances[some], frequencies, 0)
             mixed[:, some] = weight @ features.T
         return mixed
@@ -472,7 +293,7 @@ class _RotaryMixDerivative(torch.autograd.Function):
         ctx.save_for_backward(gradient, distances, weight, frequencies)
         d_distances = torch.empty_like(distances)
         d_weight = torch.zeros_like(weight) if mixes else None
-        for some in _some(distances):
+        for some in _chunks(distances):
             features, slope = _sinc(distances[some], frequencies, 1)
             if d_weight is not None:
                 d_weight += gradient[:, some] @ features
@@ -488,7 +309,7 @@ class _RotaryMixDerivative(torch.autograd.Function):
         weight_change = torch.zeros_like(weight) if weight_change is None else weight_change
         d_gradient, d_distances = torch.empty_like(gradient), torch.empty_like(distances)
         d_weight = torch.zeros_like(weight)
-        for some in _some(distances):
+        for some in _chunks(distances):
             features, slope, bend = _sinc(distances[some], frequencies, 2)
             moved = slope * change[some].unsqueeze(1)  # how far the features move
             d_gradient[:, some] = weight @ moved.T + weight_change @ features.T

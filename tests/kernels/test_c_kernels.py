@@ -1,6 +1,6 @@
-"""The kernels in C: the same answers through the whole model, and what happens around a compiler.
+"""Sets of kernels in the whole model, and what happens around a C compiler.
 
-`test_attention` holds the kernels themselves against the formulas.
+`test_operations` holds each operation to its formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator
+from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import CompileError, load_kernels
+from allscaip_lite.operations import PLAIN
 
 ModelMaker = Callable[..., AllScAIP]
 
@@ -48,30 +50,33 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     ],
     ids=str,
 )
-def test_compiled_answers_are_the_eager_ones(
-    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, slab: Atoms, options: dict
+@pytest.mark.parametrize("kernels", ["torch", "c"])
+def test_answers_are_those_of_the_plain_formulas(
+    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, slab: Atoms, options: dict, kernels: str
 ) -> None:
     model = make_model(**options)
-    eager, compiled = AllScAIPCalculator(model), AllScAIPCalculator(model, compile=True)
+    plain = AllScAIPCalculator(model, kernels="plain")
+    fast = AllScAIPCalculator(model, kernels=kernels)
     lone = Atoms("He", info={"charge": 0, "spin": 1})
     for atoms in (cluster, crystal, slab, lone):
-        energy, forces = (f(atoms) for f in (eager.get_potential_energy, eager.get_forces))
-        assert compiled.get_potential_energy(atoms) == pytest.approx(energy, abs=1e-10)
-        np.testing.assert_allclose(compiled.get_forces(atoms), forces, atol=1e-9)
+        energy, forces = (f(atoms) for f in (plain.get_potential_energy, plain.get_forces))
+        assert fast.get_potential_energy(atoms) == pytest.approx(energy, abs=1e-10)
+        np.testing.assert_allclose(fast.get_forces(atoms), forces, atol=1e-9)
         if atoms is crystal and model.config.conservative:
-            stress = eager.get_stress(atoms)
-            np.testing.assert_allclose(compiled.get_stress(atoms), stress, atol=1e-10)
+            stress = plain.get_stress(atoms)
+            np.testing.assert_allclose(fast.get_stress(atoms), stress, atol=1e-10)
     # several systems at once
     batch = [cluster, crystal, lone]
-    pairs = zip(compiled.model.predict(batch), model.predict(batch), strict=True)
+    pairs = zip(fast.model.predict(batch), plain.model.predict(batch), strict=True)
     assert all(a.energy == pytest.approx(b.energy, abs=1e-10) for a, b in pairs)
 
 
 @needs_compiler
-def test_compiled_answers_in_float32(make_model: ModelMaker, cluster: Atoms) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "c"])
+def test_answers_in_float32(make_model: ModelMaker, cluster: Atoms, kernels: str) -> None:
     model = make_model(dtype=torch.float32)
-    forces = AllScAIPCalculator(model).get_forces(cluster)
-    found = AllScAIPCalculator(model, compile=True).get_forces(cluster)
+    forces = AllScAIPCalculator(model, kernels="plain").get_forces(cluster)
+    found = AllScAIPCalculator(model, kernels=kernels).get_forces(cluster)
     assert np.abs(found - forces).max() < 2e-5 * np.abs(forces).max()
 
 
@@ -87,8 +92,8 @@ def test_any_width_of_registers(
 ) -> None:
     """Answers and a training step where registers have 16 bytes (NEON), 32 (AVX2), 64 (AVX-512)."""
     monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -DBYTES={width}")
-    test_compiled_answers_in_float32(make_model, cluster)
-    test_a_compiled_training_step_is_the_eager_one(make_model, cluster, crystal, {})
+    test_answers_in_float32(make_model, cluster, "c")
+    test_a_training_step_is_the_plain_one(make_model, cluster, crystal, {}, "c")
 
 
 @needs_compiler
@@ -97,23 +102,24 @@ def test_any_width_of_registers(
     [{}, {"angular_channels": None}, {"node_attention": False}, {"smooth_bond_order": True}],
     ids=str,
 )
-def test_a_compiled_training_step_is_the_eager_one(
-    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, options: dict
+@pytest.mark.parametrize("kernels", ["torch", "c"])
+def test_a_training_step_is_the_plain_one(
+    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, options: dict, kernels: str
 ) -> None:
     """A loss on energies, forces and stress moves every weight alike."""
     model = make_model(**options)
     batch = _structures([cluster, crystal, Atoms("He", info={"charge": 0, "spin": 1})])
     gradients = []
-    for model.compiled in (False, True):
+    for model.operations in (PLAIN, choose(kernels, "cpu", torch.float64)):
         energy, forces, stress = model(batch, create_graph=True)
         (energy.sum() + forces.pow(3).sum() + stress.square().sum()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         model.zero_grad()
-    for name, eager in gradients[0].items():
+    for name, plain in gradients[0].items():
         found = gradients[1][name]
-        assert (eager is None) == (found is None), name
-        if eager is not None:
-            assert (found - eager).abs().max() <= 1e-9 * (1 + eager.abs().max()), name
+        assert (plain is None) == (found is None), name
+        if plain is not None:
+            assert (found - plain).abs().max() <= 1e-9 * (1 + plain.abs().max()), name
 
 
 @needs_compiler
@@ -121,17 +127,18 @@ def test_attention_with_dropout_trains_as_ever(make_model: ModelMaker, cluster: 
     """The kernels draw no random numbers: where attention has dropout, they do not serve."""
     model = make_model(attention_dropout=0.5).train()
     forces = []
-    for model.compiled in (False, True):
+    for model.operations in (PLAIN, choose("c", "cpu", torch.float64)):
         torch.manual_seed(0)
         forces.append(model(_structures(cluster)).forces.detach())
     assert torch.allclose(*forces, rtol=0, atol=1e-12)
 
 
 @needs_compiler
-def test_the_calculator_compiles_its_own_copy(make_model: ModelMaker) -> None:
+def test_the_calculator_leaves_the_model_as_it_is(make_model: ModelMaker) -> None:
     model = make_model()
-    AllScAIPCalculator(model, compile=True)
-    assert not model.compiled
+    calculator = AllScAIPCalculator(model, kernels="c")
+    assert model.operations is PLAIN
+    assert calculator.model.operations is choose("c", "cpu", torch.float64)
 
 
 def _structures(atoms: Atoms | list[Atoms]):  # type: ignore[no-untyped-def]
@@ -142,11 +149,11 @@ def _structures(atoms: Atoms | list[Atoms]):  # type: ignore[no-untyped-def]
 
 @needs_compiler
 def test_dynamics_of_a_fixed_composition(make_model: ModelMaker, cluster: Atoms) -> None:
-    """Edges come and go on the way; the trajectory is the eager one."""
+    """Edges come and go on the way; the trajectory is that of the plain formulas."""
     ends = []
-    for compile in (False, True):
+    for kernels in ("plain", "c"):
         atoms = cluster.copy()
-        atoms.calc = AllScAIPCalculator(make_model(), compile=compile)
+        atoms.calc = AllScAIPCalculator(make_model(), kernels=kernels)
         VelocityVerlet(atoms, 0.5 * units.fs).run(20)
         ends.append(atoms.positions)
     assert np.abs(ends[0] - cluster.positions).max() > 1e-3
@@ -173,7 +180,10 @@ def test_without_a_compiler(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(CompileError, match="install gcc or clang"):
-        AllScAIPCalculator(model, compile=True)
+        AllScAIPCalculator(model, kernels="c")
+    calculator = AllScAIPCalculator(model)  # "auto" does without
+    assert calculator.model.operations is choose("torch", "cpu", torch.float64)
+    assert np.isfinite(calculator.get_forces(Atoms("H2", [(0, 0, 0), (0, 0, 0.7)]))).all()
 
 
 def test_a_compiler_that_fails_is_quoted(
@@ -185,10 +195,19 @@ def test_a_compiler_that_fails_is_quoted(
     for compiler, message in ((broken, "no such target"), (tmp_path / "none", "does not run")):
         monkeypatch.setenv("CC", str(compiler))
         with pytest.raises(CompileError, match=message):
-            AllScAIPCalculator(make_model(), compile=True)
-    assert not list(fresh.glob("*.so")) if fresh.exists() else True
+            AllScAIPCalculator(make_model(), kernels="c")
+    assert not list(fresh.rglob("*"))
 
 
 def test_half_precision_is_refused(make_model: ModelMaker) -> None:
     with pytest.raises(CompileError, match="float32 and float64"):
-        AllScAIPCalculator(make_model(), dtype=torch.bfloat16, compile=True)
+        AllScAIPCalculator(make_model(), dtype=torch.bfloat16, kernels="c")
+
+
+def test_names_that_are_none_are_refused(make_model: ModelMaker) -> None:
+    with pytest.raises(ValueError, match="'fast' is not one of auto, plain, torch, c, cuda-graphs"):
+        AllScAIPCalculator(make_model(), kernels="fast")
+    with pytest.raises(ValueError, match="runs on a CPU"):
+        choose("c", "cuda")
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        AllScAIPCalculator(make_model(), device="cpu", kernels="cuda-graphs")

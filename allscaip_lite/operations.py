@@ -1,0 +1,70 @@
+"""The operations of the model, behind one object, so that faster forms can take their place.
+
+In and out: tensors. The model calls each of its formulas through an `Operations`. `PLAIN` holds the
+plain formulas of `graph`, `encodings` and `attention` and is the default. The sets in
+`allscaip_lite.kernels` have the same names, signatures and results, and are faster:
+
+    model.operations = kernels.choose("auto", model.device, model.dtype)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allscaip_lite import attention, encodings, graph
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(R, H), (H,) → (R, H): x / √(mean(x²) + eps) · w."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@dataclass(frozen=True)
+class Operations:
+    """One function for each formula. M states, N atoms with K slots, h heads, l degrees.
+
+    linear: x (R, a), weight (b, a), bias (b,) or None → (R, b).
+    rms_norm: x (R, H), weight (H,), eps → (R, H).
+    gelu: any shape.
+    gaussian_basis: distances (E,), centers (C,), spacing → (E, C).
+    soft_rank: distances (N, C), width → (N, C).
+    neighborhoods: graph, degree → what the next three read: the graph with angles up to P_degree.
+    pair_sums: neighborhoods, weights (N, K), degree → (N, degree).
+    neighborhood_attention: qkv (M, 3H), neighborhoods, layout, groups, h, dropout → (M, H).
+    self_edge_attention: q (N, H), key_value (M, 2H) and the same → (N, H).
+    node_attention: qkv (N, 3H), bias (B, h, n, n), systems, h, dropout → (N, H).
+    rotary_bias: distances (B, n, n), weight (C, F), frequencies (F,) → (C, B, n, n).
+
+    The three attentions also return their weights, or None where these are never written down.
+    second_order: the set to use where forces are differentiated once more, as in training; None
+    where this set can be differentiated twice.
+    """
+
+    linear: Callable[..., Tensor] = F.linear
+    rms_norm: Callable[..., Tensor] = rms_norm
+    gelu: Callable[[Tensor], Tensor] = F.gelu
+    gaussian_basis: Callable[..., Tensor] = encodings.gaussian_basis
+    soft_rank: Callable[..., Tensor] = graph.soft_rank
+    neighborhoods: Callable[..., Any] = attention.Neighborhoods.make
+    pair_sums: Callable[..., Tensor] = attention.pair_sums
+    neighborhood_attention: Callable[..., tuple[Tensor, Tensor | None]] = (
+        attention.neighborhood_attention
+    )
+    self_edge_attention: Callable[..., tuple[Tensor, Tensor | None]] = attention.self_edge_attention
+    node_attention: Callable[..., tuple[Tensor, Tensor | None]] = attention.node_attention
+    rotary_bias: Callable[..., Tensor] = attention.rotary_bias
+    second_order: Operations | None = None
+
+    @property
+    def twice_differentiable(self) -> Operations:
+        """This set, or the one that stands in for it where second derivatives are taken."""
+        return self.second_order or self
+
+
+PLAIN = Operations()

@@ -1,0 +1,443 @@
+"""Every operation of every set of kernels against the plain formula of the same name.
+
+Values, first derivatives and, of the sets that training uses, second derivatives; in float64 and in
+float32; of full, half-empty and empty rows, of single atoms, of molecules and of crystals.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ase import Atoms
+from ase.build import molecule
+from torch import Tensor
+
+from allscaip_lite import attention, kernels
+from allscaip_lite.attention import SystemTable
+from allscaip_lite.encodings import radial_centers, rotary_frequencies
+from allscaip_lite.graph import Graph
+from allscaip_lite.kernels import compiled, elementwise, fused_attention
+from allscaip_lite.operations import PLAIN, Operations
+
+HEADS = 2
+SETS: dict[str, Callable[[], Operations]] = {
+    "torch": lambda: kernels.in_torch("cpu"),
+    "torch, for training": lambda: kernels.in_torch("cpu").twice_differentiable,
+    "torch, as on a GPU": lambda: kernels.in_torch("cuda"),
+    "onednn": lambda: replace(kernels.in_torch("cpu"), linear=elementwise.linear_by_onednn),
+    "c": kernels.in_c,
+    "c, for training": lambda: kernels.in_c().twice_differentiable,
+}
+CHANNELS = {
+    "lae": (5, 4, 1, 3, 3),
+    "empty group": (9, 0, 4, 0, 3),
+    "no invariant group": (0, 8, 8),
+    "one group": (16,),
+    "none": None,
+}
+
+
+@pytest.fixture(params=SETS)
+def operations(request: pytest.FixtureRequest) -> Operations:
+    if request.param == "onednn" and not elementwise.has_onednn():
+        pytest.skip("no oneDNN in this build of PyTorch")
+    if request.param.startswith("c") and shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    return SETS[request.param]()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def neutral(name: str) -> Atoms:
+    atoms = Atoms("He") if name == "He" else molecule(name)
+    atoms.info.update(charge=0, spin=1)
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def graphs(
+    make_graph: Callable[..., Graph], cluster: Atoms, crystal: Atoms, slab: Atoms
+) -> dict[str, Graph]:
+    """Rows of all lengths in one batch; periodic images; one atom without any edge."""
+    found = {
+        "molecules": make_graph([cluster, neutral("CH3OH"), neutral("He")]),
+        "periodic": make_graph([crystal, slab]),
+        "one atom": make_graph(neutral("He")),
+    }
+    counts = found["molecules"].counts
+    assert counts.min() == 1 and counts.max() == found["molecules"].num_slots > 9
+    return found
+
+
+@dataclass
+class Case:
+    """What an operation is asked: `call(operations, *leaves)`, which may be differentiated."""
+
+    call: Callable[..., Tensor]
+    leaves: list[Tensor]
+    symmetric: bool = False  # whether the last leaf counts only as x + xᵀ
+
+
+def linear_case(graph: Graph, rows: int = 17, way: str = "contiguous") -> Case:
+    weight = {
+        "contiguous": random(10, 24, seed=2),
+        "transposed": random(24, 10, seed=2).t(),
+        "column slice": random(10, 40, seed=2)[:, 7:31],
+    }[way]
+    assert weight.is_contiguous() == (way == "contiguous")
+    leaves = [random(rows, 24, seed=1), weight, random(10, seed=3)]
+    return Case(lambda ops, x, w, b: ops.linear(x, w, b), leaves)
+
+
+def norm_case(graph: Graph, rows: int = 7) -> Case:
+    leaves = [random(9, rows).t(), random(9, seed=1)]  # lying any way
+    return Case(lambda ops, x, w: ops.rms_norm(x, w, 1e-3), leaves)
+
+
+def gelu_case(graph: Graph, rows: int = 11) -> Case:
+    return Case(lambda ops, x: ops.gelu(x), [(3 * random(5, rows)).t()])
+
+
+def basis_case(graph: Graph) -> Case:
+    def call(ops: Operations, d: Tensor) -> Tensor:
+        return ops.gaussian_basis(d, *radial_centers(6.0, 9, d))
+
+    return Case(call, [torch.tensor([0.0, 0.7, 3.1, 6.0], dtype=torch.float64)])
+
+
+def rank_case(graph: Graph) -> Case:
+    """Rows of different lengths, near and far candidates, the atom itself at 0."""
+    distances = (3 * random(40, 12).abs()).sort(1).values
+    distances[:, 0] = 0
+    empty = torch.arange(12) >= torch.randint(1, 13, (40, 1), generator=torch.Generator())
+
+    def call(ops: Operations, d: Tensor) -> Tensor:
+        return ops.soft_rank(d.masked_fill(empty, torch.inf), 0.2).masked_fill(empty, 0)
+
+    return Case(call, [distances])
+
+
+def rotary_case(graph: Graph, n: int = 6) -> Case:
+    points = 3 * random(2, n, 3, seed=3)
+    distances = torch.cdist(points, points) + 0.1 * torch.eye(n)
+    frequencies = rotary_frequencies(8, distances)
+
+    def call(ops: Operations, weight: Tensor, d: Tensor) -> Tensor:
+        return ops.rotary_bias((d + d.transpose(1, 2)) / 2, weight, frequencies.to(d.dtype))
+
+    return Case(call, [random(6, 8), distances])
+
+
+def sums_case(graph: Graph, degree: int = 9) -> Case:
+    real = graph.log_weight.isfinite()
+    weights = graph.log_weight.exp() * (0.5 + random(*graph.log_weight.shape).square())
+
+    def call(ops: Operations, weights: Tensor, directions: Tensor) -> Tensor:
+        moved = at_precision(graph, weights.dtype, slot_directions=directions)
+        return ops.pair_sums(ops.neighborhoods(moved, 9), weights * real, degree)
+
+    return Case(call, [weights, graph.slot_directions])
+
+
+def attention_case(
+    graph: Graph, layout: str = "source", channels: str = "lae", atoms_alone: bool = False
+) -> Case:
+    groups = attention.channel_groups(CHANNELS[channels], 16)
+    finite = graph.log_weight.isfinite()
+    n = graph.num_atoms
+
+    def call(ops: Operations, qkv: Tensor, weight: Tensor, directions: Tensor) -> Tensor:
+        table = torch.full_like(graph.log_weight, -torch.inf, dtype=qkv.dtype)
+        table = table.masked_scatter(finite, weight)
+        moved = at_precision(graph, qkv.dtype, log_weight=table, slot_directions=directions)
+        rows = (ops.neighborhoods(moved, 9), layout, groups, HEADS)
+        if atoms_alone:
+            return ops.self_edge_attention(qkv[:n, :32], qkv[:, 32:], *rows)[0]
+        return ops.neighborhood_attention(qkv.t().contiguous().t(), *rows)[0]
+
+    qkv = random(len(graph.source_slot), 3 * HEADS * 16)
+    return Case(call, [qkv, graph.log_weight[finite], graph.slot_directions])
+
+
+def node_case(graph: Graph, natoms: tuple[int, ...] = (5, 1, 3), rotary: bool = True) -> Case:
+    systems = SystemTable.make(torch.tensor(natoms))
+    batch, longest = systems.real.shape
+
+    def call(ops: Operations, qkv: Tensor, bias: Tensor) -> Tensor:
+        mask = systems.mask(qkv.dtype)
+        bias = bias if mask is None else bias + mask
+        return ops.node_attention(qkv, bias if rotary else mask, systems, HEADS)[0]
+
+    return Case(call, [random(sum(natoms), 3 * 32), random(batch, HEADS, longest, longest, seed=4)])
+
+
+def at_precision(graph: Graph, dtype: torch.dtype, **changes: Tensor) -> Graph:
+    parts = {"log_weight": graph.log_weight, "slot_directions": graph.slot_directions} | changes
+    return replace(graph, **{name: part.to(dtype) for name, part in parts.items()})
+
+
+CASES: dict[str, Callable[[Graph], Case]] = {
+    **{
+        f"linear, {rows} rows, {way}": partial(linear_case, rows=rows, way=way)
+        for rows, way in (
+            (0, "contiguous"),
+            (1, "transposed"),
+            (17, "column slice"),
+            (200, "contiguous"),
+        )
+    },
+    "norm": norm_case,
+    "norm of no rows": partial(norm_case, rows=0),
+    "gelu": gelu_case,
+    "gelu of nothing": partial(gelu_case, rows=0),
+    "radial basis": basis_case,
+    "soft rank": rank_case,
+    "rotary bias": rotary_case,
+    "rotary bias of one atom": partial(rotary_case, n=1),
+    "node attention": node_case,
+    "node attention, equal sizes": partial(node_case, natoms=(4, 4)),
+    "node attention, no bias": partial(node_case, rotary=False),
+    "node attention, one atom": partial(node_case, natoms=(1,)),
+}
+CASES_OF_GRAPHS: dict[str, Callable[[Graph], Case]] = {
+    "pair sums": sums_case,
+    "pair sums, one degree": partial(sums_case, degree=1),
+    **{
+        f"attention, {layout}, {channels}": partial(
+            attention_case, layout=layout, channels=channels
+        )
+        for layout in ("source", "destination")
+        for channels in CHANNELS
+    },
+    **{
+        f"attention of the atoms, {channels}": partial(
+            attention_case, layout="destination", channels=channels, atoms_alone=True
+        )
+        for channels in CHANNELS
+    },
+}
+
+
+def derivatives(
+    case: Case, operations: Operations, dtype: torch.dtype, second: bool
+) -> list[Tensor]:
+    """Value, first derivatives and, on request, the derivatives of a mixture of these."""
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in case.leaves]
+    value = case.call(operations, *leaves)
+    pull = random(*value.shape, seed=1).to(dtype).requires_grad_()
+    options: dict[str, Any] = {"materialize_grads": True}
+    first = torch.autograd.grad(value, leaves, pull, create_graph=second, **options)
+    found = [value, *first]
+    if second:
+        mixture = sum((x * random(*x.shape, seed=2).to(dtype)).sum() for x in first)
+        found += torch.autograd.grad(mixture, [*leaves, pull], **options)
+    return [x.detach().double() for x in found]
+
+
+def compare(case: Case, operations: Operations, dtype: torch.dtype) -> None:
+    second = operations.second_order is None
+    found = derivatives(case, operations, dtype, second)
+    expected = derivatives(case, PLAIN, torch.float64, second)
+    assert len(found) == len(expected)
+    near = 1e-10 if dtype == torch.float64 else 2e-4
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        if b.numel():
+            assert (a - b).abs().max() <= near * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", CASES)
+def test_an_operation_is_its_formula(
+    graphs: dict[str, Graph], operations: Operations, name: str, dtype: torch.dtype
+) -> None:
+    compare(CASES[name](graphs["one atom"]), operations, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", CASES_OF_GRAPHS)
+@pytest.mark.parametrize("kind", ["molecules", "periodic", "one atom"])
+def test_an_operation_on_a_graph_is_its_formula(
+    graphs: dict[str, Graph], operations: Operations, kind: str, name: str, dtype: torch.dtype
+) -> None:
+    compare(CASES_OF_GRAPHS[name](graphs[kind]), operations, dtype)
+
+
+def test_the_cases_move_every_number(graphs: dict[str, Graph]) -> None:
+    """No comparison above is one of zeros with zeros."""
+    for name, make in {**CASES, **CASES_OF_GRAPHS}.items():
+        case = make(graphs["molecules"])
+        value, *slopes = derivatives(case, PLAIN, torch.float64, second=False)
+        if value.numel():
+            assert value.abs().max() > 1e-3, name
+        blind = "one group" in name or "none" in name or "atoms" in name or "no bias" in name
+        for slope in slopes[:1] if blind or value.numel() == 0 else slopes:
+            assert slope.numel() == 0 or slope.abs().max() > 1e-6 or "one atom" in name, name
+
+
+def test_a_set_for_one_differentiation_refuses_a_second(graphs: dict[str, Graph]) -> None:
+    """An error, never a silently wrong gradient of a loss on forces."""
+    case = attention_case(graphs["molecules"])
+    leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
+    mixed = case.call(kernels.in_torch("cpu"), *leaves)
+    (gradient,) = torch.autograd.grad(mixed.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_dropout_draws_the_same_numbers(graphs: dict[str, Graph], operations: Operations) -> None:
+    """Kernels draw no random numbers: where attention has dropout, the formula serves."""
+    graph, qkv = graphs["molecules"], random(len(graphs["molecules"].source_slot), 96)
+    groups = attention.channel_groups(CHANNELS["lae"], 16)
+    found = []
+    for ops in (PLAIN, operations):
+        torch.manual_seed(0)
+        rows = (ops.neighborhoods(graph, 9), "source", groups, HEADS)
+        found.append(ops.neighborhood_attention(qkv, *rows, 0.5)[0])
+        systems = SystemTable.make(torch.tensor([len(qkv)]))
+        found.append(ops.node_attention(qkv, None, systems, HEADS, 0.5)[0])
+    assert torch.allclose(found[0], found[2], rtol=0, atol=1e-12)
+    assert torch.allclose(found[1], found[3], rtol=0, atol=1e-12)
+
+
+# --- what is particular to one form --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("name", ["attention, source, lae", "pair sums"])
+def test_any_cut_into_runs(
+    graphs: dict[str, Graph], chunk: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graphs["molecules"]
+    monkeypatch.setattr(fused_attention, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(fused_attention, "RUN_ENTRIES", chunk * graph.num_slots**2)
+    made = fused_attention.PackedNeighborhoods.make(graph, 9)
+    assert len(made.runs) > 3 and len(made.full) < graph.log_weight.numel()
+    compare(CASES_OF_GRAPHS[name](graph), kernels.in_torch("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize("counts", [[1], [5, 3], [32] * 300, [9, 30, 2] * 50, range(70, 0, -1)])
+def test_runs_cover_every_row_once(counts: list[int]) -> None:
+    counts = torch.tensor(counts)
+    longest = int(counts.max())
+    for num_slots in (longest, longest + 3):
+        found = fused_attention.make_runs(counts, num_slots)
+        row, slot = 0, 0
+        for run in found:
+            assert (run.rows.start, run.slots.start) == (row, slot)
+            row, slot = run.rows.stop, run.slots.stop
+            assert slot - run.slots.start == (row - run.rows.start) * run.width
+            fullest = int(counts[run.rows].max())
+            assert fullest <= run.width <= min(fullest + fused_attention.SLOT_STEP, num_slots)
+        assert row == len(counts)
+        assert all(
+            (r.rows.stop - r.rows.start) * r.width**2 <= fused_attention.RUN_ENTRIES for r in found
+        )
+        if len(counts) > 1 and (counts == longest).all():
+            assert len(found) == 1 + (len(counts) * 32**2 - 1) // fused_attention.RUN_ENTRIES
+    if counts.tolist() == list(range(70, 0, -1)):
+        assert slot < 0.8 * len(counts) * longest  # sorted rows leave most empty slots out
+
+
+@pytest.mark.parametrize("chunk", [11, 1])
+def test_any_chunk_of_pairs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "PAIRS_AT_ONCE", chunk)
+    operations = replace(PLAIN, rotary_bias=elementwise.rotary_bias)
+    compare(rotary_case(None), operations, torch.float64)
+
+
+def test_rotary_bias_of_an_atom_with_itself_has_no_slope() -> None:
+    d = torch.zeros(1, 1, 1, dtype=torch.float64, requires_grad=True)
+    weight, frequencies = random(2, 8), rotary_frequencies(8, d)
+    found = []
+    for form in (elementwise.rotary_bias, attention.rotary_bias):
+        bias = form(d, weight, frequencies).sum()
+        (slope,) = torch.autograd.grad(bias, d, create_graph=True)
+        (bend,) = torch.autograd.grad(slope, d)
+        found.append((float(slope.detach()), float(bend)))
+    assert found[0][0] == found[1][0] == 0
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-9) and found[0][1] != 0
+
+
+def test_derivatives_of_any_order() -> None:
+    """Of the forms that say so, the third derivative, against differences."""
+    x = (3 * random(11)).requires_grad_()
+    distances = torch.tensor([[0.0, 0.7, 1.1, 1.3]], dtype=torch.float64, requires_grad=True)
+    for form, start in (
+        (elementwise.gelu, x),
+        (lambda d: elementwise.gaussian_basis(d, torch.linspace(0, 6, 9).double(), 0.75), x),
+        (lambda d: elementwise.soft_rank(d, 0.2), distances),
+    ):
+
+        def bend(x: Tensor, form: Callable[[Tensor], Tensor] = form) -> Tensor:
+            (slope,) = torch.autograd.grad(form(x).sin().sum(), x, create_graph=True)
+            return torch.autograd.grad(slope.sin().sum(), x, create_graph=True)[0]
+
+        assert torch.autograd.gradcheck(bend, start)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["attention, source, lae", "pair sums", "attention, source, none"])
+def test_c_on_several_threads(graphs: dict[str, Graph], name: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        compare(
+            CASES_OF_GRAPHS[name](graphs["molecules"]), SETS["c, for training"](), torch.float64
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_c_attention_in_float32(make_graph: Callable[..., Graph]) -> None:
+    """Its own exponential and sums in any order: as near to float64 as the formula in float32."""
+    atoms = Atoms("OH2" * 20, 3 * random(60, 3).numpy())
+    atoms.info.update(charge=0, spin=1)
+    graph = make_graph([atoms, neutral("H2O")])
+    groups = attention.channel_groups((10, 5, 2, 5, 10), 32)
+    qkv = 3 * random(len(graph.source_slot), 3 * HEADS * 32)
+
+    def answer(dtype: torch.dtype, operations: Operations) -> list[Tensor]:
+        x = qkv.to(dtype).requires_grad_()
+        rows = operations.neighborhoods(at_precision(graph, dtype), 4)
+        y, _ = operations.neighborhood_attention(x, rows, "source", groups, HEADS)
+        return [y.detach().double(), torch.autograd.grad(y.square().sum(), x)[0].double()]
+
+    in_c = kernels.in_c()
+    exact, found = answer(torch.float64, in_c), answer(torch.float32, in_c)
+    for x, a, b in zip(exact, found, answer(torch.float32, PLAIN), strict=True):
+        assert (a - x).abs().mean() < 1.5 * (b - x).abs().mean() < 3e-6 * x.abs().mean()
+        assert (a - x).abs().max() < 3 * (b - x).abs().max()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_c_gelu_in_float32() -> None:
+    """Its own error function: as near as float32 is, far out too, and on several threads."""
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([-1e4, 0.0, 1e4])]).double()
+    wide, pull = x.clone().requires_grad_(), random(len(x))
+    narrow = x.float().requires_grad_()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = compiled.gelu(narrow)
+        slope = torch.autograd.grad(found, narrow, pull.float(), create_graph=True)[0]
+        bend = torch.autograd.grad(slope.sum(), narrow)[0]
+    finally:
+        torch.set_num_threads(before)
+    expected = F.gelu(wide)
+    first = torch.autograd.grad(expected, wide, pull, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), wide)[0]
+    for a, b in ((found, expected), (slope, first), (bend, second)):
+        assert torch.allclose(a.double(), b, rtol=1e-6, atol=2e-6)
+    assert compiled.gelu(torch.empty(0, 4)).shape == (0, 4)
