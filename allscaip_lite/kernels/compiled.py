@@ -165,9 +165,12 @@ class Rows:
 
 
 def neighborhoods(graph: Graph, degree: int) -> Rows | Neighborhoods:
-    """The rows of a graph, or what the plain formulas read where these serve."""
-    served = _serves(graph.log_weight)
-    return Rows.make(graph, degree) if served else Neighborhoods.make(graph, degree)
+    """The rows of a graph, or what the plain formulas read where these serve: of padded graphs too,
+    some of whose states are no edges."""
+    log_weight = graph.log_weight
+    if _serves(log_weight) and bool(log_weight.flatten()[graph.source_slot].isfinite().all()):
+        return Rows.make(graph, degree)
+    return Neighborhoods.make(graph, degree)
 
 
 def _serves(x: Tensor) -> bool:
