@@ -20,4 +20,4 @@ __all__ = [
     "save_official",
     "structures_from_atoms",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

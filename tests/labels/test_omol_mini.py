@@ -150,9 +150,9 @@ def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near()
         assert found[name] == pytest.approx(read_card("lite")["errors"]["all"][name], rel=0.01)
 
 
-def test_the_readme_s_tables_are_those_of_the_command(capsys: pytest.CaptureFixture[str]):
+def test_the_tables_of_the_accuracy_page_are_those_of_the_command(capsys: pytest.CaptureFixture[str]):
     root = Path(__file__).resolve().parents[2]
-    readme = (root / "README.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "accuracy.md").read_text(encoding="utf-8")
 
     def columns(lines: str, head: str) -> dict[str, list[float]]:
         table = lines[lines.index(head) :].partition("\n\n")[0].splitlines()[2:]
@@ -163,7 +163,7 @@ def test_the_readme_s_tables_are_those_of_the_command(capsys: pytest.CaptureFixt
     command = ["evaluate", "lite", larger, "--beside", "lite-local", "lite-xtb"]
     assert cli.main([*command, "--by", "molecule", "--device", "cpu"]) == 0
     printed = columns(capsys.readouterr().out, "| molecule |")
-    written = columns(readme, "| molecule |")
+    written = columns(page, "| molecule |")
     assert printed.keys() == written.keys() and len(printed) == 9
     for molecule, numbers in printed.items():
         assert written[molecule] == pytest.approx(numbers, abs=1.01, nan_ok=True), molecule
@@ -173,7 +173,7 @@ def test_the_readme_s_tables_are_those_of_the_command(capsys: pytest.CaptureFixt
     domain = evaluation.GROUPS["domain"]
     xtb = evaluation.by_group(described, evaluation.xtb_residuals(described), domain)
     measured = {0: read_card("lite")["errors"], 1: read_card("lite-local")["errors"], 3: xtb}
-    for group, numbers in columns(readme, "| domain |").items():
+    for group, numbers in columns(page, "| domain |").items():
         for column, rows in measured.items():
             errors = [rows[group]["force_mae"], rows[group]["energy_mae"]]
             assert [numbers[1 + column], numbers[5 + column]] == pytest.approx(errors, abs=0.51)
