@@ -59,9 +59,7 @@ def scenes(page: Page) -> Iterator[int]:
 def frames(view: Path, browser: str | None) -> Iterator[tuple[Image.Image, int]]:
     """Pictures of the explorer saved at `view`, each with its time in milliseconds."""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=browser, args=["--no-sandbox"]
-        )
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = chromium.new_page(
             viewport={"width": WIDTH, "height": 900},
             color_scheme="light",
@@ -85,18 +83,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "explorer.gif")
     args = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    explorer = explore_attention(
-        load_model("lite"), read(STRUCTURE), kind="node", query=0
-    )
+    explorer = explore_attention(load_model("lite"), read(STRUCTURE), kind="node", query=0)
     with tempfile.TemporaryDirectory() as folder:
         pictures, times = zip(
             *frames(explorer.save(Path(folder) / "view.html"), browser), strict=True
         )
     palette = pictures[0].quantize(COLOURS)
-    reduced = [
-        picture.quantize(palette=palette, dither=Image.Dither.NONE)
-        for picture in pictures
-    ]
+    reduced = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     reduced[0].save(
         args.out,
         save_all=True,
@@ -105,9 +98,7 @@ def main() -> None:
         loop=0,
         optimize=True,
     )
-    print(
-        f"{args.out}: {len(reduced)} frames, {args.out.stat().st_size / 2**20:.2f} MB"
-    )
+    print(f"{args.out}: {len(reduced)} frames, {args.out.stat().st_size / 2**20:.2f} MB")
 
 
 if __name__ == "__main__":
