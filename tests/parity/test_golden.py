@@ -7,7 +7,6 @@ float64; `make_golden.py` makes both and says how.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
 
 import ase.io
 import numpy as np
@@ -16,8 +15,7 @@ import torch
 from golden_models import ANSWERS, MODELS, OFFICIAL, STRUCTURES, golden_model
 
 from allscaip_lite import AllScAIP, load_model
-from allscaip_lite.model import Result
-from allscaip_lite.structures import structures_from_atoms
+from allscaip_lite.kernels import choose
 
 GOLDEN = json.loads(ANSWERS.read_text())["models"]
 SYSTEMS = ase.io.read(STRUCTURES, ":")
@@ -27,8 +25,6 @@ FORCE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-8}  # of the largest c
 
 STRESS_TOLERANCE = FORCE_TOLERANCE  # of the largest component
 
-Answer = Callable[[AllScAIP], Iterable[Result]]
-
 
 def make(name: str, dtype: torch.dtype) -> AllScAIP:
     if name == "official file":
@@ -36,36 +32,23 @@ def make(name: str, dtype: torch.dtype) -> AllScAIP:
     return golden_model(name, dtype)
 
 
-def by_default(model: AllScAIP) -> Iterator[Result]:
-    """As a user gets them."""
-    yield from model.predict(SYSTEMS)
-
-
-def by_plain_formulas(model: AllScAIP) -> Iterator[Result]:
-    """By those that can be differentiated again."""
-    structures = structures_from_atoms(SYSTEMS, torch.float64)
-    answer = model(structures, create_graph=True)
-    forces = answer.forces.detach().double().split(structures.natoms.tolist())
-    for index, atoms in enumerate(SYSTEMS):
-        stress = None
-        if atoms.pbc.any() and answer.stress is not None:
-            stress = answer.stress[index].detach().double().numpy()
-        yield Result(answer.energy[index].item(), forces[index].numpy(), stress)
-
-
 @pytest.mark.parametrize(
-    ("answer", "dtype"),
+    ("kernels", "dtype"),
     [
-        (by_default, torch.float32),
-        (by_default, torch.float64),
-        (by_plain_formulas, torch.float64),
+        ("plain", torch.float64),
+        ("torch", torch.float64),
+        ("auto", torch.float64),
+        ("auto", torch.float32),
     ],
-    ids=["default, float32", "default, float64", "plain, float64"],
+    ids=str,
 )
 @pytest.mark.parametrize("name", GOLDEN)
-def test_answers_are_those_of_fairchem(name: str, answer: Answer, dtype: torch.dtype) -> None:
+def test_answers_are_those_of_fairchem(name: str, kernels: str, dtype: torch.dtype) -> None:
+    model = make(name, dtype)
+    model.operations = choose(kernels, model.device, dtype)
+    results = model.predict(SYSTEMS)
     golden = GOLDEN[name]
-    for index, (atoms, found) in enumerate(zip(SYSTEMS, answer(make(name, dtype)), strict=True)):
+    for index, (atoms, found) in enumerate(zip(SYSTEMS, results, strict=True)):
         about = f"{name}, {atoms.info['name']}"
         error = abs(found.energy - golden["energies"][index]) / len(atoms)
         assert error < ENERGY_TOLERANCE[dtype], about
