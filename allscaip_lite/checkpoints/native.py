@@ -26,18 +26,12 @@ from allscaip_lite.checkpoints.official import (
     read_official,
     save_official,
 )
-from allscaip_lite.checkpoints.unpickler import (
-    CheckpointFormatError,
-    UnsafeCheckpointError,
-)
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.errors import CheckpointError, InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.model import AllScAIP
 
 __all__ = [
-    "CheckpointFormatError",
-    "ModelUnavailableError",
-    "UnsafeCheckpointError",
     "bundled_models",
     "download_from_hub",
     "download_official",
@@ -56,10 +50,6 @@ OFFICIAL_FILES = {
 }
 
 
-class ModelUnavailableError(OSError):
-    """A model of the hub could not be fetched; the message says what to do."""
-
-
 # --- names and paths --------------------------------------------------------------------------
 
 
@@ -75,18 +65,25 @@ def load_model(
     dtype: torch.dtype | None = None,
     kernels: str = "auto",
 ) -> AllScAIP:
-    """A model in evaluation mode, by name or from a file.
+    """Load a model by its name or from a file.
 
-    `name_or_path` is a bundled model ("lite"), a released one
-    ("allscaip-md-conserving-all-omol", "allscaip-md-direct-all-omol": fetched once from the model
-    hub, gated), or the path of a `.safetensors` file of ours or an official `.pt` file.
-    `device` (CPU) and `dtype` (that of the file) may be chosen, and `kernels`, how it computes: the
-    fastest way on the device where nothing is said, "plain" for the formulas as they are written
-    (see `allscaip_lite.kernels`).
+    Args:
+        name_or_path: a bundled model ("lite"), a released one ("allscaip-md-conserving-all-omol",
+            "allscaip-md-direct-all-omol": fetched once from the model hub, gated), or the path of a
+            `.safetensors` file of ours or of an official `.pt` file.
+        device: where it computes; the CPU where nothing is said.
+        dtype: its number type; that of the file where nothing is said.
+        kernels: how it computes: the fastest way on the device where nothing is said, "plain" for
+            the formulas as they are written (see `allscaip_lite.kernels`).
 
-    Raises `ValueError` for a name nobody knows, `FileNotFoundError`, `ModelUnavailableError` where
-    the hub does not give the file, `CheckpointFormatError` for a file that is not understood,
-    `UnsafeCheckpointError` for a pickle that contains more than data.
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InputError: for an unknown name, and where the hub does not give the file.
+        FileNotFoundError: for a path without a file.
+        CheckpointError: for a file that is no model, or a damaged one.
+        UnsafeCheckpointError: for a pickle that contains more than data.
     """
     path = _locate(name_or_path)
     config, state = _read_safetensors(path) if _is_safetensors(path) else read_official(path)
@@ -126,7 +123,7 @@ def _locate(name_or_path: str | Path) -> Path:
     if path.suffix in (".pt", ".safetensors") or path.parent != Path("."):
         raise FileNotFoundError(f"no file {name}; the models known by name are {', '.join(known)}")
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.3) or known
-    raise ValueError(
+    raise InputError(
         f"no model is called {name!r}, and there is no such file. Did you mean {' or '.join(near)}?"
     )
 
@@ -156,9 +153,21 @@ def download_from_hub(
 ) -> Path:
     """Fetch a file of the model hub into the hub's cache, with progress, and return its path.
 
-    `name` is what messages call it; `kind` is "dataset" for a repository of that kind. Files that
-    are there already are not fetched again, and need no network. Raises `ModelUnavailableError`,
-    saying what to do, without token, access or network.
+    Files that are there already are not fetched again, and need no network.
+
+    Args:
+        repository: OWNER/NAME on the hub.
+        file: its path in the repository.
+        name: what messages call it.
+        endpoint: another address of the hub.
+        cache_dir: another folder for the cache.
+        kind: "model", or "dataset" for a repository of that kind.
+
+    Returns:
+        The path of the file in the cache.
+
+    Raises:
+        InputError: without token, access or network; the message says what to do.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -177,33 +186,33 @@ def download_from_hub(
         )
     except errors.GatedRepoError as error:
         if huggingface_hub.get_token() is None:
-            raise ModelUnavailableError(
+            raise InputError(
                 f"{name} is given to logged-in users only, and no token was found. "
                 f"Accept the licence at {page}, then {login}."
             ) from error
-        raise ModelUnavailableError(
+        raise InputError(
             f"your account has no access to {name} yet. Ask for it at {page} (log in, accept the "
             "licence, wait for the approval), and make sure that your token may read gated "
             "repositories."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelUnavailableError(
+        raise InputError(
             f"the hub does not show {repository} to you: your token is missing, wrong or "
             f"expired. To mend it, {login}."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise ModelUnavailableError(
+        raise InputError(
             f"{name} is not in the cache and the model hub cannot be reached. Check the network "
             f"(and that HF_HUB_OFFLINE is not set), or bring {Path(file).name} from {page} on "
             "another way and give its path."
         ) from error
     except errors.EntryNotFoundError as error:
-        raise ModelUnavailableError(
+        raise InputError(
             f"{page} has no file {file} any more. Look for its new place there, download it, and "
             "give its path."
         ) from error
     except Exception as error:  # with its versions, the hub's client changes its HTTP library
-        raise ModelUnavailableError(
+        raise InputError(
             f"fetching {name} failed ({type(error).__name__}: {error}). Check the network and the "
             "space on the disk, and try again; what was fetched is kept."
         ) from error
@@ -219,7 +228,7 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name}: a model's file name ends in .safetensors")
+        raise InputError(f"{path.name}: a model's file name ends in .safetensors")
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -237,19 +246,19 @@ def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{path.name} is damaged ({error}); fetch or write it again"
         ) from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{path.name} holds tensors, but is no {FORMAT} model: it must come from save_model"
         )
     if int(metadata["format_version"]) > FORMAT_VERSION:
-        raise CheckpointFormatError(f"{path.name} is from a newer version: update this package")
+        raise CheckpointError(f"{path.name} is from a newer version: update this package")
     try:
         config = AllScAIPConfig.from_dict(json.loads(metadata["config"]))
     except ValueError as error:
-        raise CheckpointFormatError(f"{path.name}: {error}; is this package too old?") from error
+        raise CheckpointError(f"{path.name}: {error}; is this package too old?") from error
     return config, json.loads(metadata["card"])
 
 

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from allscaip_lite.checkpoints.unpickler import (
     CHECKPOINT_CLASS,
     CHECKPOINT_MODULE,
-    CheckpointFormatError,
     Record,
     read_torch_file,
     to_plain,
 )
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.errors import CheckpointError, InputError
 from allscaip_lite.model import UNITS, AllScAIP
 
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, object], source: str) -> None:
-    """Raise `CheckpointFormatError`, naming them, for tensors missing, left over or misshapen."""
+    """Raise `CheckpointError`, naming them, for tensors missing, left over or misshapen."""
     complaints = []
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     for complaint, names in (
@@ -45,12 +45,12 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, object], s
             some = ", ".join(sorted(names)[:8]) + (" …" if len(names) > 8 else "")
             complaints.append(f"{complaint} {len(names)} tensors: {some}")
     if complaints:
-        raise CheckpointFormatError("weights and configuration misfit: " + "; ".join(complaints))
+        raise CheckpointError("weights and configuration misfit: " + "; ".join(complaints))
     for name, value in expected.items():
         other = found[name]
         if not isinstance(other, Tensor) or other.shape != value.shape:
             shape = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
-            raise CheckpointFormatError(
+            raise CheckpointError(
                 f"{source}: {name} has shape {shape}, and its configuration asks for "
                 f"{tuple(value.shape)}"
             )
@@ -211,29 +211,29 @@ _WRAPPERS = ("DatasetSpecificSingleHeadWrapper",)
 def config_from_official(backbone: Mapping[str, Any]) -> AllScAIPConfig:
     """Our configuration for an official `model_config["backbone"]`.
 
-    Raises `CheckpointFormatError` for options that are missing, unknown or out of reach here.
+    Raises `CheckpointError` for options that are missing, unknown or out of reach here.
     """
     model = str(backbone.get("model", "")).rpartition(".")[2]
     if model not in _BACKBONES:
-        raise CheckpointFormatError(f"its backbone is {model or 'not named'}, not AllScAIP")
+        raise CheckpointError(f"its backbone is {model or 'not named'}, not AllScAIP")
     values: dict[str, Any] = {}
     known = {option.official for option in _OPTIONS} | _FIXED.keys() | _INERT
     known |= {"use_freq_mask", "freequency_list", "output_hidden_layer_multiplier"}
     unknown = sorted(key for key in backbone.keys() - known if backbone[key])  # switched on
     if unknown:
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"its configuration has options that this package does not know: {', '.join(unknown)}"
         )
     for option in _OPTIONS:
         value = backbone.get(option.official, option.default)
         if value is None:
-            raise CheckpointFormatError(f"its configuration lacks {option.official}")
+            raise CheckpointError(f"its configuration lacks {option.official}")
         values[option.ours] = option.to_ours(value)
     for key, only in _FIXED.items():
         if backbone.get(key, only) != only:
-            raise CheckpointFormatError(f"{key} = {backbone[key]!r}: only {only!r} is known here")
+            raise CheckpointError(f"{key} = {backbone[key]!r}: only {only!r} is known here")
     if values["ffn_ratio"] != backbone.get("output_hidden_layer_multiplier", 2):
-        raise CheckpointFormatError(
+        raise CheckpointError(
             "ffn_hidden_layer_multiplier and output_hidden_layer_multiplier differ: not known here"
         )
     channels = backbone.get("freequency_list", (20, 10, 4, 10, 20))
@@ -241,16 +241,16 @@ def config_from_official(backbone: Mapping[str, Any]) -> AllScAIPConfig:
     try:
         return AllScAIPConfig(**values)
     except (TypeError, ValueError) as error:
-        raise CheckpointFormatError(f"its configuration does not hold together: {error}") from error
+        raise CheckpointError(f"its configuration does not hold together: {error}") from error
 
 
 def config_to_official(config: AllScAIPConfig) -> dict[str, Any]:
     """The official `model_config["backbone"]` of a configuration; inverse of the above.
 
-    Raises `ValueError` for what the reference cannot do.
+    Raises `InputError` for what the reference cannot do.
     """
     if config.smooth_bond_order:
-        raise ValueError(
+        raise InputError(
             "smooth_bond_order is this package's own, the reference would give other numbers: to "
             "export a model, train it with smooth_bond_order=False"
         )
@@ -283,13 +283,13 @@ def _head_prefixes(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         if "head_cls" in head and kind in _WRAPPERS:
             kind, prefix = str(head["head_cls"]).rpartition(".")[2], f"{prefix}.head"
         if kind not in _HEADS:
-            raise CheckpointFormatError(f"its head {name} is a {kind or '?'}: not known here")
+            raise CheckpointError(f"its head {name} is a {kind or '?'}: not known here")
         for output in _HEADS[kind]:
             if output in prefixes:
-                raise CheckpointFormatError(f"it has two heads for {output}: not known here")
+                raise CheckpointError(f"it has two heads for {output}: not known here")
             prefixes[output] = prefix
     if "energy" not in prefixes:
-        raise CheckpointFormatError("it has no energy head")
+        raise CheckpointError("it has no energy head")
     return prefixes
 
 
@@ -299,29 +299,29 @@ def _head_prefixes(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def _units_from_tasks(tasks: object, config: AllScAIPConfig) -> dict[str, Tensor]:
     """Scales, mean and element references out of `tasks_config`."""
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-        raise CheckpointFormatError("its tasks_config is not a list of tasks")
+        raise CheckpointError("its tasks_config is not a list of tasks")
     datasets = sorted({name for task in tasks for name in task.get("datasets", ())})
     if len(datasets) > 1 and "omol" not in datasets:
-        raise CheckpointFormatError(f"it is made for several data sets: {', '.join(datasets)}")
+        raise CheckpointError(f"it is made for several data sets: {', '.join(datasets)}")
     dataset = "omol" if "omol" in datasets else (datasets or [None])[0]
     chosen = {
         task["property"]: task for task in tasks if dataset in (task.get("datasets") or [dataset])
     }
     if "energy" not in chosen:
-        raise CheckpointFormatError("none of its tasks is the energy")
+        raise CheckpointError("none of its tasks is the energy")
     means, scales = {}, {}
     for name, task in chosen.items():
         normalizer = task.get("normalizer") or {}
         try:
             means[name], scales[name] = float(normalizer["mean"]), float(normalizer["rmsd"])
         except (KeyError, TypeError, ValueError):
-            raise CheckpointFormatError(
+            raise CheckpointError(
                 f"the normaliser of its {name} is not a mean and an rmsd: {normalizer}"
             ) from None
     if means.get("forces") or means.get("stress"):
-        raise CheckpointFormatError("its forces or stresses have a mean other than zero")
+        raise CheckpointError("its forces or stresses have a mean other than zero")
     if config.stress and scales.get("stress", scales["energy"]) != scales["energy"]:
-        raise CheckpointFormatError("its stress is not in the units of its energy")
+        raise CheckpointError("its stress is not in the units of its energy")
     references = torch.zeros(config.max_num_elements, dtype=torch.float64)
     values = _reference_values(chosen["energy"].get("element_references"))[: len(references)]
     references[: len(values)] = values
@@ -348,7 +348,7 @@ def _reference_values(node: Any) -> Tensor:
     try:
         return torch.tensor(list(node), dtype=kind).double()
     except (TypeError, ValueError):
-        raise CheckpointFormatError("its element references are not a list of energies") from None
+        raise CheckpointError("its element references are not a list of energies") from None
 
 
 def _tasks_for(model: AllScAIP) -> list[dict[str, Any]]:
@@ -392,30 +392,30 @@ def _tasks_for(model: AllScAIP) -> list[dict[str, Any]]:
 def read_official(path: str | Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
     """Configuration and state dict, in our names, of an official file; its EMA weights.
 
-    Raises `CheckpointFormatError` for a file that is not understood, naming what, and
+    Raises `CheckpointError` for a file that is not understood, naming what, and
     `UnsafeCheckpointError` for a pickle that contains more than data.
     """
     path = Path(path)
     checkpoint = read_torch_file(path)
     if not isinstance(checkpoint, Record) or not checkpoint.class_name.endswith(CHECKPOINT_CLASS):
         kind = type(checkpoint).__name__
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{path.name} holds a {kind}, not the {CHECKPOINT_CLASS} that fairchem writes"
         )
     try:
         return _from_record(checkpoint, path.name)
-    except (AttributeError, CheckpointFormatError) as error:
-        raise CheckpointFormatError(f"{path.name}: {error}") from error
+    except (AttributeError, CheckpointError) as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
 
 
 def _from_record(checkpoint: Record, source: str) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
     model_config, tasks = to_plain(checkpoint.model_config), to_plain(checkpoint.tasks_config)
     if not isinstance(model_config, dict) or not {"backbone", "heads"} <= model_config.keys():
-        raise CheckpointFormatError("its model_config has no backbone and heads")
+        raise CheckpointError("its model_config has no backbone and heads")
     config = config_from_official(model_config["backbone"])
     heads = _head_prefixes(model_config["heads"])
     if not config.conservative and "forces" not in heads:
-        raise CheckpointFormatError("it is a model of direct forces without a force head")
+        raise CheckpointError("it is a model of direct forces without a force head")
     weights = {
         re.sub(r"^(module\.)+", "", name): value
         for name, value in checkpoint.ema_state_dict.items()
@@ -445,17 +445,17 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
     """Write a model as fairchem writes its checkpoints for inference; fairchem is not needed.
 
     `FAIRChemCalculator.from_model_checkpoint(path, task_name="omol")` loads the file and gives the
-    same numbers; so do fairchem's multi-GPU inference and LAMMPS. Raises `ValueError` for the SiLU
+    same numbers; so do fairchem's multi-GPU inference and LAMMPS. Raises `InputError` for the SiLU
     distance basis, whose weights the official format has no place for, and for the smooth
     bond-orientational order, which the reference does not know.
     """
     config = model.config
     if config.distance_basis == "silu":
-        raise ValueError(
+        raise InputError(
             "the official format has no place for the weights of the SiLU distance basis"
         )
     if model.charge_reference != 0:
-        raise ValueError(
+        raise InputError(
             "the official format has no place for the energy of a unit of charge, "
             f"{float(model.charge_reference):.3f} eV: model.charge_reference.zero_() takes it off, "
             "and off the energy of every ion"

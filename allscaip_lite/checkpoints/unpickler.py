@@ -22,16 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allscaip_lite.errors import CheckpointError, UnsafeCheckpointError
+
 CHECKPOINT_MODULE = "fairchem.core.units.mlip_unit.api.inference"
 CHECKPOINT_CLASS = "MLIPInferenceCheckpoint"
-
-
-class UnsafeCheckpointError(pickle.UnpicklingError):
-    """The file asks for something that data does not need; nothing of it was run."""
-
-
-class CheckpointFormatError(ValueError):
-    """The file is not what it should be: no checkpoint, another kind of it, or damaged."""
 
 
 class Record:
@@ -122,7 +116,7 @@ def read_torch_file(path: str | Path) -> Any:
 
     Returns tensors (on the CPU), plain containers, and a `Record` for each object of the classes
     in `RECORDS`. Raises `UnsafeCheckpointError`, naming it, for any other class or function, and
-    `CheckpointFormatError` where the file is no such zip file or is damaged.
+    `CheckpointError` where the file is no such zip file or is damaged.
     """
     path = Path(path)
     try:
@@ -130,28 +124,28 @@ def read_torch_file(path: str | Path) -> Any:
             names = archive.namelist()
             pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
             if len(pickles) != 1:
-                raise CheckpointFormatError(f"{path.name} is a zip file, but not of torch.save")
+                raise CheckpointError(f"{path.name} is a zip file, but not of torch.save")
             folder = pickles[0].removesuffix("data.pkl")
             if f"{folder}byteorder" in names:
                 byteorder = archive.read(f"{folder}byteorder").decode()
                 if byteorder != sys.byteorder:
-                    raise CheckpointFormatError(
+                    raise CheckpointError(
                         f"{path.name} was written on a {byteorder}-endian machine; "
                         f"load and save it with torch on one like this ({sys.byteorder}) first"
                     )
             with archive.open(pickles[0]) as file:
                 return _DataUnpickler(file, archive, folder).load()
     except zipfile.BadZipFile as error:
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{path.name} is not a zip file of torch.save, or it is damaged ({error}); "
             "download it again, or write it again with a recent torch"
         ) from error
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path.name} was refused, nothing was run: {error}") from None
-    except (CheckpointFormatError, OSError):
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # a malformed pickle can fail in any way
-        raise CheckpointFormatError(
+        raise CheckpointError(
             f"{path.name} cannot be read, it is damaged: {type(error).__name__}: {error}"
         ) from error
 
@@ -193,13 +187,13 @@ class _DataUnpickler(pickle.Unpickler):
         """The storage that `identifier` names, as a flat tensor."""
         kind, storage, key, _location, size = identifier
         if kind != "storage" or not isinstance(storage, _Name) or storage.text not in STORAGES:
-            raise CheckpointFormatError(f"unknown storage {identifier!r}")
+            raise CheckpointError(f"unknown storage {identifier!r}")
         if key not in self.storages:
             dtype = STORAGES[storage.text]
             entry = self.archive.getinfo(f"{self.folder}data/{key}")
             compressed = entry.compress_type != zipfile.ZIP_STORED
             if compressed or entry.file_size != size * dtype.itemsize:
-                raise CheckpointFormatError(f"storage {key} has another size than announced")
+                raise CheckpointError(f"storage {key} has another size than announced")
             content = bytearray(self.archive.read(entry))
             self.storages[key] = (
                 torch.frombuffer(content, dtype=dtype) if size else torch.empty(0, dtype=dtype)
@@ -210,7 +204,7 @@ class _DataUnpickler(pickle.Unpickler):
 def _expect(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         found = type(value).__name__
-        raise CheckpointFormatError(f"a {found} stands where a {kind.__name__} belongs")
+        raise CheckpointError(f"a {found} stands where a {kind.__name__} belongs")
     return value
 
 
@@ -224,9 +218,9 @@ def _tensor(
     """A tensor of its own: the part of a storage that offset, size and stride pick."""
     _expect(storage, Tensor)
     if offset < 0 or any(n < 0 for n in size) or any(step < 0 for step in stride):
-        raise CheckpointFormatError("a tensor has a negative size")
+        raise CheckpointError("a tensor has a negative size")
     if math.prod(size) > storage.numel():  # would grow from a small file to any size
-        raise CheckpointFormatError("a tensor is larger than its storage")
+        raise CheckpointError("a tensor is larger than its storage")
     return storage.as_strided(tuple(size), tuple(stride), offset).clone()
 
 
@@ -241,7 +235,7 @@ def to_plain(value: Any, _depth: int = 0) -> Any:
     followed stay the text they are.
     """
     if _depth > _MAX_DEPTH:
-        raise CheckpointFormatError("the configuration refers to itself, or is nested too deep")
+        raise CheckpointError("the configuration refers to itself, or is nested too deep")
     if isinstance(value, Record):
         content = value.attributes.get("_content", value.attributes.get("_val"))
         if isinstance(content, str) and (match := _INTERPOLATION.match(content)):

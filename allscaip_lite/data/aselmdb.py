@@ -1,7 +1,7 @@
 """Labelled structures on disk, in the format of OMol25 (`.aselmdb`).
 
-Comes in: `ase.Atoms` with energy and forces, charge and spin multiplicity in `atoms.info`.
-Goes out: the same, from one file, a folder of shards as OMol25 publishes them, or a list.
+In: `ase.Atoms` with energy and forces, charge and spin multiplicity in `atoms.info`.
+Out: the same, from one file, a folder of shards as OMol25 publishes them, or a list.
 An `.aselmdb` is an LMDB file of ASE rows; charge, spin and every other piece of metadata sit in
 the row's `data` (Levine et al., The Open Molecules 2025 dataset, arXiv:2505.08762).
 Energies are in eV, forces in eV/Å, stress in eV/Å³ (Voigt, ASE's order).
@@ -150,7 +150,7 @@ class Dataset:
                 shard += len(group)
                 start = int(self._starts[shards.start])
                 size = int(self._starts[shards.stop]) - start
-                counts = _natoms_beside(group)
+                counts = _natoms_in_metadata(group)
                 if counts is None or not self._agrees(counts, start, size):
                     counts = np.concatenate([self._count(s) for s in shards])
                 parts.append(counts)
@@ -223,8 +223,8 @@ def _connect(path: Path) -> ase.db.core.Database:
     return database
 
 
-def _natoms_beside(group: list[Path]) -> np.ndarray | None:
-    """`natoms` of the `metadata.npz` beside the shards, where there is one."""
+def _natoms_in_metadata(group: list[Path]) -> np.ndarray | None:
+    """`natoms` of the `metadata.npz` in the folder of the shards, where there is one."""
     file = group[0].parent / "metadata.npz"
     if not file.is_file():
         return None

@@ -1,7 +1,7 @@
 """One's own structures into the package's format: `allscaip-lite data convert`.
 
-Comes in: files of any format that ASE reads, with energies (eV) and forces (eV/Å), and stress where
-there is one. Goes out: one `.aselmdb` file to train on or to evaluate with.
+In: files of any format that ASE reads, with energies (eV) and forces (eV/Å), and stress where
+there is one. Out: one `.aselmdb` file to train on or to evaluate with.
 """
 
 from __future__ import annotations

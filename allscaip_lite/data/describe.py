@@ -19,7 +19,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from allscaip_lite.data.aselmdb import SPLITS, DataError, Dataset, checksum
+from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum
+from allscaip_lite.errors import DataError
 
 
 @dataclass
@@ -94,7 +95,7 @@ def to_markdown(splits: dict[str, Summary]) -> str:
     def listed(counts: Counter[Any], order: Callable[[Any], Any]) -> str:
         return ", ".join(f"{key} {counts[key]:,}" for key in sorted(counts, key=order))
 
-    def together(name: str) -> Counter[Any]:
+    def summed(name: str) -> Counter[Any]:
         return sum((getattr(column, name) for column in columns), Counter())
 
     lines = [
@@ -107,17 +108,17 @@ def to_markdown(splits: dict[str, Summary]) -> str:
         "| `data_id` | " + " | ".join(names) + " |",
         "|---|" + "---:|" * len(names),
     ]
-    domains = together("domains")
+    domains = summed("domains")
     for domain in sorted(domains, key=lambda domain: -domains[domain]):
         lines.append(row(f"`{domain}`", (column.domains[domain] for column in columns)))
-    elements, sizes = together("elements"), together("sizes")
+    elements, sizes = summed("elements"), summed("sizes")
     forces = np.concatenate([force for column in columns for force in column.forces])
     lengths = np.linalg.norm(forces, axis=1)
     lines += [
         "",
         "Structures with each element: " + listed(elements, lambda e: -elements[e]) + ".",
-        "Charges: " + listed(together("charges"), int) + ".",
-        "Multiplicities: " + listed(together("multiplicities"), int) + ".",
+        "Charges: " + listed(summed("charges"), int) + ".",
+        "Multiplicities: " + listed(summed("multiplicities"), int) + ".",
         f"Atoms a structure: {min(sizes)} to {max(sizes)}, "
         f"{sum(c.atoms for c in columns) / sizes.total():.1f} in the mean.",
         f"Forces: root mean square {np.sqrt((forces**2).mean()):.2f} eV/Å a component, "

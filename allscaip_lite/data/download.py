@@ -1,6 +1,6 @@
 """Public data sets, fetched: `allscaip-lite data fetch`.
 
-Comes in: a name of the table below, an address, or a file of the model hub. Goes out: a folder of
+In: a name of the table below, an address, or a file of the model hub. Out: a folder of
 `.aselmdb` files that `Dataset` reads. A download that stops, or is stopped, goes on where it was.
 
 Names, sizes and addresses of OMol25 are those of its own list (DATASET.md of facebook/OMol25 on the
@@ -10,7 +10,7 @@ model hub); licence CC BY 4.0; D. S. Levine et al., arXiv:2505.08762.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import errno
 import http.client
 import os
 import shutil
@@ -27,16 +27,14 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from allscaip_lite.checkpoints.native import download_from_hub
+from allscaip_lite.errors import InputError
+from allscaip_lite.files import atomic_write, sha256_of
 
 SERVER = "https://dl.fbaipublicfiles.com/opencatalystproject/data/"
 HUB = "hub:"
 CHUNK = 1 << 20
 ATTEMPTS = 5  # in a row without a single byte
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
-
-
-class FetchError(ValueError):
-    """A data set that cannot be fetched; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,28 @@ def fetch(
     keep_archive: bool = False,
     progress: bool = True,
 ) -> list[Path]:
-    """Fetch a data set into `folder` and return the folders in which its `.aselmdb` files are.
+    """Fetch a data set into `folder`.
 
-    `name` is one of `SOURCES`, an http(s) address, or `hub:OWNER/REPOSITORY/FILE` (of a data set's
-    repository `hub:datasets/OWNER/...`) for a file of the model hub, with the token of `hf auth
-    login` or HF_TOKEN where it is gated. Archives are
-    unpacked into `folder/NAME` and then removed; a set that is there already is not fetched again.
-    `server` replaces the address in front of the paths of `SOURCES`: a mirror nearer by.
+    Archives are unpacked into `folder/NAME` and then removed; a set that is there already is not
+    fetched again.
 
-    Raises FetchError, saying what to do: for a name nobody knows, a disk without room, a server
-    that does not answer or has no such file, a checksum that differs, an archive that is broken
-    or would write outside its folder. What was fetched until then is kept.
+    Args:
+        name: one of `SOURCES`, an http(s) address, or `hub:OWNER/REPOSITORY/FILE` (of a data set's
+            repository `hub:datasets/OWNER/...`) for a file of the model hub, with the token of
+            `hf auth login` or HF_TOKEN where it is gated.
+        folder: where the data set goes.
+        server: the address in front of the paths of `SOURCES`; give a mirror that is closer.
+        sha256: the checksum of the file.
+        keep_archive: whether the archive stays after it is unpacked.
+        progress: whether to show progress bars.
+
+    Returns:
+        The folders that hold the `.aselmdb` files.
+
+    Raises:
+        InputError: for an unknown name, a disk without space, a server that does not answer or has
+            no such file, a checksum that differs, an archive that is broken or would write outside
+            its folder. What was fetched until then is kept.
     """
     folder = Path(folder)
     source = SOURCES.get(name)
@@ -96,20 +105,20 @@ def fetch(
     elif name.startswith(HUB) or urlsplit(name).scheme in ("http", "https"):
         address = name
     else:
-        raise FetchError(
+        raise InputError(
             f"no data set is called {name!r}. There are {', '.join(SOURCES)}; or give an http "
             "address, or hub:OWNER/REPOSITORY/FILE"
         )
     file = PurePosixPath(unquote(urlsplit(address).path)).name
     if not file:
-        raise FetchError(f"{name}: the address of a file is needed, not of a folder")
+        raise InputError(f"{name}: the address of a file is needed, not of a folder")
     suffix = next((end for end in ARCHIVES if file.endswith(end)), "")
     done = folder / (name if source else file.removesuffix(suffix))
     origin = done.with_name(done.name + ".from")  # the address; a data set's name is its own
     if origin.exists() and origin.read_text() != name:
-        raise FetchError(f"{done} is from {origin.read_text()}: choose another --out for {name}")
+        raise InputError(f"{done} is from {origin.read_text()}: choose another --out for {name}")
     if done.exists():
-        return _found(done)
+        return _data_folders(done)
     folder.mkdir(parents=True, exist_ok=True)
     if not source:
         origin.write_text(name)
@@ -123,8 +132,8 @@ def fetch(
             else:
                 shutil.copyfile(fetched, archive)
         else:
-            room = shutil.disk_usage(folder).free
-            download(address, archive, room=room, progress=progress)
+            free = shutil.disk_usage(folder).free
+            download(address, archive, free=free, progress=progress)
         if sha256:
             _check(archive, sha256)
     except BaseException:
@@ -133,20 +142,29 @@ def fetch(
         raise
     if not suffix:
         archive.replace(done)
-        return _found(done)
+        return _data_folders(done)
     _unpack(archive, done, progress)
     if not (keep_archive or name.startswith(HUB)):
         archive.unlink()
-    return _found(done)
+    return _data_folders(done)
 
 
 def download(
-    address: str, file: Path, *, room: float = float("inf"), progress: bool = True
+    address: str, file: Path, *, free: float = float("inf"), progress: bool = True
 ) -> None:
-    """Fetch one file, with progress; what an earlier attempt left in `file.part` is gone on with.
+    """Fetch one file; what an earlier attempt left in `file.part` is continued.
 
-    After a connection that breaks, up to `ATTEMPTS` more are made, as long as bytes come.
-    Raises FetchError for what does not mend itself, and for a file larger than `room` (bytes).
+    A connection that breaks is tried again, until `ATTEMPTS` in a row bring nothing.
+
+    Args:
+        address: http or https.
+        file: where the file goes; nothing is done where it exists.
+        free: bytes that fit on the disk.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: for a refusal of the server, a server that does not answer, and a file larger
+            than `free`.
     """
     if file.exists():
         return
@@ -157,16 +175,16 @@ def download(
         failures = failures + 1 if have == before else 0
         before = have
         try:
-            complete = _go_on(address, part, tag, have, room, progress)
+            complete = _fetch_rest(address, part, tag, have, free, progress)
         except urllib.error.HTTPError as error:
             if error.code < 500 or failures >= ATTEMPTS:
-                raise FetchError(_refused(address, error)) from error
+                raise InputError(_refused(address, error)) from error
             complete = False
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno == 28:
-                raise FetchError(f"the disk is full: make room; {part} is kept") from error
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise InputError(f"the disk is full: make room; {part} is kept") from error
             if failures >= ATTEMPTS:
-                raise FetchError(
+                raise InputError(
                     f"{address} does not answer ({error}). Check the network, or name a mirror "
                     "with --server; the same command goes on where this one was"
                 ) from error
@@ -178,7 +196,9 @@ def download(
         time.sleep(min(0.1 * 2**failures, 5))
 
 
-def _go_on(address: str, part: Path, tag: Path, have: int, room: float, progress: bool) -> bool:
+def _fetch_rest(
+    address: str, part: Path, tag: Path, have: int, free: float, progress: bool
+) -> bool:
     """Fetch what is missing behind the first `have` bytes; whether the file is whole then."""
     request = urllib.request.Request(address, headers={"User-Agent": "allscaip-lite"})
     known = tag.read_text() if tag.exists() else ""
@@ -200,9 +220,9 @@ def _go_on(address: str, part: Path, tag: Path, have: int, room: float, progress
             have = 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
-        if total and total - have > room:
-            raise FetchError(
-                f"{total / 1e9:.1f} GB do not fit on the disk, where {room / 1e9:.1f} GB are free: "
+        if total and total - have > free:
+            raise InputError(
+                f"{total / 1e9:.1f} GB do not fit on the disk, where {free / 1e9:.1f} GB are free: "
                 "choose another --out, or a smaller set"
             )
         tag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
@@ -240,27 +260,21 @@ def _from_hub(name: str) -> Path:
     owner, _, rest = path.removeprefix("datasets/").partition("/")
     repository, _, file = rest.partition("/")
     if not (owner and repository and file):
-        raise FetchError(f"{name}: write hub:OWNER/REPOSITORY/FILE, or hub:datasets/OWNER/...")
+        raise InputError(f"{name}: write hub:OWNER/REPOSITORY/FILE, or hub:datasets/OWNER/...")
     return download_from_hub(f"{owner}/{repository}", file, kind=kind)
 
 
 def _check(file: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(CHUNK):
-            digest.update(block)
-    if digest.hexdigest() != expected.lower():
-        raise FetchError(
-            f"{file} has SHA-256 {digest.hexdigest()}, not {expected}: remove it and fetch again"
-        )
+    found = sha256_of(file)
+    if found != expected.lower():
+        raise InputError(f"{file} has SHA-256 {found}, not {expected}: remove it and fetch again")
 
 
 def _unpack(archive: Path, done: Path, progress: bool) -> None:
     """Unpack into `done`, which appears only once all of it is there."""
-    partial = done.with_name(done.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         with (
+            atomic_write(done) as partial,
             tarfile.open(archive) as members,
             tqdm(desc=f"unpacking {archive.name}", unit="file", disable=not progress) as bar,
         ):
@@ -270,17 +284,14 @@ def _unpack(archive: Path, done: Path, progress: bool) -> None:
             while members.fileobj.read(CHUNK):  # to its end, where its checksum is
                 pass
     except tarfile.FilterError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise FetchError(f"{archive} would write outside its folder: {error}") from error
+        raise InputError(f"{archive} would write outside its folder: {error}") from error
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == 28:
-            raise FetchError(f"the disk is full: make room; {archive} is kept") from error
-        raise FetchError(f"{archive} is broken ({error}): remove it and fetch again") from error
-    partial.replace(done)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise InputError(f"the disk is full: make room; {archive} is kept") from error
+        raise InputError(f"{archive} is broken ({error}): remove it and fetch again") from error
 
 
-def _found(done: Path) -> list[Path]:
+def _data_folders(done: Path) -> list[Path]:
     """The folders below with `.aselmdb` files; of a single file, itself."""
     if done.is_file():
         return [done]

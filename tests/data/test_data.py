@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from allscaip_lite import cli
 from allscaip_lite.data import aselmdb as data
 from allscaip_lite.data.aselmdb import (
-    DataError,
     Dataset,
     split_by_molecule,
     write_aselmdb,
 )
+from allscaip_lite.errors import DataError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
 

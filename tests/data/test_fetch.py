@@ -18,7 +18,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from allscaip_lite import cli
 from allscaip_lite.data import download as fetch
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
-from allscaip_lite.data.download import SOURCES, FetchError
+from allscaip_lite.data.download import SOURCES
+from allscaip_lite.errors import InputError
 
 NAME = "omol25-neutral-val"
 
@@ -131,14 +132,14 @@ def test_a_connection_that_breaks_is_gone_on_with(server: Server, tmp_path: Path
 
 def test_a_stopped_download_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
     server.hangs, server.patience = 1, 500
-    read = fetch._go_on
+    read = fetch._fetch_rest
 
     def stopped(*arguments) -> bool:
         read(*arguments)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fetch, "_go_on", stopped)
+        patch.setattr(fetch, "_fetch_rest", stopped)
         get(server, tmp_path)
     assert energies(get(server, tmp_path)) == [0.0, 1.0]
     assert server.ranges == [None, "bytes=500-"]
@@ -169,8 +170,8 @@ def test_a_server_that_stays_silent_is_an_error_and_nothing_is_lost(
     server.hangs, server.patience = 1, 700
     get_on = fetch.ATTEMPTS + 1
     server.hangs = 1
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FetchError, match="does not answer"):
-        original = fetch._go_on
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="does not answer"):
+        original = fetch._fetch_rest
         calls = []
 
         def once(*arguments) -> bool:
@@ -179,7 +180,7 @@ def test_a_server_that_stays_silent_is_an_error_and_nothing_is_lost(
                 return original(*arguments)
             raise ConnectionRefusedError("refused")
 
-        patch.setattr(fetch, "_go_on", once)
+        patch.setattr(fetch, "_fetch_rest", once)
         get(server, tmp_path)
     assert len(calls) == get_on + 1
     assert (tmp_path / "neutral_val.tar.gz.part").stat().st_size == 700
@@ -190,13 +191,13 @@ def test_a_server_that_stays_silent_is_an_error_and_nothing_is_lost(
 )
 def test_a_refusal_says_what_to_do(server: Server, tmp_path: Path, status: int, words: str) -> None:
     server.status = status
-    with pytest.raises(FetchError, match=words):
+    with pytest.raises(InputError, match=words):
         get(server, tmp_path)
     assert len(server.ranges) == 1, "a refusal was asked again"
 
 
 def test_a_checksum_is_checked(server: Server, tmp_path: Path, published: bytes) -> None:
-    with pytest.raises(FetchError, match="has SHA-256"):
+    with pytest.raises(InputError, match="has SHA-256"):
         get(server, tmp_path / "wrong", sha256="0" * 64)
     assert not (tmp_path / "wrong" / NAME).exists()
     assert get(server, tmp_path / "right", sha256=hashlib.sha256(published).hexdigest().upper())
@@ -204,7 +205,7 @@ def test_a_checksum_is_checked(server: Server, tmp_path: Path, published: bytes)
 
 def test_an_archive_that_would_write_elsewhere_is_refused(server: Server, tmp_path: Path) -> None:
     server.content = archive({"../evil.txt": b"!"})
-    with pytest.raises(FetchError, match="outside its folder"):
+    with pytest.raises(InputError, match="outside its folder"):
         get(server, tmp_path / "here")
     assert not (tmp_path / "evil.txt").exists() and not (tmp_path / "here" / "evil.txt").exists()
 
@@ -213,7 +214,7 @@ def test_a_broken_archive_is_not_taken_for_a_set(
     server: Server, tmp_path: Path, published: bytes
 ) -> None:
     server.content = published[:-200]
-    with pytest.raises(FetchError, match="broken"):
+    with pytest.raises(InputError, match="broken"):
         get(server, tmp_path)
     assert not (tmp_path / NAME).exists()
 
@@ -229,7 +230,7 @@ def test_a_damaged_archive_is_not_taken_for_a_set(
     whole = archive(members, compresslevel=0)
     where = whole.index(place)
     server.content = whole[:where] + bytes([whole[where] ^ 0xFF]) + whole[where + 1 :]
-    with pytest.raises(FetchError, match="broken"):
+    with pytest.raises(InputError, match="broken"):
         get(server, tmp_path)
     assert not (tmp_path / NAME).exists()
 
@@ -238,7 +239,7 @@ def test_a_single_file_appears_only_when_it_is_right(server: Server, tmp_path: P
     server.content = b"content"
     address = f"{server.address}/one.aselmdb"
     for _ in range(2):
-        with pytest.raises(FetchError, match="has SHA-256"):
+        with pytest.raises(InputError, match="has SHA-256"):
             fetch.fetch(address, tmp_path, sha256="0" * 64, progress=False)
         assert not (tmp_path / "one.aselmdb").exists()
     (found,) = fetch.fetch(address, tmp_path, progress=False)
@@ -249,13 +250,13 @@ def test_a_single_file_appears_only_when_it_is_right(server: Server, tmp_path: P
 def test_another_file_of_the_same_name_is_not_taken_for_it(server: Server, tmp_path: Path) -> None:
     server.content = b"content"
     fetch.fetch(f"{server.address}/one.aselmdb", tmp_path, progress=False)
-    with pytest.raises(FetchError, match=r"is from .*/one.aselmdb: choose another --out"):
+    with pytest.raises(InputError, match=r"is from .*/one.aselmdb: choose another --out"):
         fetch.fetch(f"{server.address}/other/one.aselmdb", tmp_path, progress=False)
 
 
 def test_an_address_that_gave_nothing_is_in_nobodys_way(server: Server, tmp_path: Path) -> None:
     server.content = b"content"
-    with pytest.raises(FetchError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         fetch.fetch(f"{server.address}/wrong/one.aselmdb", tmp_path, progress=False)
     (found,) = fetch.fetch(f"{server.address}/one.aselmdb", tmp_path, progress=False)
     assert found.read_bytes() == b"content"
@@ -272,7 +273,7 @@ def test_an_interrupted_file_is_gone_on_with_and_in_the_way_of_another(
     monkeypatch.setattr(fetch.time, "sleep", interrupt)  # before the second attempt
     with pytest.raises(KeyboardInterrupt):
         fetch.fetch(here, tmp_path, progress=False)
-    with pytest.raises(FetchError, match="choose another --out"):
+    with pytest.raises(InputError, match="choose another --out"):
         fetch.fetch(other, tmp_path, progress=False)
     (found,) = fetch.fetch(here, tmp_path, progress=False)
     assert found.read_bytes() == b"content" and server.ranges[-1] == "bytes=3-"
@@ -284,9 +285,9 @@ def test_an_archive_is_known_by_its_name_behind_a_question(server: Server, tmp_p
 
 
 def test_too_little_room_is_said_before_the_download(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match="do not fit on the disk"):
+    with pytest.raises(InputError, match="do not fit on the disk"):
         fetch.download(
-            f"{server.address}/{SOURCES[NAME].path}", tmp_path / "a", room=100, progress=False
+            f"{server.address}/{SOURCES[NAME].path}", tmp_path / "a", free=100, progress=False
         )
 
 
@@ -299,7 +300,7 @@ def test_any_address_and_its_mistakes(server: Server, tmp_path: Path) -> None:
         ("http://127.0.0.1/", "the address of a file"),
         ("hub:facebook/OMol25", "write hub:OWNER"),
     ):
-        with pytest.raises(FetchError, match=words):
+        with pytest.raises(InputError, match=words):
             fetch.fetch(name, tmp_path)
 
 
