@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,18 +92,19 @@ class AllScAIPCalculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
+        atoms = cast(Atoms, self.atoms)  # a copy, which ASE compares with the next one
         has_stress = self.model.config.conservative and self.model.config.stress
         if "stress" in (properties or ()):
             if not has_stress:
                 raise PropertyNotImplementedError(
                     "this model gives no stress: it needs conservative forces and stress=True"
                 )
-            if not self.atoms.pbc.any() or self.atoms.cell.rank < 3:
+            if not atoms.pbc.any() or atoms.cell.rank < 3:
                 raise PropertyNotImplementedError(
                     "no stress: the structure is not periodic, or its cell has no volume; "
                     "set atoms.cell and atoms.pbc"
                 )
-        result = self.answer(self.atoms)
+        result = self.answer(atoms)
         self.results = {
             "energy": result.energy,
             "free_energy": result.energy,

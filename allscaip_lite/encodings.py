@@ -76,10 +76,11 @@ def _harmonic_tables(
         for m in range(-l, l + 1):
             column, a = l * l + l + m, abs(m)
             norm = math.sqrt((2 * l + 1) * math.factorial(l - a) / math.factorial(l + a))
-            slope = legendre.deriv(a).coef
+            slope = np.asarray(legendre.deriv(a).coef, dtype=float)
             polar[: len(slope), column] = norm * slope * (math.sqrt(2) if m else 1)
             around[2 * a + (m < 0), column] = 1
-    return tuple(torch.as_tensor(table, dtype=dtype, device=device) for table in (polar, around))
+    first, second = (torch.as_tensor(t, dtype=dtype, device=device) for t in (polar, around))
+    return first, second
 
 
 def legendre_polynomials(cosine: Tensor, degree: int) -> list[Tensor]:

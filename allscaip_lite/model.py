@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -79,9 +79,9 @@ class AttentionRecord:
     source, destination (h, N, K, K); node (B, h, n, n). Only the plain operations have them.
     """
 
-    source: list[Tensor] = field(default_factory=list)
-    destination: list[Tensor] = field(default_factory=list)
-    node: list[Tensor] = field(default_factory=list)
+    source: list[Any] = field(default_factory=list)
+    destination: list[Any] = field(default_factory=list)
+    node: list[Any] = field(default_factory=list)
     geometry: Geometry | None = None  # whose slots the weights belong to
 
 
@@ -207,7 +207,7 @@ class Block(nn.Module):
         edges = torch.addcmul(edges, self.edge_ffn(edges, ops), self.scale["edge_ffn"])
         return torch.cat([self.update_nodes(nodes, geometry, index, record), edges])
 
-    def last(self, states: Tensor, geometry: Geometry, index: int) -> Tensor:
+    def forward_atoms(self, states: Tensor, geometry: Geometry, index: int) -> Tensor:
         """(M, H) → (N, H): the same for the atoms alone, the only states that the heads read."""
         states = self.mix_edges(states, "source", geometry)
         return self.update_nodes(self.mix_self_edges(states, geometry), geometry, index)
@@ -284,6 +284,12 @@ class AllScAIP(nn.Module):
 
     operations: the formulas, in their plain form or a faster one (see `kernels.choose`).
     """
+
+    energy_scale: Tensor
+    energy_mean: Tensor
+    force_scale: Tensor
+    element_references: Tensor
+    charge_reference: Tensor
 
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
@@ -381,11 +387,11 @@ class AllScAIP(nn.Module):
         )
         order = self.bond_order(made)  # (N, 10)
         states = self.input(structures, made.graph, order, made.operations)  # (M, H)
-        *blocks, last = self.blocks
+        *blocks, last = cast("list[Block]", list(self.blocks))
         for index, block in enumerate(blocks):
             states = block(states, made, index, record)
         if record is None:
-            return last.last(states, made, len(blocks))
+            return last.forward_atoms(states, made, len(blocks))
         record.geometry = made
         return last(states, made, len(blocks), record)[: made.graph.num_atoms]
 
@@ -430,7 +436,9 @@ class AllScAIP(nn.Module):
         empty, layers = systems.mask(self.dtype), self.config.num_layers
         if distances is None:
             return [empty] * layers
-        weight = torch.cat([block.rotary_weight for block in self.blocks])  # (L·h, F)
+        weight = torch.cat(
+            [block.get_parameter("rotary_weight") for block in self.blocks]
+        )  # (L·h, F)
         frequencies = encodings.rotary_frequencies(weight.shape[1], distances)
         bias = operations.rotary_bias(distances, weight, frequencies)  # (L·h, B, n, n)
         bias = bias.unflatten(0, (layers, -1)).transpose(1, 2)  # (L, B, h, n, n)

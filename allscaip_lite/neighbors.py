@@ -98,8 +98,8 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     if bool((products - lengths.diag()).abs().max() > 1e-12 * lengths.max()):
         wrapped = difference + shift @ reduced
         far = (wrapped.square().sum(-1) > lengths[pbc].min() / 4).nonzero(as_tuple=True)
-        steps = [range(-1, 2) if flag else range(1) for flag in pbc.tolist()]
-        steps = torch.cartesian_prod(*(torch.tensor(list(s)) for s in steps)).to(reduced)
+        along = [torch.arange(-1, 2) if flag else torch.arange(1) for flag in pbc.tolist()]
+        steps = torch.cartesian_prod(*along).to(reduced)
         images = wrapped[far] + (steps @ reduced).unsqueeze(1)  # (27, Q, 3)
         shift[far] += steps[images.square().sum(-1).argmin(0)]
     upper = (shift @ operation).permute(2, 0, 1).triu(1).permute(1, 2, 0)

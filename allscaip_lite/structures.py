@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class Structures:
 
     positions (N, 3) Å; atomic_numbers (N,); cell (B, 3, 3) Å, rows are lattice vectors;
     pbc (B, 3) bool; charge (B,) in e; spin (B,) multiplicity, 0 where not given; natoms (B,).
-    periodic: whether anything in the batch is, so that nobody has to ask a GPU for it.
+    periodic: whether anything in the batch is; read off `pbc` where it is not given, and kept, so
+    that nobody has to ask a GPU for it.
     """
 
     positions: Tensor
@@ -47,7 +49,7 @@ class Structures:
     charge: Tensor
     spin: Tensor
     natoms: Tensor
-    periodic: bool = None  # type: ignore[assignment]  # read off pbc where it is not given
+    periodic: bool | None = None
 
     def __post_init__(self) -> None:
         if self.periodic is None:
@@ -69,10 +71,8 @@ class Structures:
         first, second, third = self.cell.unbind(1)
         return (torch.linalg.cross(first, second) * third).sum(1).abs()
 
-    def replace(self, **changes: Tensor) -> Structures:
+    def replace(self, **changes: Any) -> Structures:
         """The same batch with some tensors changed."""
-        if "pbc" in changes:
-            return replace(self, **changes, periodic=None)
         return replace(self, **changes)
 
     def strained(self, strain: Tensor) -> Structures:
@@ -87,14 +87,16 @@ class Structures:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Structures:
         """On another device, or with another floating-point type for positions and cell."""
-        moved = {}
-        for name, value in self.tensors().items():
-            moved[name] = value.to(device, dtype if value.is_floating_point() else None)
-        return replace(self, **moved)
+        moved = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in self.tensors().items()
+        }
+        return self.replace(**moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "periodic"}
+        names = [field.name for field in fields(self) if field.name != "periodic"]
+        return {name: getattr(self, name) for name in names}
 
 
 def structures_from_atoms(

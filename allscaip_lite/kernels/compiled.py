@@ -143,19 +143,20 @@ class Rows:
         slots = occupied.flatten().nonzero().squeeze(1)  # (E,)
         place = torch.empty(occupied.numel(), dtype=torch.long)
         place[slots] = torch.arange(len(slots))
-        states = []
-        for slot in (graph.source_slot, graph.destination_slot):
-            state = torch.empty_like(slots)
-            state[place[slot]] = torch.arange(len(slots))
-            states.append(state)
+
+        def states(slot: Tensor) -> Tensor:
+            """(E,): the state of each edge, of a layout that puts them into these slots."""
+            return torch.empty_like(slots).scatter(0, place[slot], torch.arange(len(slots)))
+
         return cls(
-            graph,
-            degree,
-            slots,
-            torch.cat([graph.counts.new_zeros(1), graph.counts.cumsum(0)]),
-            *states,
-            graph.log_weight.flatten()[slots],
-            graph.slot_directions.flatten(0, 1)[slots],
+            graph=graph,
+            degree=degree,
+            slots=slots,
+            first=torch.cat([graph.counts.new_zeros(1), graph.counts.cumsum(0)]),
+            source=states(graph.source_slot),
+            destination=states(graph.destination_slot),
+            log_weight=graph.log_weight.flatten()[slots],
+            direction=graph.slot_directions.flatten(0, 1)[slots],
         )
 
     @functools.cached_property

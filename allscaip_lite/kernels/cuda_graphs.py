@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,20 @@ class Recording:
         return self.outputs
 
 
+@dataclass
+class _Prepared:
+    """What was made for one composition: a padded batch, and where its list of pairs was made.
+
+    batch: what is recorded reads its tensors. cell: (B, 3, 3) Å, the last one.
+    """
+
+    size: Size
+    batch: PaddedBatch
+    listed: Structures
+    cell: Tensor
+    recording: Recording | None = None
+
+
 class RecordedModel:
     """A model for one composition, whose atoms and cell move: fast on a GPU.
 
@@ -87,29 +101,26 @@ class RecordedModel:
     no padded form are left to the model itself, where else `PaddingError` is raised.
     """
 
-    def __init__(self, model: AllScAIP, patient: bool = False) -> None:
+    def __init__(self, model: AllScAIP, *, patient: bool = False) -> None:
         self.model, self.patient = model, patient
-        self.calls = 0  # of the composition of the last call
-        self.asked: Structures | None = None  # in the last call
         self.reach = model.config.reach + SKIN
-        self.recording: Recording | None = None
-        self.size: Size | None = None
-        self.batch: PaddedBatch | None = None  # what is recorded reads these tensors
-        self.listed: Structures | None = None  # where the list of pairs was made
-        self.cell: Tensor | None = None  # the last one
+        self.calls = 0  # of the composition of the last call
+        self.last: Structures | None = None  # in the last call
+        self.prepared: _Prepared | None = None
 
     def __call__(self, structures: Structures, create_graph: bool = False) -> Prediction:
         """What the model gives of structures on the CPU, on the CPU.
 
-        It cannot be derived further, `create_graph` or not.
+        It cannot be differentiated further, `create_graph` or not.
 
-        Raises `StructureError` where two atoms stand on one spot and, where it is not patient,
-        `PaddingError` for a model or structures that have no padded form.
+        Raises:
+            StructureError: two atoms stand on one spot.
+            PaddingError: there is no padded form, and this is not patient.
         """
         if self.patient:
-            same = self.asked is not None and _alike(structures, self.asked)
+            same = self.last is not None and _alike(structures, self.last)
             self.calls = self.calls + 1 if same else 1
-            self.asked = structures
+            self.last = structures
             if self.calls <= PATIENCE:
                 return self._unrecorded(structures)
         try:
@@ -120,67 +131,63 @@ class RecordedModel:
             return self._unrecorded(structures)
 
     def _unrecorded(self, structures: Structures) -> Prediction:
-        found = self.model(structures, create_graph=False)
-        return Prediction(*(part if part is None else part.cpu() for part in found))
+        energy, forces, stress = self.model(structures, create_graph=False)
+        return Prediction(energy.cpu(), forces.cpu(), None if stress is None else stress.cpu())
 
     def _recorded(self, structures: Structures) -> Prediction:
-        if not self._move(structures):
-            self._list(structures)
+        prepared = self.prepared
+        if prepared is None or not self._move(prepared, structures):
+            prepared = self.prepared = self._prepare(structures, prepared)
         while True:
-            if self.recording is None:
-                self._record()
-            overflow, energy, forces, stress = self._unpack(self.recording().cpu())
+            if prepared.recording is None:
+                self._record(prepared)
+            assert prepared.recording is not None
+            found = prepared.recording().cpu()
+            overflow, energy, forces, stress = _unpack(found, prepared.size)
             if not overflow:
                 return Prediction(energy, forces, stress)
-            self.size = replace(self.size, slots=self.size.slots + SLOT_STEP)
-            self.recording = None
+            prepared.size = replace(prepared.size, slots=prepared.size.slots + SLOT_STEP)
+            prepared.recording = None
 
-    def _record(self) -> None:
+    def _record(self, prepared: _Prepared) -> None:
+        batch, size = prepared.batch, prepared.size
+
+        def predict(*tensors: Tensor) -> Tensor:
+            """Everything in one tensor, to be fetched in one piece."""
+            found, overflow = padded_prediction(self.model, batch.like(list(tensors)), size)
+            parts = [overflow, *(part for part in found if part is not None)]
+            return torch.cat([part.detach().double().flatten() for part in parts])
+
         with no_weight_grad(self.model):
-            self.recording = Recording(self._predict, self.batch.tensors())
-        self.batch = self.batch.like(self.recording.inputs)
+            prepared.recording = Recording(predict, batch.tensors())
+        prepared.batch = batch.like(prepared.recording.inputs)
 
-    def _predict(self, *tensors: Tensor) -> Tensor:
-        """What is recorded: everything in one tensor, to be fetched in one piece."""
-        batch = self.batch.like(list(tensors))
-        prediction, overflow = padded_prediction(self.model, batch, self.size)
-        parts = [overflow, *(part for part in prediction if part is not None)]
-        return torch.cat([part.detach().double().flatten() for part in parts])
-
-    def _unpack(self, packed: Tensor) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        batch, n = self.size.systems, self.size.atoms
-        rest = len(packed) - 1 - batch - 3 * n
-        overflow, energy, forces, stress = packed.split([1, batch, 3 * n, rest])
-        stress = stress.view(-1, 3, 3) if len(stress) else None
-        return int(overflow), energy, forces.view(n, 3), stress
-
-    def _list(self, structures: Structures) -> None:
+    def _prepare(self, structures: Structures, before: _Prepared | None) -> _Prepared:
         """A new list of pairs; what is recorded stays if that has room."""
         pairs = candidate_pairs(structures, self.reach)
-        natoms = structures.natoms
-        if self.listed is None or not _alike(structures, self.listed):
-            self.size = None
-        if self.size is None or self.size.pairs < len(pairs[0]):
+        count, natoms = len(pairs[0]), structures.natoms
+        if before is None or not _alike(structures, before.listed) or before.size.pairs < count:
             slots = build_graph(structures, self.model.config).num_slots
-            room = math.ceil(len(pairs[0]) * SPARE) + 1
-            self.size = Size(int(natoms.sum()), len(natoms), int(natoms.max()), room, slots)
-            self.recording = None
-        batch = pad(structures, pairs, self.size).to(self.model.device, self.model.dtype)
-        if self.recording is None:
-            self.batch = batch
+            room = math.ceil(count * SPARE) + 1
+            size = Size(int(natoms.sum()), len(natoms), int(natoms.max()), room, slots)
+            before = None
         else:
-            self.recording.set(batch.tensors())
-        self.listed, self.cell = structures, structures.cell
+            size = before.size
+        batch = pad(structures, pairs, size).to(self.model.device, self.model.dtype)
+        if before is None or before.recording is None:
+            return _Prepared(size, batch, structures, structures.cell)
+        before.recording.set(batch.tensors())
+        return replace(before, listed=structures, cell=structures.cell)
 
-    def _move(self, structures: Structures) -> bool:
+    def _move(self, prepared: _Prepared, structures: Structures) -> bool:
         """Moves atoms and cell; not so far that the list may miss a pair, then it says False."""
-        last = self.listed
-        if last is None or not _alike(structures, last):
+        listed = prepared.listed
+        if not _alike(structures, listed):
             return False
-        here, before, strain = structures.positions, last.positions, 0.0
-        if bool(last.pbc.any()) and not torch.equal(last.cell, structures.cell):
-            deformed = torch.linalg.solve(last.cell, structures.cell)  # (B, 3, 3)
-            before = (before.unsqueeze(1) @ deformed[last.system]).squeeze(1)
+        here, before, strain = structures.positions, listed.positions, 0.0
+        if listed.periodic and not torch.equal(listed.cell, structures.cell):
+            deformed = torch.linalg.solve(listed.cell, structures.cell)  # (B, 3, 3)
+            before = (before.unsqueeze(1) @ deformed[listed.system]).squeeze(1)
             unit = torch.eye(3, dtype=deformed.dtype)
             strain = max(
                 float(torch.linalg.matrix_norm(way - unit, 2).max())
@@ -189,16 +196,23 @@ class RecordedModel:
         farthest = float((here - before).square().sum(1).max()) ** 0.5
         if not 2 * farthest + strain * self.reach < SKIN:
             return False
-        inner = self.batch.structures
-        inner.positions.copy_(here, non_blocking=True)
-        inner.charge.copy_(structures.charge)
-        inner.spin.copy_(structures.spin)
-        if bool(last.pbc.any()) and not torch.equal(self.cell, structures.cell):
-            inner.cell.copy_(structures.cell)
+        batch = prepared.batch
+        batch.structures.positions.copy_(here, non_blocking=True)
+        batch.structures.charge.copy_(structures.charge)
+        batch.structures.spin.copy_(structures.spin)
+        if listed.periodic and not torch.equal(prepared.cell, structures.cell):
+            batch.structures.cell.copy_(structures.cell)
             for name, part in reduced_cells(structures).items():
-                getattr(self.batch, name).copy_(part)
-            self.cell = structures.cell
+                getattr(batch, name).copy_(part)
+            prepared.cell = structures.cell
         return True
+
+
+def _unpack(packed: Tensor, size: Size) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    """Overflow, energy (B,), forces (N, 3) and stress (B, 3, 3) of what `_record` packs."""
+    rest = len(packed) - 1 - size.systems - 3 * size.atoms
+    overflow, energy, forces, stress = packed.split([1, size.systems, 3 * size.atoms, rest])
+    return int(overflow), energy, forces.view(-1, 3), stress.view(-1, 3, 3) if rest else None
 
 
 def _alike(structures: Structures, others: Structures) -> bool:

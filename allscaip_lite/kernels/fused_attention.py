@@ -154,8 +154,8 @@ def neighborhood_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`attention.neighborhood_attention`: (M, 3H) → (M, H); weights only with dropout."""
     if dropout:
-        options = (neighborhoods.plain, layout, groups, num_heads, dropout)
-        return attention.neighborhood_attention(qkv, *options)
+        plain = neighborhoods.plain
+        return attention.neighborhood_attention(qkv, plain, layout, groups, num_heads, dropout)
     legendre = neighborhoods.legendre(len(groups) - 1)
     packing = getattr(neighborhoods, layout)
     options = (packing, neighborhoods.full, neighborhoods.runs, groups, num_heads)

@@ -82,8 +82,7 @@ class PaddedBatch:
     def like(self, tensors: list[Tensor]) -> PaddedBatch:
         """Another batch of the same size, from its tensors."""
         names = list(self.structures.tensors())
-        inner = dict(zip(names, tensors, strict=False))
-        structures = replace(self.structures, **inner)
+        structures = self.structures.replace(**dict(zip(names, tensors, strict=False)))
         return PaddedBatch(structures, *tensors[len(names) :])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PaddedBatch:

@@ -163,9 +163,9 @@ def test_dynamics_are_the_models(make_model: ModelMaker, monkeypatch: pytest.Mon
         calculator = AllScAIPCalculator(model, kernels="torch")
         if use:
             calculator.recorded = RecordedModel(calculator.model)
-            list_pairs = calculator.recorded._list
+            prepare = calculator.recorded._prepare
             monkeypatch.setattr(
-                calculator.recorded, "_list", lambda s, f=list_pairs: lists.append(1) or f(s)
+                calculator.recorded, "_prepare", lambda *a, f=prepare: lists.append(1) or f(*a)
             )
         box.calc = calculator
         box.set_momenta(np.random.default_rng(0).normal(scale=0.3, size=(len(box), 3)))
