@@ -106,7 +106,7 @@ def test_code_lines_can_be_read(path: Path) -> None:
     assert not wide
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_check_does_not_give_the_answer_away(path: Path) -> None:
     """No line of a solution stands in the check that follows it."""
     cells = read_notebook(path)["cells"]
@@ -140,7 +140,7 @@ def test_files_that_it_reads_are_there_and_go_into_the_class(path: Path) -> None
         assert Path(name).suffix in BESIDE, f"the class would not get {name}"
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_an_exercise_is_statement_answer_and_check_in_a_row(path: Path) -> None:
     notebook, asked = read_notebook(path), []
     for exercise in exercises(notebook):
@@ -151,7 +151,7 @@ def test_an_exercise_is_statement_answer_and_check_in_a_row(path: Path) -> None:
     assert asked == [*range(1, len(asked) + 1)]
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_stub_is_a_function_that_says_what_it_takes_and_that_the_check_calls(path: Path) -> None:
     notebook = read_notebook(path)
     stubs = student_copy(notebook)["cells"]
@@ -163,7 +163,7 @@ def test_a_stub_is_a_function_that_says_what_it_takes_and_that_the_check_calls(p
         assert any(f"{function.name}(" in check for function in body), exercise.name
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_assertion_that_students_see_says_what_is_wrong(path: Path) -> None:
     notebook = read_notebook(path)
     stubs = student_copy(notebook)["cells"]
@@ -176,7 +176,7 @@ def test_every_assertion_that_students_see_says_what_is_wrong(path: Path) -> Non
         assert not silent, f"{exercise.name}: no message after {silent}"
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_nbgrader_takes_it_and_makes_the_same_student_copy(path: Path) -> None:
     nbgrader = pytest.importorskip("nbgrader.preprocessors", reason="nbgrader is not installed")
     import nbformat
