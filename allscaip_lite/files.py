@@ -17,7 +17,7 @@ import numpy as np
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` when the block ends without an error.
 
     That path has the name of `path`, in a hidden folder beside it: libraries that choose a format
@@ -40,14 +40,14 @@ def unfinished_folder(path: Path) -> Path:
     return path.parent / f".{path.name}.partial"
 
 
-def store_text(path: str | os.PathLike, text: str) -> None:
+def store_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file with `atomic_write`."""
     with atomic_write(path) as partial:
         partial.write_text(text)
 
 
 @contextmanager
-def try_lock(path: str | os.PathLike) -> Iterator[bool]:
+def try_lock(path: str | os.PathLike[str]) -> Iterator[bool]:
     """Whether this process got the lock on `path`, held until the block ends; it does not wait.
 
     The lock is advisory, and the system's: it ends with the process, however that ends. The file
@@ -64,7 +64,7 @@ def try_lock(path: str | os.PathLike) -> Iterator[bool]:
         yield True
 
 
-def sha256_of(path: str | os.PathLike) -> str:
+def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,8 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from allscaip_lite.data.aselmdb import DataError, Dataset
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.errors import DataError
 from allscaip_lite.kernels.padded import PaddedBatch, PaddingError, Size, pad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures, structures_from_atoms
@@ -37,10 +38,11 @@ class Batch:
     padded: PaddedBatch | None = None
 
     def to(self, device: torch.device) -> Batch:
-        labels = (self.energy, self.forces, self.stress)
         return Batch(
             self.structures.to(device),
-            *(label.to(device) for label in labels),
+            self.energy.to(device),
+            self.forces.to(device),
+            self.stress.to(device),
             None if self.padded is None else self.padded.to(device),
         )
 
@@ -80,7 +82,7 @@ def _stress(system: Atoms) -> np.ndarray:
     return np.full((3, 3), np.nan) if voigt is None else voigt_6_to_full_3x3_stress(voigt)
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches(torch.utils.data.Dataset[Batch]):
     """Batch i of an endless, seeded shuffle, each filled up to `max_atoms` atoms.
 
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
@@ -139,8 +141,10 @@ class Batches(torch.utils.data.Dataset):
 
     def _fill(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
-        batches, members, atoms = [], [], 0
-        for index in order:
+        batches: list[np.ndarray] = []
+        members: list[int] = []
+        atoms = 0
+        for index in order.tolist():
             size = int(self.data.natoms[index])
             if atoms + size > self.max_atoms:
                 batches.append(np.array(members))

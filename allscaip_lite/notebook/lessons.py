@@ -15,7 +15,8 @@ import torch
 
 from allscaip_lite.checkpoints.native import load_model
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.data.aselmdb import DataError, Dataset
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.errors import DataError
 from allscaip_lite.model import AllScAIP
 
 BUNDLED_MODEL = "lite-xtb"  # has everything that a lesson may need

@@ -82,8 +82,8 @@ def refit(
     layer = changed.energy_head.contract
     added = torch.from_numpy(step).to(layer.weight)
     with torch.no_grad():
-        layer.weight += added[:-1]
-        layer.bias += added[-1]
+        layer.weight.add_(added[:-1])
+        layer.bias.add_(added[-1])
     before, after = (
         {
             name: float(1000 * np.abs(rows.missing - rows.features @ change).mean())
@@ -114,7 +114,7 @@ def measure(
     weights = layer.weight[0].double()  # as they are: what they say of a row is row · weights
     energy_scale, force_scale = float(model.energy_scale), float(model.force_scale)
     generator = torch.Generator().manual_seed(seed)
-    found: tuple[list, list, list] = ([], [], [])
+    found: tuple[list[tuple[list[float], float]], ...] = ([], [], [])
 
     def keep(kind: int, row: Tensor, bias: float, missing: float) -> None:
         found[kind].append(([*row.tolist(), bias], missing))
@@ -206,8 +206,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise ReadoutError(f"--out {args.out}: a model's file name ends in .safetensors")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, data = load_model(args.model, device=device), Dataset(args.data)
-    data = Subset(data, evenly_spaced(len(data), args.structures))
+    model, whole = load_model(args.model, device=device), Dataset(args.data)
+    data = Subset(whole, evenly_spaced(len(whole), args.structures))
     energy, force = args.weights
     weights = {"energy_weight": energy, "force_weight": force, "stress_weight": args.stress_weight}
     found = refit(model, data, **weights, seed=args.seed, kernels=args.kernels)

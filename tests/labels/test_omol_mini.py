@@ -150,7 +150,9 @@ def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near()
         assert found[name] == pytest.approx(read_card("lite")["errors"]["all"][name], rel=0.01)
 
 
-def test_the_tables_of_the_accuracy_page_are_those_of_the_command(capsys: pytest.CaptureFixture[str]):
+def test_the_tables_of_the_accuracy_page_are_those_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+):
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs" / "accuracy.md").read_text(encoding="utf-8")
 
