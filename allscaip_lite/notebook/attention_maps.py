@@ -1,4 +1,4 @@
-"""Who attends to whom: the attention weights of a model on one structure, as plain tensors.
+"""The attention weights of a model on one structure, as plain tensors.
 
 In: an `AllScAIP` and an `ase.Atoms`. Out: `AttentionMaps`. The weights are those of the plain
 formulas (paper sections 3.2 and 3.3); faster kernels, which the model otherwise runs, never hold
@@ -24,21 +24,21 @@ KINDS = ("node", "source", "destination")
 class AttentionMaps:
     """Attention of L blocks and h heads over N atoms with K slots each. CPU tensors.
 
-    node (L, h, N, N): how much atom i (row, the query) takes from atom j (column, the key); every
-    row sums to one. None for a model without node attention.
+    node (L, h, N, N): the weight of atom j (column, the key) in the row of atom i (the query);
+    every row sums to one. None for a model without node attention.
 
-    source, destination (L, h, N, K, K): neighbourhood attention. Slot s of atom i stands for the
-    edge i→j in the source layout and for j→i in the destination layout; entry [..., i, s, t] is
-    how much the edge in slot s takes from the edge in slot t. Rows of occupied slots sum to one;
-    rows and columns of empty slots are zero. In the last block only the destination rows of slot
-    0 still reach the energy, which is read from the atoms.
+    source, destination (L, h, N, K, K): neighbourhood attention. Slot s of atom i is the edge i→j
+    in the source layout and the edge j→i in the destination layout; entry [..., i, s, t] is the
+    weight with which the edge in slot s attends to the edge in slot t. Rows of occupied slots sum
+    to one; rows and columns of empty slots are zero. In the last block only the destination rows
+    of slot 0 influence the energy, which is computed from the states of the atoms.
 
-    neighbor (N, K): the atom j of each slot. Slot 0 is the atom itself, its self-edge; the others
-    come strongest first; -1 marks empty slots. image (N, K, 3): the periodic image of j, in
-    lattice vectors. envelope (N, K): the weight between 0 and 1 with which the edge enters the
-    softmax.
+    neighbor (N, K): the atom j of each slot. Slot 0 is the self-edge of the atom; the others are
+    in order of decreasing envelope; -1 marks empty slots. image (N, K, 3): the periodic image of
+    j, in lattice vectors. envelope (N, K): the factor between 0 and 1 that multiplies the weight
+    of the edge in the softmax.
 
-    atomic_numbers (N,). energy: eV, as this pass through the plain formulas gives it.
+    atomic_numbers (N,). energy: eV, computed with the plain formulas.
     """
 
     node: Tensor | None
@@ -63,8 +63,11 @@ class AttentionMaps:
 def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
     """All attention weights of a model on one structure; see `AttentionMaps`.
 
-    Without dropout, in the model's dtype. Memory is L·h·(N² + 2NK²) numbers. Raises
-    `StructureError` for a structure the model cannot answer for, `TypeError` for a list of them.
+    Computed without dropout, in the dtype of the model. The result has L·h·(N² + 2NK²) numbers.
+
+    Raises:
+        StructureError: The model does not support the structure.
+        TypeError: `atoms` is not one structure, for example a list.
     """
     if not isinstance(atoms, Atoms):
         raise TypeError(f"attention_maps takes one ase.Atoms, not a {type(atoms).__name__}")
@@ -88,7 +91,7 @@ def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
     own = torch.arange(len(occupied), device=occupied.device)
     neighbor.view(-1)[graph.source_slot] = torch.cat([own, graph.target])
     image.view(-1, 3)[graph.source_slot[len(own) :]] = graph.shift.long()
-    # a softmax row exists for empty slots too, but means nothing
+    # the softmax has rows for empty slots too, without a meaning
     in_use = occupied.unsqueeze(2)  # (N, K, 1)
     return AttentionMaps(
         node=torch.stack(record.node)[:, 0].cpu() if record.node else None,

@@ -1,8 +1,8 @@
-"""The attention explorer: who attends to whom, on the molecule and as a matrix, to be touched.
+"""The attention explorer: an interactive view of the attention weights of a structure.
 
-In: a model, or its `AttentionMaps`, and one `ase.Atoms` or the frames of a path. Out: a page with
-its script and its data inside, which a notebook shows and which lives on in exported HTML, without
-a kernel and without a network. What it looks like is in explorer.html, what it does in explorer.js,
+Input: a model, or its `AttentionMaps`, and one `ase.Atoms` or the frames of a path. Output: a page
+with its script and its data. A notebook displays it, and it also works in exported HTML, without a
+kernel and without a network. explorer.html is the layout of the page, explorer.js its behaviour,
 and molecule_view.js draws the atoms.
 """
 
@@ -44,17 +44,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALES = ("matrix", "row", "one")
-COMFORTABLE = 5_000_000  # bytes; up to here a page keeps its weights in 16 bits, then in 8
-LIMIT = 30_000_000  # bytes; notebooks and browsers grow slow beyond
+SIXTEEN_BIT_LIMIT = 5_000_000  # bytes; a page with more weights than this stores them in 8 bits
+LIMIT = 30_000_000  # bytes; larger pages make notebooks and browsers slow
 FRAME_TIME = 450  # ms
-IMAGE_BORDER = 1.5  # Å left around a cell, where periodic images are drawn
+IMAGE_BORDER = 1.5  # Å around a cell, for the periodic images
 
 
 @dataclass(frozen=True)
 class Explorer(Page):
-    """What `explore_attention` returns: a notebook displays it; `save` writes it as a file.
+    """The result of `explore_attention`: a notebook displays it; `save` writes it as a file.
 
-    maps, atoms and the choice (kind, query, edge, block, head) are those of the opening picture.
+    `maps`, `atoms` and `choice` (kind, query, edge, block, head) belong to the first picture.
     """
 
     head: ClassVar[str] = '<meta name="color-scheme" content="light dark">'
@@ -66,7 +66,7 @@ class Explorer(Page):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the page."""
+        """Size of the page in bytes."""
         return len(self.html.encode())
 
     def __repr__(self) -> str:
@@ -76,16 +76,16 @@ class Explorer(Page):
         )
 
     def _repr_png_(self) -> bytes | None:
-        """The opening picture, for where no browser shows the page: a notebook as PDF, for one."""
+        """The first picture, for output without a browser, for example a notebook as PDF."""
         buffer = io.BytesIO()
         try:
             self.figure().savefig(buffer, dpi=80)
-        except ImportError:  # without matplotlib there is the page alone
+        except ImportError:  # without matplotlib there is no picture, only the page
             return None
         return buffer.getvalue()
 
     def figure(self) -> Figure:
-        """The opening picture in matplotlib: the molecule with its links, and the matrix."""
+        """The first picture as a matplotlib figure: the molecule with links, and the matrix."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -97,7 +97,7 @@ class Explorer(Page):
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write the page (.html), or the opening picture where the ending says so (.png, .pdf)."""
+        """Write the page (.html), or for another suffix (.png, .pdf) the first picture."""
         path = Path(path)
         if path.suffix.lower() not in (".html", ".htm"):
             self.figure().savefig(path, dpi=150, bbox_inches="tight")
@@ -123,27 +123,42 @@ def explore_attention(
     size: tuple[int, int] | None = None,
     limit: float = LIMIT,
 ) -> Explorer:
-    """Attention on the molecule and as a matrix, to be turned, clicked and played.
+    """An interactive view of attention, on the molecule and as a matrix.
 
-    `atoms` is one structure or the frames of a path or trajectory: the same atoms in the same
-    order. `model` may also be the maps made of them beforehand, one a frame.
+    The weights are stored with 16 bits each (error 1e-5) if that takes less than 5 MB, otherwise
+    with 8 bits (error 0.002), compressed; the page says which.
 
-    What is open at first: the `kind` of attention, "node" where the model has it, or "source" or
-    "destination", the two layouts of the neighbourhood; the `query` atom; for neighbourhood
-    attention its `edge`, a slot of `AttentionMaps`, 0 being the self-edge; `block`; `head`, None
-    being the mean over heads; and `frame`. Links weaker than `threshold` times the strongest of the
-    row are not drawn. The colours' `scale` ends at the largest weight of the shown "matrix" or
-    "row", own shares apart, or at "one".
+    Args:
+        model: A model, or the maps of the structures, one for each frame.
+        atoms: One structure, or the frames of a path or trajectory, with the same atoms in the
+            same order.
+        kind: The kind of attention at the start: "node", "source" or "destination" (the two
+            layouts of the neighbourhood). Default: "node" if the model has it, else "source".
+        query: The query atom at the start.
+        edge: For neighbourhood attention the query edge at the start, a slot of `AttentionMaps`;
+            0 is the self-edge.
+        block: The block at the start.
+        head: The head at the start; None is the mean over heads.
+        frame: The frame at the start.
+        threshold: Links weaker than this fraction of the strongest link of the row are not drawn.
+        scale: The upper end of the colour scale: the largest weight of the "matrix" or of the
+            "row", without the weights of queries on themselves, or "one".
+        kinds: The kinds that the page contains (default: all that the model has).
+        names: A label for each frame.
+        matrix: False omits the matrix.
+        size: Width and height of the molecule in pixels (default: the width of the page, at most
+            1100 with the matrix).
+        limit: The largest allowed size of the page, bytes.
 
-    `kinds` are the kinds that go into the page (default: all that the model has), `names` a word on
-    each frame; `matrix` False leaves the matrix out; `size` is the molecule's, in pixels (default:
-    as wide as the page, up to 1100 with the matrix).
+    Returns:
+        The page.
 
-    The weights are embedded with 16 bits each (to 1e-5) while that takes less than 5 MB, else
-    with 8 bits (to 0.002), compressed; the page says which. One beyond `limit` bytes is refused
-    with `ValueError`, which says what to leave out. Raises what `attention_maps` raises,
-    `ValueError` for frames of different atoms, for maps of other structures and for a kind that
-    the model does not have, `IndexError` for a query, edge, block, head or frame that is not there.
+    Raises:
+        ValueError: The page would be larger than `limit` (the message says what to omit), the
+            frames have different atoms, the maps belong to other structures, or the model does
+            not have this kind of attention.
+        IndexError: There is no such query, edge, block, head or frame.
+        StructureError: The model does not support a structure.
     """
     frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     if isinstance(model, AllScAIP):
@@ -154,7 +169,7 @@ def explore_attention(
         each = [model] if isinstance(model, AttentionMaps) else list(model)
         _check_frames(frames, each, names)
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is a part of the scale: give 0 to 1")
+        raise ValueError(f"threshold {threshold} must be a fraction, 0 to 1")
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is not one of {SCALES}")
     if not -len(frames) <= frame < len(frames):
@@ -168,7 +183,7 @@ def explore_attention(
         packed.add(maps)
         packed.check(limit, index + 1, len(frames))
         if index == frame:
-            opening = maps
+            selected = maps
     kind = str(kind)
     choice: dict[str, Any] = {
         "kind": kind,
@@ -177,8 +192,8 @@ def explore_attention(
         "block": block,
         "head": head,
     }
-    attention_matrix(opening, kind, query, block, head)  # raises for what is not there
-    slots = int((opening.neighbor[query] >= 0).sum())
+    attention_matrix(selected, kind, query, block, head)  # raises IndexError
+    slots = int((selected.neighbor[query] >= 0).sum())
     if kind != "node" and not -slots <= edge < slots:
         raise IndexError(f"edge {edge}: atom {query} has edges 0 to {slots - 1} in this frame")
 
@@ -186,18 +201,18 @@ def explore_attention(
     formula = first.get_chemical_formula()
     title = f"Attention explorer of {formula}"
     counts = f"{len(first)} atoms, " + (f"{len(frames)} frames, " if len(frames) > 1 else "")
-    counts += f"{opening.num_blocks} blocks of {opening.num_heads} heads"
+    counts += f"{selected.num_blocks} blocks of {selected.num_heads} heads"
     precision, weights = packed.finish()
     data = {
         "scene": _scene(frames, packed.energies, names),
         "kinds": packed.kinds,
-        "blocks": opening.num_blocks,
-        "heads": opening.num_heads,
+        "blocks": selected.num_blocks,
+        "heads": selected.num_heads,
         "kind": kind,
         "query": query % len(first),
         "edge": edge % slots if kind != "node" else 0,
-        "block": block % opening.num_blocks,
-        "head": -1 if head is None else head % opening.num_heads,
+        "block": block % selected.num_blocks,
+        "head": -1 if head is None else head % selected.num_heads,
         "frame": frame,
         "threshold": threshold,
         "scale": scale,
@@ -221,19 +236,19 @@ def explore_attention(
         "WIDTH": width,
     }.items():
         html = html.replace(f"@{mark}@", value)
-    return Explorer(html, title, opening, frames[frame], choice, note)
+    return Explorer(html, title, selected, frames[frame], choice, note)
 
 
-# What is here without the script is all that a notebook shows of a page that it does not trust.
+# A notebook that is not trusted shows only the message, because it does not run the script.
 _SHELL = """<div class="allscaip-view" data-view="@NAME@" role="group" aria-label="@TITLE@"
  style="max-width: @WIDTH@px">
-<p data-part="message">An attention explorer belongs here, and its script has not run. In
+<p data-part="message">This is the place of an attention explorer, but its script has not run. In
 JupyterLab: run the cell, or trust the notebook (File, Trust Notebook).</p>
 </div>
 <script>
 (() => {
 @SCRIPT@
-// a notebook may show the same output twice: each copy is started once
+// a notebook may show the same output twice: start each copy once
 for (const root of document.querySelectorAll('[data-view="@NAME@"]')) {
   if (!root.dataset.started) { root.dataset.started = "1"; attentionView(root, @DATA@); }
 }
@@ -256,19 +271,21 @@ def _check_frames(
         if atoms.numbers.tolist() != frames[0].numbers.tolist():
             raise ValueError(
                 f"frame {index} ({atoms.get_chemical_formula()}) has other atoms than frame 0 "
-                f"({frames[0].get_chemical_formula()}), or another order: explore them apart"
+                f"({frames[0].get_chemical_formula()}), or another order: use one explorer for each"
             )
     for what, given in (("maps", maps), ("names", names)):
         if given is not None and len(given) != len(frames):
-            raise ValueError(f"{len(given)} {what} for {len(frames)} frames: give one a frame")
-    for index, made in enumerate(maps or []):
-        if not isinstance(made, AttentionMaps):
-            raise TypeError(f"a model or AttentionMaps is needed, not a {type(made).__name__}")
-        check_same_atoms(made, frames[index])
+            raise ValueError(
+                f"{len(given)} {what} for {len(frames)} frames: give one for each frame"
+            )
+    for index, one in enumerate(maps or []):
+        if not isinstance(one, AttentionMaps):
+            raise TypeError(f"a model or AttentionMaps is needed, not a {type(one).__name__}")
+        check_same_atoms(one, frames[index])
 
 
 def _kinds(maps: AttentionMaps, kinds: Sequence[str] | None, kind: str) -> list[str]:
-    """The kinds of attention that go into the page, in the order of `KINDS`."""
+    """The kinds of attention that the page contains, in the order of `KINDS`."""
     wanted = list(kinds) if kinds is not None else list(KINDS)
     if kinds is None and maps.node is None and kind != "node":
         wanted.remove("node")
@@ -278,22 +295,22 @@ def _kinds(maps: AttentionMaps, kinds: Sequence[str] | None, kind: str) -> list[
     if maps.node is None and "node" in wanted:
         raise ValueError(
             "this model has no node attention to show (config.node_attention=False): "
-            'ask for kind="source" or kind="destination"'
+            'use kind="source" or kind="destination"'
         )
     if kind not in wanted:
-        raise ValueError(f"kind {kind!r} is to open, but not among kinds={wanted}")
+        raise ValueError(f"kind {kind!r} is selected, but not among kinds={wanted}")
     return [name for name in KINDS if name in wanted]
 
 
-# --- what is drawn ------------------------------------------------------------------------------
+# --- positions and bonds ------------------------------------------------------------------------
 
 
 def _scene(
     frames: list[Atoms], energies: list[float], names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Positions, bonds and cells of all frames, seen from where the view begins, around (0, 0, 0).
+    """Positions, bonds and cells of all frames, in the frame of the first view, centred at 0.
 
-    Frames of a molecule are put on top of each other at the mean of their positions.
+    The frames of a molecule are aligned at the mean of their positions.
     """
     first = frames[0]
     shared = set(bonds(first)).intersection(*map(bonds, frames[1:]))
@@ -325,7 +342,7 @@ def _scene(
             entry["pbc"] = atoms.pbc.tolist()
         drawn.append(entry)
     reach = max(1.5, float(np.linalg.norm(points, axis=1).max() + radii.max()))
-    nearer = 6 * reach / (6 * reach - points[:, 2:])  # molecule_view.js looks from 6 reaches away
+    nearer = 6 * reach / (6 * reach - points[:, 2:])  # viewer of molecule_view.js: at 6 reach
     across = (np.abs(points[:, :2]) * nearer).max(0) + radii.max() + border
     return {
         "labels": atom_labels(first),
@@ -341,19 +358,19 @@ def _scene(
     }
 
 
-# --- what is embedded ---------------------------------------------------------------------------
+# --- weights as integers ------------------------------------------------------------------------
 
 
-def _text(array: np.ndarray) -> str:
+def _base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 @dataclass
 class _Packed:
-    """Weights of all frames, kept as small integers so that many frames fit into memory.
+    """Weights of all frames, stored as small integers to save memory.
 
-    bits is 16 where all frames together stay comfortable, to judge by the first one, else 8.
-    shrink is what compression leaves of the first frame, a kind.
+    bits: 16 if all frames together are smaller than `SIXTEEN_BIT_LIMIT`, estimated from the first
+    frame, else 8. compression: for each kind, compressed / uncompressed size of the first frame.
     """
 
     kinds: list[str]
@@ -362,7 +379,7 @@ class _Packed:
     weights: dict[str, list[np.ndarray]]
     graphs: list[dict[str, str]]
     energies: list[float]
-    shrink: dict[str, float]
+    compression: dict[str, float]
 
     @classmethod
     def empty(cls, maps: AttentionMaps, kinds: list[str], frames: int) -> _Packed:
@@ -370,34 +387,36 @@ class _Packed:
         cells = {kind: int((slots**2).sum()) for kind in KINDS}
         cells["node"] = len(slots) ** 2
         count = frames * maps.num_blocks * maps.num_heads * sum(cells[kind] for kind in kinds)
-        bits = 16 if count * 2 * 4 / 3 < COMFORTABLE else 8
+        bits = 16 if count * 2 * 4 / 3 < SIXTEEN_BIT_LIMIT else 8
         return cls(kinds, frames, bits, {kind: [] for kind in kinds}, [], [], {})
 
     def add(self, maps: AttentionMaps) -> None:
-        whole = 2**self.bits - 1
+        largest = 2**self.bits - 1
         dtype = "<u2" if self.bits == 16 else "u1"
         occupied = maps.neighbor >= 0
         in_use = occupied.unsqueeze(2) & occupied.unsqueeze(1)  # (N, K, K)
         for kind in self.kinds:
             weights = getattr(maps, kind)
             weights = weights.flatten() if kind == "node" else weights[:, :, in_use].flatten()
-            packed = (weights.double().numpy() * whole).round().astype(dtype)
+            packed = (weights.double().numpy() * largest).round().astype(dtype)
             self.weights[kind].append(packed)
-            if kind not in self.shrink:
+            if kind not in self.compression:
                 raw = packed.tobytes()
-                self.shrink[kind] = len(zlib.compress(raw)) / len(raw) if self.bits == 8 else 1.0
+                self.compression[kind] = (
+                    len(zlib.compress(raw)) / len(raw) if self.bits == 8 else 1.0
+                )
         self.energies.append(maps.energy)
         self.graphs.append(
             {
-                "counts": _text(occupied.sum(1).numpy().astype("<u2")),
-                "neighbor": _text(maps.neighbor[occupied].numpy().astype("<u2")),
-                "image": _text(maps.image[occupied].numpy().astype("i1")),
-                "envelope": _text((255 * maps.envelope[occupied].numpy()).round().astype("u1")),
+                "counts": _base64(occupied.sum(1).numpy().astype("<u2")),
+                "neighbor": _base64(maps.neighbor[occupied].numpy().astype("<u2")),
+                "image": _base64(maps.image[occupied].numpy().astype("i1")),
+                "envelope": _base64((255 * maps.envelope[occupied].numpy()).round().astype("u1")),
             }
         )
 
     def check(self, limit: float, done: int, frames: int) -> None:
-        """Raise `ValueError` where the page would pass `limit` bytes, as early as that is known."""
+        """Raise `ValueError` if the page will be larger than `limit` bytes, as early as possible."""
         sizes = {kind: self._size(kind) * frames / done for kind in self.kinds}
         if sum(sizes.values()) <= limit:
             return
@@ -407,15 +426,15 @@ class _Packed:
         listed = ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in sizes.items())
         raise ValueError(
             f"the page would take about {sum(sizes.values()) / 1e6:.0f} MB ({listed}), more than "
-            f"limit={limit / 1e6:.0f} MB: browsers grow slow. Give {', or '.join(advice)}"
+            f"limit={limit / 1e6:.0f} MB, which makes browsers slow. Use {', or '.join(advice)}"
         )
 
     def _size(self, kind: str) -> float:
-        """Bytes of base64 so far, about."""
-        return sum(part.nbytes for part in self.weights[kind]) * self.shrink[kind] * 4 / 3
+        """Approximate size in base64 so far, bytes."""
+        return sum(part.nbytes for part in self.weights[kind]) * self.compression[kind] * 4 / 3
 
     def finish(self) -> tuple[str, dict[str, Any]]:
-        """Precision in words, and the weights as the script reads them."""
+        """The precision as text, and the weights in the format of the script."""
         arrays = {kind: np.concatenate(parts).tobytes() for kind, parts in self.weights.items()}
         if self.bits == 8:
             arrays = {kind: zlib.compress(raw, 9) for kind, raw in arrays.items()}

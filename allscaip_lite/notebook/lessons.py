@@ -1,9 +1,9 @@
-"""Where the lessons' weights and data come from, in one place, so that others drop in.
+"""The model and the data set that the lessons use, and how to replace them.
 
-In: the environment variables ALLSCAIP_MODEL (a name or a file that `load_model` takes, default
-`lite-xtb`), ALLSCAIP_DATA (a file or folder of `.aselmdb`, OMol25's too, default the sample that
-comes with the package's source) and ALLSCAIP_DEVICE (default a GPU where there is one). Out: a
-model and a data set. What a lesson teaches stands in the lesson.
+Input: the environment variables ALLSCAIP_MODEL (a name or a file for `load_model`, default
+`lite-xtb`), ALLSCAIP_DATA (a file or folder of `.aselmdb`, also that of OMol25; default the sample
+that comes with the source of the package) and ALLSCAIP_DEVICE (default a GPU if there is one).
+Output: a model and a data set.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.errors import DataError
 from allscaip_lite.model import AllScAIP
 
-BUNDLED_MODEL = "lite-xtb"  # has everything that a lesson may need
+BUNDLED_MODEL = "lite-xtb"  # has all parts that a lesson may need
 BUNDLED_DATA = Path(__file__).parents[2] / "data" / "xtb"
 
-# what a lesson may ask of a model: how to say that it is absent, and how to see that it is there
+# parts that a lesson may need: the name in messages, and whether a configuration has the part
 NEEDS = {
     "angular": ("angular encoding (LAE)", lambda config: config.angular_channels is not None),
     "rotary": ("rotary encoding (ERoPE)", lambda config: config.rotary),
@@ -37,12 +37,17 @@ def open_model(
     device: torch.device | str | None = None,
     default: str = BUNDLED_MODEL,
 ) -> AllScAIP:
-    """The model that ALLSCAIP_MODEL names, in evaluation mode; says in one line which.
+    """The model that ALLSCAIP_MODEL names, in evaluation mode; prints one line about it.
 
-    `needs` are names out of `NEEDS`. Where the model lacks one of them, a line says so, and
-    `default` is taken instead, as where no model is named: the bundled `lite-xtb`, or another.
-    `device` overrules ALLSCAIP_DEVICE, for lessons that take the model apart on the CPU. Raises
-    `ValueError` for an unknown need, and what `load_model` raises.
+    Args:
+        *needs: Names from `NEEDS`. If the model lacks one of these parts, a line says so and
+            `default` is used instead.
+        dtype: The floating-point type; None keeps that of the file.
+        device: Overrides ALLSCAIP_DEVICE, for lessons that call parts of the model on the CPU.
+        default: The model that is used if ALLSCAIP_MODEL is not set.
+
+    Raises:
+        ValueError: A need is unknown; and all errors of `load_model`.
     """
     unknown = set(needs) - set(NEEDS)
     if unknown:
@@ -53,7 +58,7 @@ def open_model(
     model = load_model(name, device=place, dtype=dtype)
     lacking = _lacking(model.config, needs)
     if lacking:
-        print(f"{Path(name).stem} has no {' and no '.join(lacking)}: taking {default} here")
+        print(f"{Path(name).stem} has no {' and no '.join(lacking)}: {default} is used instead")
         name = default
         model = load_model(name, device=place, dtype=dtype)
     config = model.config
@@ -69,16 +74,19 @@ def _lacking(config: AllScAIPConfig, needs: tuple[str, ...]) -> list[str]:
 
 
 def open_data(split: str = "test") -> Dataset:
-    """The labelled structures that ALLSCAIP_DATA names; says in one line which, and how many.
+    """The labelled structures that ALLSCAIP_DATA names; prints one line about them.
 
-    Of a folder, what its `{split}.aselmdb` or its subfolder `{split}` holds, or else all of it.
-    Raises `DataError` or `FileNotFoundError` where there is nothing.
+    If it names a folder: the file `{split}.aselmdb` or the subfolder `{split}` in it, or the whole
+    folder if it has neither.
+
+    Raises:
+        DataError, FileNotFoundError: There are no data.
     """
     named = os.environ.get("ALLSCAIP_DATA")
     path = Path(named or BUNDLED_DATA).expanduser()
     if not named and not path.exists():
         raise DataError(
-            "the bundled data come with the source of the package, not with an installed one: "
+            "the sample data come with the source of the package, not with an installed package: "
             "set ALLSCAIP_DATA to a file or folder of .aselmdb"
         )
     for part in (path / f"{split}.aselmdb", path / split):

@@ -1,11 +1,12 @@
-"""Pictures for notebooks and papers: molecules, trajectories, and who attends to whom.
+"""Figures and interactive views of molecules, trajectories and attention weights.
 
-In: `ase.Atoms`, and attention weights from `attention_maps`. Out: things that a notebook displays.
-`plot_attention`, `plot_links` and `plot_molecule` are matplotlib figures; `show_attention` is a
-small attention explorer (`explorer`), alive also in exported HTML and without a network;
-`view_molecule` is py3Dmol's and `view_trajectory` nglview's, which need the `notebooks` extra.
+Input: `ase.Atoms`, and attention weights from `attention_maps`. Output: objects that a notebook
+displays. `plot_attention`, `plot_links` and `plot_molecule` draw matplotlib figures.
+`show_attention` is a small attention explorer (`explorer`), which also works in exported HTML and
+without a network. `view_molecule` uses py3Dmol and `view_trajectory` nglview; both need the
+`notebooks` extra.
 
-`python -m allscaip_lite.notebook.plots molecule.xyz picture.png` draws the README's picture.
+`python -m allscaip_lite.notebook.plots molecule.xyz picture.png` draws the picture of the README.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 LINK_COLOR = "#d6217f"
 MARK_COLOR = "#00807d"
-TILT = np.deg2rad((-24.0, 16.0))  # how a cell is looked at: about the vertical, then from above
+TILT = np.deg2rad((-24.0, 16.0))  # view of a cell: about the vertical axis, then from above
 VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
 
 
@@ -50,7 +51,7 @@ def _import(module: str, purpose: str) -> Any:
         ) from error
 
 
-# --- what is drawn ------------------------------------------------------------------------------
+# --- geometry and weights -----------------------------------------------------------------------
 
 
 def atom_labels(numbers: Atoms | Tensor | Sequence[int]) -> list[str]:
@@ -60,7 +61,7 @@ def atom_labels(numbers: Atoms | Tensor | Sequence[int]) -> list[str]:
 
 
 def bonds(atoms: Atoms) -> list[tuple[int, int]]:
-    """Pairs i < j nearer than 1.2 times the sum of their covalent radii; images are not drawn."""
+    """Pairs i < j nearer than 1.2 times the sum of their covalent radii, without images."""
     radii = covalent_radii[atoms.numbers]
     distances = np.linalg.norm(atoms.positions[:, None] - atoms.positions, axis=-1)
     first, second = np.nonzero(np.triu(distances < 1.2 * (radii[:, None] + radii), 1))
@@ -68,9 +69,10 @@ def bonds(atoms: Atoms) -> list[tuple[int, int]]:
 
 
 def image_bonds(atoms: Atoms) -> list[tuple[int, int, int, int, int]]:
-    """Bonds i, j, a, b, c that leave the cell: to atom j's image a, b, c, in lattice vectors.
+    """Bonds (i, j, a, b, c) that leave the cell: from atom i to the image (a, b, c) of atom j.
 
-    Like `bonds`; each is listed from both of its ends.
+    The image is in lattice vectors. The criterion is that of `bonds`. Each bond is listed twice,
+    once from each end.
     """
     if not atoms.pbc.any():
         return []
@@ -81,10 +83,10 @@ def image_bonds(atoms: Atoms) -> list[tuple[int, int, int, int, int]]:
 
 
 def front(atoms: Atoms) -> np.ndarray:
-    """(3, 3) rotation R: `vectors @ R` shows the atoms well, z points at us.
+    """(3, 3) rotation R for a good view: in `vectors @ R` the z axis points at the viewer.
 
-    The widest side of a molecule lies across x and y; a periodic structure stands with its own z
-    upwards, turned a little and seen from above.
+    The two longest directions of a molecule are along x and y. A periodic structure has its own z
+    axis upwards, is rotated a little, and is seen from above.
     """
     if atoms.pbc.any():
         (c, d), (s, t) = np.cos(TILT), np.sin(TILT)
@@ -115,15 +117,16 @@ def seen_from_front(atoms: Atoms) -> np.ndarray:
 
 
 def ball_radii(atoms: Atoms) -> np.ndarray:
-    """(N,) radii of the balls in Å."""
+    """(N,) radii of the drawn atoms in Å."""
     return 0.16 + 0.3 * covalent_radii[atoms.numbers]
 
 
 def node_weights(maps: AttentionMaps, block: int, head: int | None) -> np.ndarray:
-    """(N, N) node attention of one head, or with None the mean over heads.
+    """(N, N) node attention of one head, or the mean over heads if `head` is None.
 
-    Raises `ValueError` for a model without node attention, `IndexError` for a block or head that
-    the model does not have.
+    Raises:
+        ValueError: The model has no node attention.
+        IndexError: The model has no such block or head.
     """
     return attention_matrix(maps, "node", 0, block, head)
 
@@ -131,12 +134,22 @@ def node_weights(maps: AttentionMaps, block: int, head: int | None) -> np.ndarra
 def attention_matrix(
     maps: AttentionMaps, kind: str, query: int, block: int, head: int | None
 ) -> np.ndarray:
-    """Weights of one head, or with None the mean over heads; a row asks, and adds up to one.
+    """Weights as a matrix; rows are queries, columns are keys, and each row sums to one.
 
-    kind "node": (N, N) over atoms, whatever `query` is. kind "source" or "destination": (c, c) over
-    the c edges of atom `query`, in the order of its slots; `edge_labels` names them. Raises
-    `ValueError` for another kind, or one that the model does not have, `IndexError` for an atom,
-    block or head that is not there.
+    Args:
+        maps: All weights of a structure.
+        kind: "node", "source" or "destination".
+        query: An atom; not used for "node".
+        block: A block; negative numbers count from the last.
+        head: A head, or None for the mean over heads.
+
+    Returns:
+        For "node" (N, N) over atoms. Otherwise (c, c) over the c edges of atom `query`, in the
+        order of its slots; `edge_labels` gives their names.
+
+    Raises:
+        ValueError: Another kind, or one that the model does not have.
+        IndexError: There is no such atom, block or head.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not one of {KINDS}")
@@ -156,15 +169,16 @@ def attention_matrix(
 
 
 def edge_labels(maps: AttentionMaps, query: int, kind: str = "source") -> list[str]:
-    """The edges of atom `query`, as rows and columns of its matrix: self, C0→H4, C0→O2 (+1, 0, 0) …
+    """Names of the rows and columns of atom `query`: self, C0→H4, C0→O2 (+1, 0, 0) …
 
-    In brackets the periodic image of the neighbour; with `kind` "destination" the edges arrive.
+    The periodic image of the neighbour is in brackets. With `kind` "destination" the edges are
+    those that arrive at the atom.
     """
     labels = atom_labels(maps.atomic_numbers)
     names = []
     for j, image in zip(maps.neighbor[query].tolist(), maps.image[query].tolist(), strict=True):
         if j < 0:
-            break  # empty slots stand last
+            break  # empty slots are last
         shift = ", ".join(f"{x:+d}" if x else "0" for x in image)
         end = labels[j] + (f" ({shift})" if any(image) else "")
         ends = [labels[query], end]
@@ -172,16 +186,16 @@ def edge_labels(maps: AttentionMaps, query: int, kind: str = "source") -> list[s
     return ["self", *names[1:]]
 
 
-# --- attention on the molecule, in a page -------------------------------------------------------
+# --- attention in an HTML page ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Page:
-    """A piece of HTML with its script inside. A notebook shows it; `save` writes it as a page."""
+    """A piece of HTML with its script. A notebook displays it; `save` writes it as a page."""
 
     html: str
     title: str
-    head: ClassVar[str] = ""  # what the saved page alone needs
+    head: ClassVar[str] = ""  # added to the <head> of a saved page
 
     def _repr_html_(self) -> str:
         return self.html
@@ -209,12 +223,23 @@ def show_attention(
 ) -> Page:
     """The node attention of one atom, on the molecule: `explore_attention` without the matrix.
 
-    Links run from the query atom to those it takes from; width and colour follow the weight, on a
-    scale up to the widest link of this atom. The ring around the query is what it takes from
-    itself. `head` None is the mean over heads. `size` in pixels. Raises what `attention_maps` and
-    `attention_matrix` raise, `ValueError` for maps of another structure.
+    Links go from the query atom to the atoms that it attends to. Their width and colour show the
+    weight, on a scale up to the widest link of this atom. The ring around the query is its weight
+    on itself.
+
+    Args:
+        model_or_maps: A model, or the maps of this structure.
+        atoms: The structure.
+        query: The query atom at the start.
+        block: The block at the start.
+        head: The head at the start; None is the mean over heads.
+        size: Width and height in pixels.
+
+    Raises:
+        ValueError: The maps belong to another structure; and all errors of `attention_maps` and
+            `attention_matrix`.
     """
-    # the explorer is made of what stands here, so it cannot be imported above
+    # imported here because the explorer itself imports this module
     from allscaip_lite.notebook.explorer import explore_attention
 
     return explore_attention(
@@ -245,11 +270,20 @@ def plot_attention(
     query: int = 0,
     row: int | None = None,
 ) -> Axes:
-    """Attention as a matrix: a row is what asks, a column what it takes from.
+    """Attention as a matrix: rows are queries, columns are keys.
 
-    Node attention among all atoms, or with `kind` "source" or "destination" neighbourhood attention
-    among the edges of atom `query`. `head` None is the mean over heads; `row` is framed. Raises
-    what `attention_matrix` raises.
+    Args:
+        maps: All weights of a structure.
+        block: A block.
+        head: A head, or None for the mean over heads.
+        axes: Where to draw; None makes a new figure.
+        kind: "node" for attention among all atoms, "source" or "destination" for neighbourhood
+            attention among the edges of atom `query`.
+        query: An atom; not used for "node".
+        row: A row to mark with a frame.
+
+    Raises:
+        ValueError, IndexError: As `attention_matrix`.
     """
     weights = attention_matrix(maps, kind, query, block, head)
     n = len(weights)
@@ -259,7 +293,7 @@ def plot_attention(
         axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")[1]
     image = axes.imshow(weights, cmap="magma_r", vmin=0)
     axes.figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
-    every = -(-n // 40)  # no more labels than fit
+    every = -(-n // 40)  # at most 40 labels
     atoms = atom_labels(maps.atomic_numbers)
     labels = atoms if kind == "node" else edge_labels(maps, query, kind)
     font = 9 if n <= 16 else 7
@@ -267,12 +301,12 @@ def plot_attention(
     axes.set_yticks(range(0, n, every), labels[::every], fontsize=font)
     where = f" {'leaving' if kind == 'source' else 'arriving at'} {atoms[query]}"
     what = "atom" if kind == "node" else "edge"
-    axes.set_xlabel(f"key: the {what} taken from")
-    axes.set_ylabel(f"query: the {what} that asks")
+    axes.set_xlabel(f"key ({what})")
+    axes.set_ylabel(f"query ({what})")
     if row is not None:
-        look = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
+        style = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
         patches = _import("matplotlib.patches", "plot_attention")
-        axes.add_patch(patches.Rectangle((-0.5, row % n - 0.5), n, 1, **look))
+        axes.add_patch(patches.Rectangle((-0.5, row % n - 0.5), n, 1, **style))
     heads = "mean over heads" if head is None else f"head {head % maps.num_heads}"
     edges = "" if kind == "node" else f", edges{where}"
     axes.set_title(f"block {block % maps.num_blocks}, {heads}{edges}", fontsize=10)
@@ -290,12 +324,25 @@ def plot_links(
     head: int | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """The molecule, and on it what one atom or one edge takes from the others.
+    """The molecule with one row of attention weights drawn as links.
 
-    Node attention: links run from the `query` atom to the others. Neighbourhood attention: one edge
-    of that atom asks (slot `edge`, 0 the self-edge, else marked by a line), and links run along its
-    other edges; periodic images are drawn faintly. Raises what `attention_matrix` raises,
-    `ValueError` for maps of another structure, `IndexError` for an edge that is not there.
+    Node attention: links go from the `query` atom to the other atoms. Neighbourhood attention: the
+    query is one edge of that atom, marked by a dashed line, and links go along the other edges;
+    periodic images are pale.
+
+    Args:
+        maps: All weights of the structure.
+        atoms: The structure.
+        query: An atom.
+        kind: "node", "source" or "destination".
+        edge: For neighbourhood attention the slot of the query edge; 0 is the self-edge.
+        block: A block.
+        head: A head, or None for the mean over heads.
+        axes: Where to draw; None makes a new figure.
+
+    Raises:
+        ValueError: The maps belong to another structure, or as `attention_matrix`.
+        IndexError: There is no such edge, or as `attention_matrix`.
     """
     check_same_atoms(maps, atoms)
     weights = attention_matrix(maps, kind, query, block, head)
@@ -311,9 +358,9 @@ def plot_links(
         ends.append(len(atoms) + len(images) if any(shift) else j)
         if any(shift):
             images.append((j, tuple(shift)))
-    taken = np.zeros(len(atoms) + len(images))
-    taken[ends] = weights[edge]
-    axes = plot_molecule(atoms, links=(query, taken), axes=axes, images=images)
+    drawn = np.zeros(len(atoms) + len(images))
+    drawn[ends] = weights[edge]
+    axes = plot_molecule(atoms, links=(query, drawn), axes=axes, images=images)
     if edge % len(weights):
         points = _with_images(atoms, images)[[query, ends[edge]], :2]
         axes.plot(*points.T, color=MARK_COLOR, linewidth=2.5, linestyle=(0, (3, 1.5)), zorder=1e6)
@@ -321,16 +368,16 @@ def plot_links(
 
 
 def check_same_atoms(maps: AttentionMaps, atoms: Atoms) -> None:
-    """Raise `ValueError` where the maps were made of other atoms."""
+    """Raise `ValueError` if the maps were made for other atoms."""
     if maps.atomic_numbers.tolist() != atoms.numbers.tolist():
         raise ValueError(
             f"these maps belong to another structure than {atoms.get_chemical_formula()}: "
-            "make them with attention_maps(model, atoms)"
+            "compute them with attention_maps(model, atoms)"
         )
 
 
 def _with_images(atoms: Atoms, images: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
-    """(N + n, 3) positions of the atoms and of n images of them, as `seen_from_front`, Å."""
+    """(N + n, 3) positions in Å of the atoms and of n images, in the frame of `seen_from_front`."""
     which = [j for j, _ in images]
     shift = np.array([shift for _, shift in images], dtype=float).reshape(-1, 3)
     moved = atoms.positions[which] + shift @ atoms.cell.array
@@ -345,12 +392,16 @@ def plot_molecule(
     axes: Axes | None = None,
     images: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> Axes:
-    """The molecule from its widest side, as a flat picture.
+    """The molecule from its widest side, as a matplotlib figure.
 
-    `arrows` (N, 3) are drawn from the atoms, forces for example; the longest is drawn 1.5 Å long.
-    `links` is a query atom and the (N,) weights it gives, drawn as curves from it. `images` are
-    periodic images, atom and (3,) lattice vectors, drawn faintly; with n of them, `links` may hold
-    N + n weights.
+    Args:
+        atoms: The structure.
+        arrows: (N, 3) vectors drawn from the atoms, for example forces; the longest arrow is
+            1.5 Å long.
+        links: A query atom and its (N,) weights, drawn as curves from it.
+        axes: Where to draw; None makes a new figure.
+        images: n periodic images, each an atom and (3,) lattice vectors; they are pale. `links`
+            then has N + n weights.
     """
     patches = _import("matplotlib.patches", "plot_molecule")
     if axes is None:
@@ -361,7 +412,7 @@ def plot_molecule(
     positions, radii = _with_images(atoms, images), ball_radii(atoms)[kinds]
     labels = atom_labels(atoms)
     flat = positions[:, :2]
-    layer = 3 * positions[:, 2].argsort().argsort()  # what is nearer covers what is farther
+    layer = 3 * positions[:, 2].argsort().argsort()  # nearer atoms are drawn on top
     for i, j in bonds(atoms):
         axes.plot(*flat[[i, j]].T, color="0.6", linewidth=4, zorder=min(layer[i], layer[j]) + 1)
     corners = (cell_lines(atoms) - atoms.positions.mean(0)) @ front(atoms)  # (n, 2, 3)
@@ -369,22 +420,24 @@ def plot_molecule(
         axes.plot(*line.T, color="0.7", linewidth=0.8, zorder=0)
     for i, kind in enumerate(kinds):
         color = jmol_colors[atoms.numbers[kind]]
-        tone = color if i < n else 0.35 * color + 0.65
-        look = {"facecolor": tone, "edgecolor": "0.3" if i < n else "0.7", "zorder": layer[i] + 2}
-        axes.add_patch(patches.Circle(flat[i], radii[i], **look))
-        ink = "0.1" if tone @ [0.3, 0.6, 0.1] > 0.5 else "white"
+        fill = color if i < n else 0.35 * color + 0.65
+        style = {"facecolor": fill, "edgecolor": "0.3" if i < n else "0.7", "zorder": layer[i] + 2}
+        axes.add_patch(patches.Circle(flat[i], radii[i], **style))
+        text_color = "0.1" if fill @ [0.3, 0.6, 0.1] > 0.5 else "white"
         font = {"fontsize": 6.5, "ha": "center", "va": "center", "zorder": layer[i] + 2}
-        axes.text(flat[i, 0], flat[i, 1], labels[kind] + ("" if i < n else "′"), color=ink, **font)
+        axes.text(
+            flat[i, 0], flat[i, 1], labels[kind] + ("" if i < n else "′"), color=text_color, **font
+        )
     above = 3 * len(positions) + 3
     if links is not None:
         query, weights = links[0], np.asarray(links[1])
-        largest = np.delete(weights, query).max(initial=1e-9)  # a large own share hides no link
+        largest = np.delete(weights, query).max(initial=1e-9)  # without the query's own weight
         strength = (weights / largest).clip(max=1)
         for j in np.flatnonzero(strength > 0.02).tolist():
             if j == query:
-                look = {"edgecolor": LINK_COLOR, "linewidth": 1 + 3 * strength[j]}
-                shape = patches.Circle(flat[j], radii[j] + 0.08, fill=False, zorder=above, **look)
-            else:  # thin at the query, wide at the other end, off the bonds
+                style = {"edgecolor": LINK_COLOR, "linewidth": 1 + 3 * strength[j]}
+                shape = patches.Circle(flat[j], radii[j] + 0.08, fill=False, zorder=above, **style)
+            else:  # thin at the query, wide at the other end; curved, to be apart from the bonds
                 shape = patches.FancyArrowPatch(
                     flat[j],
                     flat[query],
@@ -400,9 +453,9 @@ def plot_molecule(
                 )
             axes.add_patch(shape)
     if arrows is not None:
-        across = (np.asarray(arrows) @ front(atoms))[:, :2] * _arrow_scale(arrows)
-        look = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
-        axes.quiver(*flat[:n].T, *across.T, angles="xy", scale_units="xy", scale=1, **look)
+        flat_arrows = (np.asarray(arrows) @ front(atoms))[:, :2] * _arrow_scale(arrows)
+        style = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
+        axes.quiver(*flat[:n].T, *flat_arrows.T, angles="xy", scale_units="xy", scale=1, **style)
     shown, margin = np.concatenate([flat, corners.reshape(-1, 3)[:, :2]]), 0.9
     axes.set_xlim(shown[:, 0].min() - margin, shown[:, 0].max() + margin)
     axes.set_ylim(shown[:, 1].min() - margin, shown[:, 1].max() + margin)
@@ -412,21 +465,22 @@ def plot_molecule(
 
 
 def _arrow_scale(arrows: np.ndarray) -> float:
-    """What makes the longest arrow 1.5 Å long."""
+    """The factor that makes the longest arrow 1.5 Å long."""
     longest = np.linalg.norm(arrows, axis=1).max()
     return 1.5 / longest if longest > 0 else 0.0
 
 
-# --- other people's viewers ---------------------------------------------------------------------
+# --- py3Dmol and nglview ------------------------------------------------------------------------
 
 
 def view_molecule(
     atoms: Atoms, arrows: np.ndarray | None = None, size: tuple[int, int] = (600, 400)
 ) -> Page | Axes:
-    """The molecule as balls and sticks in py3Dmol, to be turned; `arrows` as in `plot_molecule`.
+    """The molecule as balls and sticks in py3Dmol, which can be rotated with the mouse.
 
-    3Dmol.js goes into the page where the set-up has put it at `VIEWER_SCRIPT`, so that no network
-    is needed; otherwise the browser fetches it. Without py3Dmol the answer is `plot_molecule`'s.
+    If the installation has put 3Dmol.js at `VIEWER_SCRIPT`, it is embedded in the page, and no
+    network is needed. Otherwise the browser downloads it. Without py3Dmol the result is that of
+    `plot_molecule`, whose `arrows` this function also takes.
     """
     try:
         import py3Dmol
@@ -455,9 +509,13 @@ def view_molecule(
 
 
 def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Any:
-    """A trajectory that plays, in nglview; it needs a running kernel. Raises `ImportError`."""
+    """A trajectory as a movie in nglview. It needs a running kernel.
+
+    Raises:
+        ImportError: nglview is not installed.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own imports are deprecated ones
+        warnings.simplefilter("ignore")  # nglview imports deprecated modules
         nglview = _import("nglview", "view_trajectory")
     view = nglview.show_asetraj(list(frames))
     view.clear_representations()
@@ -467,18 +525,18 @@ def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400))
     return view
 
 
-# --- the README's picture -----------------------------------------------------------------------
+# --- the picture of the README ------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw a molecule with the attention of one atom, and the matrix it is a row of."""
+    """Draw a molecule with the node attention of one atom, and the whole attention matrix."""
     parser = argparse.ArgumentParser(
         prog="python -m allscaip_lite.notebook.plots", description=main.__doc__
     )
-    parser.add_argument("molecule", help="a file that ASE reads; its first frame is drawn")
-    parser.add_argument("picture", help="the file to write; its ending says the format")
+    parser.add_argument("molecule", help="a file that ASE can read; the first frame is drawn")
+    parser.add_argument("picture", help="the file to write; its suffix sets the format")
     parser.add_argument("--model", default="lite", help="name or path (default: lite)")
-    parser.add_argument("--query", type=int, default=0, help="the atom that asks (default: 0)")
+    parser.add_argument("--query", type=int, default=0, help="the query atom (default: 0)")
     parser.add_argument("--block", type=int, default=-1, help="default: the last")
     parser.add_argument("--head", type=int, default=None, help="default: the mean over heads")
     args = parser.parse_args(arguments)

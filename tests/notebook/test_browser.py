@@ -143,7 +143,7 @@ class View:
         assert table.keys() == set(names)
         assert [table[name] for name in names] == pytest.approx(row.tolist(), abs=1.1e-4)
         text = self.part("text").inner_text()
-        assert f"takes most from {names[int(row.argmax())]}" in text
+        assert f"attends most to {names[int(row.argmax())]}" in text
         assert f"{row.max():.3f}" in text
 
 
@@ -161,9 +161,9 @@ def touch(view: View) -> None:
     before = view.picture()
     here = view.part("query").evaluate("e => e.selectedOptions[0].text")
 
-    def another(tip: str) -> bool:  # an atom that does not ask, in the cell itself
-        taken = tip.split("\n")[0].split("takes from ")[1]
-        return "(" not in taken and set(re.findall(r"[A-Z][a-z]?\d+", taken)) != {here}
+    def another(tip: str) -> bool:  # an atom that is not the query, and no periodic image
+        key = tip.split("\n")[0].split("attends to ")[1]
+        return "(" not in key and set(re.findall(r"[A-Z][a-z]?\d+", key)) != {here}
 
     tip = view.find(another)
     view.click_here()
@@ -268,9 +268,9 @@ def test_clicks_choose_edges_and_the_matrix_tells_its_numbers(model, path, offli
     page = explore_attention(maps, path[0], kind="source", query=2)
     view = View(offline(page.save(tmp_path / "view.html")))
     view.root.locator("[data-picks=edge]").click()
-    tip = view.find(lambda tip: "takes from O2→" in tip)
+    tip = view.find(lambda tip: "attends to O2→" in tip)
     changed(view, view.click_here)
-    (name,) = re.findall(r"takes from (O2→\w+)", tip)
+    (name,) = re.findall(r"attends to (O2→\w+)", tip)
     slot = edge_labels(maps, 2).index(name)
     assert (view.state("query"), view.state("edge")) == ("2", str(slot))
     view.check_numbers(maps)
@@ -297,16 +297,16 @@ def test_clicks_choose_edges_and_the_matrix_tells_its_numbers(model, path, offli
 
 def changed_tip(view: View, canvas: str, x: float, y: float) -> str:
     tip = view.hover(canvas, x, y)
-    assert "takes from" in tip
+    assert "attends to" in tip
     return tip
 
 
 def named(tip: str, atom: str, edges: list[str]) -> tuple[int, int]:
     """Row and column that a tip of neighbourhood attention speaks of."""
     first = tip.split("\n")[0]
-    asks, taken = (name.removesuffix(" (itself)") for name in first.split(" takes from "))
+    query, key = (name.removesuffix(" (itself)") for name in first.split(" attends to "))
     names = [f"self-edge of {atom}", *edges[1:]]
-    return names.index(asks), names.index(taken)
+    return names.index(query), names.index(key)
 
 
 def test_keys_and_mouse_turn_and_choose(model, path, offline, tmp_path):
@@ -408,9 +408,9 @@ def test_periodic_images_can_be_clicked(model, crystal, offline, tmp_path):
     maps = attention_maps(model, crystal)
     page = explore_attention(maps, crystal, kind="destination", query=3)
     view = View(offline(page.save(tmp_path / "view.html")))
-    tip = view.find(lambda tip: re.search(r"takes from \w+ \([^)]*\)→", tip))
+    tip = view.find(lambda tip: re.search(r"attends to \w+ \([^)]*\)→", tip))
     changed(view, view.click_here)
-    name = re.search(r"takes from (.*)\n", tip)[1].replace("−", "-")
+    name = re.search(r"attends to (.*)\n", tip)[1].replace("−", "-")
     assert edge_labels(maps, 3, "destination")[int(view.state("edge"))] == name
     assert view.state("query") == "3"
     view.check_numbers(maps)
@@ -427,7 +427,7 @@ def test_periodic_images_can_be_clicked(model, crystal, offline, tmp_path):
 
 
 def test_eight_bits_are_unpacked(model, path, offline, tmp_path, monkeypatch):
-    monkeypatch.setattr("allscaip_lite.notebook.explorer.COMFORTABLE", 0)
+    monkeypatch.setattr("allscaip_lite.notebook.explorer.SIXTEEN_BIT_LIMIT", 0)
     maps = [attention_maps(model, atoms) for atoms in path]
     page = explore_attention(maps, path, kind="source", query=1, edge=2, head=1, frame=1)
     view = View(offline(page.save(tmp_path / "view.html")))

@@ -96,7 +96,7 @@ def read_page(data: dict) -> list[dict]:
 @pytest.mark.parametrize("name", ["path", "crystal", "slab"])
 @pytest.mark.parametrize("comfortable, error", [(5_000_000, 1e-5), (0, 2.1e-3)])
 def test_the_page_holds_the_maps(model, crystal, slab, monkeypatch, name, comfortable, error):
-    monkeypatch.setattr(explorer, "COMFORTABLE", comfortable)
+    monkeypatch.setattr(explorer, "SIXTEEN_BIT_LIMIT", comfortable)
     frames = {"path": PATH, "crystal": [crystal], "slab": [slab]}[name]
     data = page_data(explore_attention(model, frames))
     assert data["bits"] == (16 if comfortable else 8)
@@ -284,7 +284,7 @@ def test_too_large_a_page_is_refused_early(model, monkeypatch):
 
 def test_many_frames_are_thinned_to_eight_bits_and_say_so(model, monkeypatch):
     fine = explore_attention(model, PATH)
-    monkeypatch.setattr(explorer, "COMFORTABLE", 0)
+    monkeypatch.setattr(explorer, "SIXTEEN_BIT_LIMIT", 0)
     coarse = explore_attention(model, PATH)
     assert coarse.nbytes < fine.nbytes
     assert "±0.002" in repr(coarse) and "±0.00001" in repr(fine)

@@ -286,7 +286,7 @@ def test_a_browser_draws_and_follows_the_mouse(maps, tmp_path):
     # the text names what the maps hold: the largest weight of oxygen's mean row in block 0
     row = maps.node[0, :, 2].mean(0)
     best = plots.atom_labels(ETHANOL)[int(row.argmax())]
-    assert re.search(rf"O2 takes most from {best}( \(itself\))? {row.max():.3f}", seen["chosen"][4])
+    assert re.search(rf"O2 attends most to {best}( \(itself\))? {row.max():.3f}", seen["chosen"][4])
 
 
 # --- figures and other viewers ------------------------------------------------------------------
