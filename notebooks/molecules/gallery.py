@@ -2,10 +2,10 @@
 
 Run `python notebooks/molecules/gallery.py` with the `labels-xtb` extra; it writes beside itself
 
-- 07_glycine_water.xyz: glycine as a zwitterion among six water molecules, relaxed;
+- 07_glycine_water.xyz: glycine as a zwitterion with six water molecules, relaxed;
 - 07_ion_pair.xyz: tetramethylammonium and chloride, relaxed;
-- 07_proton_transfer.xyz: the dimer of formic acid, whose two protons change sides together: frames
-  between the minimum and its mirror image, relaxed across the way (a nudged elastic band).
+- 07_proton_transfer.xyz: the transfer of both protons in the dimer of formic acid: frames from the
+  minimum to its mirror image, relaxed as a nudged elastic band.
 
 All are neutral singlets. Energies are in eV, forces in eV/Å.
 """
@@ -28,13 +28,13 @@ from allscaip_lite.labels.xtb import GFN2xTB
 
 GLYCINE = "[NH3+]CC(=O)[O-]"
 TETRAMETHYLAMMONIUM = "C[N+](C)(C)C"
-EXCHANGED = [0, 2, 1, 3, 9, 5, 7, 6, 8, 4]  # what each atom of the dimer becomes
+EXCHANGED = [0, 2, 1, 3, 9, 5, 7, 6, 8, 4]  # for each atom, the one whose role it has at the end
 FRAMES = 19
 CONTACT = 2.0  # Å
 
 
 def relaxed(atoms: Atoms, fmax: float = 0.01) -> Atoms:
-    """At a minimum of the teacher's surface, flat on the page; neutral singlet."""
+    """A neutral singlet at a minimum of GFN2-xTB, with its longest directions along x and y."""
     atoms = atoms.copy()
     atoms.info.update(charge=0, spin=1)
     atoms.calc = GFN2xTB(accuracy=0.1)
@@ -45,7 +45,7 @@ def relaxed(atoms: Atoms, fmax: float = 0.01) -> Atoms:
 
 
 def embedded(smiles: str) -> Atoms:
-    """A first guess at one molecule."""
+    """A first geometry of one molecule, from RDKit."""
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     AllChem.EmbedMolecule(molecule, randomSeed=1)
     numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
@@ -53,7 +53,7 @@ def embedded(smiles: str) -> Atoms:
 
 
 def put_around(center: Atoms, others: list[Atoms], seed: int = 0) -> Atoms:
-    """The others in random directions from the centre, each as near as contacts of 2 Å allow."""
+    """Add molecules in random directions, each as near as a shortest contact of 2 Å allows."""
     rng, cluster = np.random.default_rng(seed), center.copy()
     for other in others:
         other = other.copy()
@@ -68,16 +68,16 @@ def put_around(center: Atoms, others: list[Atoms], seed: int = 0) -> Atoms:
 
 
 def formic_acid_dimer() -> Atoms:
-    """Twice C, O (of C=O), O (of O-H), H (on C) and H (on O), relaxed."""
+    """Two times C, O (of C=O), O (of O-H), H (on C) and H (on O), relaxed."""
     one = np.array([[1.9, 0.1], [1.3, 1.15], [1.3, -1.1], [3.0, 0.15], [0.3, -1.1]])
     both = np.concatenate([one, -one])
     return relaxed(Atoms("COOHHCOOHH", np.pad(both, ((0, 0), (0, 1)))), 0.002)
 
 
 def proton_transfer(first: Atoms) -> list[Atoms]:
-    """Frames from the dimer to its mirror image, in which each proton is at its other oxygen."""
+    """Frames from the dimer to its mirror image, in which each proton is at the other oxygen."""
     last = first.copy()
-    last.positions = first.positions[EXCHANGED] * [1, -1, 1]  # one of the two ways to overlay them
+    last.positions = first.positions[EXCHANGED] * [1, -1, 1]  # one of two possible alignments
     minimize_rotation_and_translation(first, last)
     frames = [first.copy() for _ in range(FRAMES - 1)] + [last]
     for frame in frames:

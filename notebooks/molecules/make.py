@@ -3,7 +3,7 @@
 Run `python notebooks/molecules/make.py` with the `labels-xtb` extra; it writes beside itself
 
 - caffeine.xyz: the relaxed molecule, and one snapshot of it at 300 K;
-- acrolein.xyz: the relaxed molecule turned about its C-C single bond, one frame for each angle.
+- acrolein.xyz: the relaxed molecule, rotated about its C-C single bond, one frame for each angle.
 
 Energies are in eV, forces in eV/Å. Both molecules belong to the test split of the training data.
 """
@@ -30,7 +30,7 @@ SCAN_STEP = 10  # degrees
 
 
 def relaxed(smiles: str) -> Atoms:
-    """The molecule at a minimum of the teacher's surface; neutral singlet."""
+    """The molecule as a neutral singlet at a minimum of GFN2-xTB."""
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     AllChem.EmbedMolecule(molecule, randomSeed=1)
     numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
@@ -38,12 +38,12 @@ def relaxed(smiles: str) -> Atoms:
     atoms.calc = GFN2xTB(accuracy=0.1)
     BFGS(atoms, logfile=None).run(fmax=0.002, steps=500)
     atoms.positions -= atoms.positions.mean(0)
-    atoms.rotate(np.linalg.eigh(np.cov(atoms.positions.T))[1][:, 0], "z")  # flat on the page
+    atoms.rotate(np.linalg.eigh(np.cov(atoms.positions.T))[1][:, 0], "z")  # flat in the xy plane
     return atoms
 
 
 def snapshot(atoms: Atoms, temperature: float, steps: int) -> Atoms:
-    """The molecule after some femtoseconds of Langevin dynamics at `temperature` K."""
+    """The molecule after `steps` steps of 0.5 fs of Langevin dynamics at `temperature` K."""
     atoms = atoms.copy()
     atoms.calc = GFN2xTB(accuracy=0.1)
     thermostat = {"temperature_K": temperature, "friction": 0.02 / units.fs, "fixcm": False}
@@ -54,7 +54,7 @@ def snapshot(atoms: Atoms, temperature: float, steps: int) -> Atoms:
 
 
 def turned(atoms: Atoms, torsion: tuple[int, int, int, int]) -> list[Atoms]:
-    """The molecule at torsions 0°, 10° … 350°, all else kept as it is."""
+    """The molecule at torsions 0°, 10° … 350°, otherwise unchanged."""
     from allscaip_lite.notebook.plots import bonds
 
     kept = [pair for pair in bonds(atoms) if set(pair) != set(torsion[1:3])]
@@ -71,7 +71,7 @@ def turned(atoms: Atoms, torsion: tuple[int, int, int, int]) -> list[Atoms]:
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    """A copy that carries the teacher's energy and forces, from a fresh calculation."""
+    """A copy with energy and forces from a new calculation with GFN2-xTB."""
     labelled = Atoms(atoms.symbols, atoms.positions.round(6), info=dict(atoms.info))
     labelled.calc = GFN2xTB(accuracy=0.1)
     energy, forces = labelled.get_potential_energy(), labelled.get_forces()
