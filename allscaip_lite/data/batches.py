@@ -6,7 +6,7 @@ an endless, seeded shuffle to train on, or the whole data set once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,7 +83,7 @@ def _stress(system: Atoms) -> np.ndarray:
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
-    """Batch i of an endless, seeded shuffle, each filled up to `max_atoms` atoms.
+    """Batch i of an endless, seeded shuffle, each filled up to `max_atoms` atoms (`fill_batches`).
 
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
     the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
@@ -141,29 +141,36 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def _fill(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
-        batches: list[np.ndarray] = []
-        members: list[int] = []
-        atoms = 0
-        for index in order.tolist():
-            size = int(self.data.natoms[index])
-            if atoms + size > self.max_atoms:
-                batches.append(np.array(members))
-                members, atoms = [], 0
-            members.append(index)
-            atoms += size
-        return [*batches, np.array(members)]
+        return [np.array(part) for part in fill_batches(self.data.natoms, self.max_atoms, order)]
+
+
+def fill_batches(
+    natoms: Sequence[int] | np.ndarray, max_atoms: int, order: Iterable[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices of structures in groups, each filled until the next structure does not fit.
+
+    Args:
+        natoms: how many atoms each structure has.
+        max_atoms: atoms of a group; a larger structure has a group of its own.
+        order: the indices, in the order in which they are taken; by default all, from the first.
+
+    Yields:
+        One group after the other, none empty.
+    """
+    members: list[int] = []
+    atoms = 0
+    for index in range(len(natoms)) if order is None else order:
+        size = int(natoms[index])
+        if members and atoms + size > max_atoms:
+            yield members
+            members, atoms = [], 0
+        members.append(int(index))
+        atoms += size
+    if members:
+        yield members
 
 
 def in_order(data: Dataset, max_atoms: int) -> Iterator[Batch]:
     """The whole data set once, in batches of at most `max_atoms` atoms (one structure at least)."""
-    members: list[Atoms] = []
-    atoms = 0
-    for index in range(len(data)):
-        size = int(data.natoms[index])
-        if members and atoms + size > max_atoms:
-            yield collate(members)
-            members, atoms = [], 0
-        members.append(data[index])
-        atoms += size
-    if members:
-        yield collate(members)
+    for members in fill_batches(data.natoms, max_atoms):
+        yield collate([data[index] for index in members])

@@ -25,17 +25,15 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoints.native import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset
-from allscaip_lite.data.batches import in_order
+from allscaip_lite.data.batches import fill_batches, in_order
+from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class EvaluationError(ValueError):
-    """An evaluation that makes no sense; the message says what to change."""
 
 
 class Residuals(NamedTuple):
@@ -195,7 +193,7 @@ def fit_references(described: Sequence[Description], found: Residuals) -> Residu
 
     Two levels of theory differ by a constant for each element, and for each electron that is taken
     away, above all: without it, nothing can be said of how well the one follows the other.
-    Raises EvaluationError where there are fewer structures than elements.
+    Raises DataError where there are fewer structures than elements.
     """
     natoms = torch.tensor([len(what.numbers) for what in described], dtype=torch.float64)
     largest = max(int(what.numbers.max()) for what in described)
@@ -204,7 +202,7 @@ def fit_references(described: Sequence[Description], found: Residuals) -> Residu
     ).double()
     counts = counts[:, counts.any(0)]
     if len(described) <= counts.shape[1] + 1:
-        raise EvaluationError(
+        raise DataError(
             f"{len(described)} structures of {counts.shape[1]} elements: too few to fit an energy "
             "of each element and of a charge"
         )
@@ -217,13 +215,13 @@ def fit_references(described: Sequence[Description], found: Residuals) -> Residu
 
 def xtb_residuals(described: Sequence[Description]) -> Residuals:
     """GFN2-xTB's own errors against the labels, of data that keep `xtb_energy` and `xtb_forces`,
-    after `fit_references`. Raises EvaluationError for other data."""
+    after `fit_references`. Raises DataError for other data."""
     return fit_references(described, _xtb_unfitted(described))
 
 
 def _xtb_unfitted(described: Sequence[Description]) -> Residuals:
     if any(what.xtb is None for what in described):
-        raise EvaluationError("not every structure keeps xtb_energy and xtb_forces")
+        raise DataError("not every structure keeps xtb_energy and xtb_forces")
     energies = [1e3 * (w.xtb[0] - w.energy) / len(w.numbers) for w in described]
     forces = [torch.as_tensor(1e3 * (w.xtb[1] - w.forces)) for w in described]
     none = torch.full((len(described), 3, 3), torch.nan)
@@ -231,15 +229,15 @@ def _xtb_unfitted(described: Sequence[Description]) -> Residuals:
 
 
 ANOTHER_LEVEL = 1000.0  # meV/atom, the median error above which energies have another zero
-ENOUGH = 100  # structures, for what is left after a fit of references to say something
+MIN_STRUCTURES = 100  # below it, what a fit of references leaves says little
 
 
 def _on_one_zero(described: Sequence[Description], found: Residuals) -> tuple[Residuals, bool]:
     """`fit_references` where energies are of another level of theory, and whether that was done;
-    without energies (not a number) where there are not `ENOUGH` structures for it."""
+    without energies (not a number) where there are not `MIN_STRUCTURES` structures for it."""
     if found.energies.abs().median() <= ANOTHER_LEVEL:
         return found, False
-    if len(described) < ENOUGH:
+    if len(described) < MIN_STRUCTURES:
         return found._replace(energies=torch.full_like(found.energies, torch.nan)), False
     return fit_references(described, found), True
 
@@ -298,7 +296,7 @@ def plot_errors(described: Sequence[Description], found: Residuals) -> Figure:
     labels = torch.tensor([1e3 * w.energy / len(w.numbers) for w in described], dtype=torch.float64)
     try:
         centred = fit_references(described, found._replace(energies=labels)).energies / 1e3
-    except EvaluationError:  # a handful of structures
+    except DataError:  # a handful of structures
         centred = (labels - labels.mean()) / 1e3
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     (energy, force), (size, domain) = figure.subplots(2, 2)
@@ -350,7 +348,7 @@ def write_predictions(
     model.eval()
     ids, energies, forces = [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
-        for members in _filled(data.natoms, max_atoms):
+        for members in fill_batches(data.natoms, max_atoms):
             atoms = [data[index] for index in members]
             structures = structures_from_atoms(atoms).to(model.device)
             energy, force, _ = model(structures, create_graph=False)
@@ -364,23 +362,8 @@ def write_predictions(
         "forces": np.concatenate(forces),
         "natoms": data.natoms,
     }
-    unfinished = file.with_name(file.name + ".partial")
-    with unfinished.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
-    unfinished.replace(file)
-
-
-def _filled(natoms: np.ndarray, max_atoms: int) -> Iterable[list[int]]:
-    """Indices in order, in groups of at most `max_atoms` atoms (one structure at least)."""
-    members: list[int] = []
-    atoms = 0
-    for index, size in enumerate(natoms):
-        if members and atoms + size > max_atoms:
-            yield members
-            members, atoms = [], 0
-        members.append(index)
-        atoms += int(size)
-    yield members
+    with atomic_write(file) as unfinished:
+        np.savez_compressed(unfinished, **arrays)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -460,7 +443,7 @@ def _tables(
         key = containing(args.containing)
         if len({key(what) for what in described}) < 2:
             molecules = sorted({what.molecule for what in described})
-            raise EvaluationError(
+            raise InputError(
                 f"--containing {args.containing}: all structures or none; molecules here are "
                 f"{', '.join(molecules[:8])}{', ...' if len(molecules) > 8 else ''}"
             )
@@ -474,15 +457,15 @@ def run(args: argparse.Namespace) -> None:
     for option, suffixes in kinds.items():
         file = getattr(args, option)
         if file and (file.suffix not in suffixes or not file.resolve().parent.is_dir()):
-            raise EvaluationError(
+            raise InputError(
                 f"--{option} {file}: give a file {' or '.join(suffixes)} in a folder that exists"
             )
     if args.save and args.fit_references:
-        raise EvaluationError(
+        raise InputError(
             "--save writes the errors of the model as it is: leave out --fit-references"
         )
     if args.beside and (args.physics or args.unlabelled):
-        raise EvaluationError("--beside compares errors: leave out --physics and --unlabelled")
+        raise InputError("--beside compares errors: leave out --physics and --unlabelled")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(name: str) -> AllScAIP:
@@ -494,7 +477,7 @@ def run(args: argparse.Namespace) -> None:
     others = {name: load(name) for name in args.beside}
     if args.unlabelled:
         if not args.predictions:
-            raise EvaluationError("--unlabelled: say where to, with --predictions FILE.npz")
+            raise InputError("--unlabelled: say where to, with --predictions FILE.npz")
         write_predictions(model, Dataset(args.data, labelled=False), args.predictions, 400, True)
         print(f"written: {args.predictions}")
         return
@@ -525,7 +508,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         for head, rows_of in tables:
             print(table(rows_of(found), head), end="\n\n")
-        if keep_xtb and len(described) >= ENOUGH:
+        if keep_xtb and len(described) >= MIN_STRUCTURES:
             print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
             rows = by_group(described, xtb_residuals(described), GROUPS["domain"])
             print(table(rows), end="\n\n")

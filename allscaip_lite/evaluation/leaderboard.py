@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoints.native import load_model
-from allscaip_lite.data.aselmdb import store_text
+from allscaip_lite.data.batches import fill_batches
+from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation.omol_errors import (
     Keys,
     Tree,
@@ -37,7 +38,8 @@ from allscaip_lite.evaluation.omol_errors import (
     metrics,
     table,
 )
-from allscaip_lite.evaluation.omol_files import LeaderboardError, read
+from allscaip_lite.evaluation.omol_files import read
+from allscaip_lite.files import sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import StructureError, structures_from_atoms
@@ -89,7 +91,7 @@ class Job(NamedTuple):
 def jobs(task: str, data: Any, max_num_elements: int = 100) -> list[Job]:
     """All structures of the inputs of a task, checked before the first is computed.
 
-    Raises LeaderboardError where the inputs are not of the task's shape, and, naming it, for a
+    Raises DataError where the inputs are not of the task's shape, and, naming it, for a
     structure without charge and spin in its `info` or one that no model can answer for.
     """
     found: dict[Keys, Job] = {}
@@ -101,20 +103,20 @@ def jobs(task: str, data: Any, max_num_elements: int = 100) -> list[Job]:
                 raise TypeError(f"no structure belongs or stands at {job.name}")
             found[path] = job
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise LeaderboardError(
+        raise DataError(
             f"these are no inputs of {task}, which are {TASKS[task].shape} "
             f"({type(error).__name__}: {error})"
         ) from error
     if not found:
-        raise LeaderboardError("there are no structures in these inputs")
+        raise DataError("there are no structures in these inputs")
     for job in found.values():
         missing = {"charge", "spin"} - job.atoms.info.keys()
         if missing:
-            raise LeaderboardError(f"{job.name}: no {' and no '.join(sorted(missing))} in its info")
+            raise DataError(f"{job.name}: no {' and no '.join(sorted(missing))} in its info")
         try:
             structures_from_atoms(job.atoms, max_num_elements=max_num_elements)
         except StructureError as error:
-            raise LeaderboardError(f"{job.name}: {error}") from error
+            raise DataError(f"{job.name}: {error}") from error
     return list(found.values())
 
 
@@ -156,21 +158,35 @@ def predict(
     kernels: str = "auto",
     progress: bool = False,
 ) -> list[str]:
-    """Write the predictions of a task, and return the relaxations that did not converge, by name.
+    """Write the predictions of a task.
 
-    Results are kept in `out` + ".journal" as they come, and a later call goes on from there; only
-    a relaxation that was under way starts again. Single points go in batches of at most
-    `max_atoms` atoms (one structure at least). Raises LeaderboardError for inputs that do not fit
-    (see `read`, `jobs`) and for a journal of another task, model or inputs, FileExistsError where
-    `out` is there without a journal.
+    Results are kept in `out` + ".journal" as they come, and a later call continues from there; only
+    a relaxation that was under way starts again.
+
+    Args:
+        model: whose predictions they are.
+        task: one of `TASKS`.
+        inputs: the file of the task's inputs.
+        out: the file to write, `.json`.
+        max_atoms: atoms of a batch of single points (one structure at least).
+        kernels: how the model computes, see `allscaip_lite.kernels`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The relaxations that did not converge, by name.
+
+    Raises:
+        DataError: for inputs that do not fit the task (see `read`, `jobs`).
+        RunError: for a journal of another task, model or inputs.
+        FileExistsError: where `out` exists without a journal.
     """
     if out.suffix != ".json" or not out.resolve().parent.is_dir():
-        raise LeaderboardError(f"{out}: give the name of a .json file in a folder that exists")
+        raise InputError(f"{out}: give the name of a .json file in a folder that exists")
     journal = out.with_name(out.name + ".journal")
     if out.exists() and not journal.exists():
         raise FileExistsError(f"{out} exists: give another name, or move it away")
     todo = jobs(task, read(inputs), model.config.max_num_elements)
-    digest = hashlib.sha256(inputs.read_bytes()).hexdigest()
+    digest = sha256_of(inputs)
     done = _resume(journal, {"task": task, "model": _fingerprint(model), "inputs": digest})
     left = [job for job in todo if job.path not in done]
     calculator = AllScAIPCalculator(model, kernels=kernels)
@@ -227,7 +243,7 @@ def relaxation(start: Atoms, calculator: AllScAIPCalculator) -> Tree:
 def _result(atoms: Atoms) -> Tree:
     energy, forces = float(atoms.get_potential_energy()), atoms.get_forces()
     if not np.isfinite([energy, *forces.ravel()]).all():
-        raise LeaderboardError(f"{atoms.symbols}: the model's energy or forces are not finite")
+        raise DataError(f"{atoms.symbols}: the model's energy or forces are not finite")
     bare = atoms.copy()
     bare.info = {}
     info = json.dumps(atoms.info, default=lambda value: getattr(value, "tolist", value.__str__)())
@@ -249,15 +265,10 @@ def _converged(result: Tree) -> bool:
 
 def _groups(todo: Sequence[Job], max_atoms: int) -> Iterator[list[Job]]:
     """Single points together as far as `max_atoms` goes, then relaxations one by one."""
-    members: list[Job] = []
-    for job in sorted(todo, key=lambda job: job.relax):
-        size = sum(len(member.atoms) for member in (*members, job))
-        if members and (job.relax or size > max_atoms):
-            yield members
-            members = []
-        members.append(job)
-    if members:
-        yield members
+    single = [job for job in todo if not job.relax]
+    for members in fill_batches([len(job.atoms) for job in single], max_atoms):
+        yield [single[index] for index in members]
+    yield from ([job] for job in todo if job.relax)
 
 
 def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
@@ -270,7 +281,7 @@ def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
     first, *lines = (json.loads(line) for line in whole.splitlines())
     other = [name for name in header if first.get(name) != header[name]]
     if other:
-        raise LeaderboardError(
+        raise RunError(
             f"{journal} is of another {' and another '.join(other)}: "
             "give another --out, or remove this file to start anew"
         )

@@ -1,7 +1,6 @@
 """The errors that OMol25's evaluations count, of results against results.
 
-Comes in: two trees of results of one task (see `leaderboard`), a reference and a prediction. Goes
-out: OMol25's errors under its names, energies in meV, forces in meV/Å, RMSD in Å. Definitions:
+In: two trees of results of one task (see `leaderboard`), a reference and a prediction. Out: OMol25's errors under its names, energies in meV, forces in meV/Å, RMSD in Å. Definitions:
 fairchem's module `evaluator` (fairchem-data-omol 0.1.2); D. S. Levine et al., arXiv:2505.08762.
 """
 
@@ -15,7 +14,7 @@ import numpy as np
 from ase.build import minimize_rotation_and_translation
 from scipy.optimize import linear_sum_assignment
 
-from allscaip_lite.evaluation.omol_files import LeaderboardError
+from allscaip_lite.errors import DataError
 
 Keys = tuple[str, ...]  # that lead to a structure, from the outside in
 Tree = dict[str, Any]
@@ -35,24 +34,24 @@ def metrics(task: str, reference: Tree, predicted: Tree) -> dict[str, float]:
     """OMol25's errors of a task, under its names: energies in meV, forces in meV/Å, RMSD in Å.
 
     Both are results as `read` gives them; systems that only the predictions have are left out.
-    Raises LeaderboardError where the predictions lack a system of the reference.
+    Raises DataError where the predictions lack a system of the reference.
     """
     check_systems(reference, [path for path, _ in _leaves(predicted)])
     try:
         found = METRICS[task](reference, predicted)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise LeaderboardError(
+        raise DataError(
             f"these are no results of {task} that can be compared ({type(error).__name__}: {error})"
         ) from error
     return {name: float(value) for name, value in found.items()}
 
 
 def check_systems(reference: Tree, known: Collection[Keys]) -> None:
-    """Raises LeaderboardError where the reference has a structure that is not among `known`."""
+    """Raises DataError where the reference has a structure that is not among `known`."""
     known = set(known)
     missing = [" / ".join(path) for path, _ in _leaves(reference) if path not in known]
     if missing:
-        raise LeaderboardError(
+        raise DataError(
             f"{len(missing)} structures of the reference are not in the inputs: "
             f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
         )
@@ -60,7 +59,7 @@ def check_systems(reference: Tree, known: Collection[Keys]) -> None:
 
 def _leaves(tree: Any, path: Keys = ()) -> Iterator[tuple[Keys, Tree]]:
     if not isinstance(tree, dict):
-        raise LeaderboardError(f"no results at {' / '.join(path) or 'all'}: give a file of results")
+        raise DataError(f"no results at {' / '.join(path) or 'all'}: give a file of results")
     if {"energy", "final"} & tree.keys():
         yield path, tree
         return

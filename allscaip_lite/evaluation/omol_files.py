@@ -1,6 +1,6 @@
 """Files of OMol25's evaluations: inputs and results, pickled or as JSON, read without danger.
 
-Goes in: a file. Comes out: nested dictionaries and lists with `ase.Atoms` in them. A pickle is a
+In: a file. Out: nested dictionaries and lists with `ase.Atoms` in them. A pickle is a
 program; what it may do here is build structures of numbers.
 """
 
@@ -19,10 +19,7 @@ from ase.constraints import FixAtoms
 from ase.io.jsonio import decode
 
 from allscaip_lite.checkpoints.unpickler import CALLABLE
-
-
-class LeaderboardError(ValueError):
-    """Inputs, results or a half-written file that do not fit; the message says what to do."""
+from allscaip_lite.errors import DataError
 
 
 def read(file: Path) -> Any:
@@ -30,7 +27,7 @@ def read(file: Path) -> Any:
 
     A pickle is a program; this reader runs it with a vocabulary that can only build data, and
     imports nothing that it names, so pymatgen (whose `MSONAtoms` OMol25 uses) need not be there.
-    Raises LeaderboardError, naming it, for a class or function that structures do not need, and
+    Raises DataError, naming it, for a class or function that structures do not need, and
     for a file that is damaged.
     """
     content = file.read_bytes()
@@ -38,10 +35,10 @@ def read(file: Path) -> Any:
         if content.lstrip()[:1] == b"{":
             return json.loads(content, object_hook=_from_json)
         return _plain(_Reader(io.BytesIO(content)).load())
-    except LeaderboardError as error:
-        raise LeaderboardError(f"{file.name} was refused, nothing of it was run: {error}") from None
+    except DataError as error:
+        raise DataError(f"{file.name} was refused, nothing of it was run: {error}") from None
     except Exception as error:  # a malformed file can fail in any way
-        raise LeaderboardError(
+        raise DataError(
             f"{file.name} is neither a pickle nor JSON that can be read; fetch it again "
             f"({type(error).__name__}: {error})"
         ) from error
@@ -85,7 +82,7 @@ class _Forgotten(_Object, dict[str, Any]):
 class _Type(_Object):
     def __init__(self, code: str, *arguments: Any) -> None:
         if code[:1] not in ("b", "i", "u", "f", "U", "S"):
-            raise LeaderboardError(f"it has an array of numpy's type {code!r}, not of numbers")
+            raise DataError(f"it has an array of numpy's type {code!r}, not of numbers")
         self.code, self.state = code, (3, "|")
 
 
@@ -99,7 +96,7 @@ def _values(shape: Any, kind: _Type, raw: bytes, order: Literal["C", "F"] = "C")
 
 def _method(owner: Any, name: str) -> None:  # calculators carry one of their own
     if not isinstance(owner, _Forgotten):
-        raise LeaderboardError("it asks for getattr, which structures do not need")
+        raise DataError("it asks for getattr, which structures do not need")
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {
@@ -132,9 +129,7 @@ class _Reader(pickle.Unpickler):
         try:
             return STAND_INS[f"{module}.{name}"]
         except KeyError:
-            raise LeaderboardError(
-                f"it asks for {module}.{name}, which structures do not need"
-            ) from None
+            raise DataError(f"it asks for {module}.{name}, which structures do not need") from None
 
 
 def _plain(value: Any) -> Any:
@@ -162,7 +157,7 @@ def _structure(state: dict[str, Any]) -> Atoms:
         atoms.set_array(name, values)
     for constraint in state.get("_constraints", ()):
         if not isinstance(constraint, _FixAtoms):
-            raise LeaderboardError("it has a constraint other than FixAtoms")
+            raise DataError("it has a constraint other than FixAtoms")
         atoms.constraints = [*atoms.constraints, FixAtoms(_plain(constraint.state["index"]))]
     atoms.info = _plain(state.get("info") or {})
     return atoms

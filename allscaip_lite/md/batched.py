@@ -1,8 +1,8 @@
-"""Several runs side by side, their atoms in one batch.
+"""Several runs at once, their atoms in one batch.
 
 In: a calculator, and functions that each take a calculator and use it as they like, such as runs of
-ASE's dynamics. Out: what they return. Each goes in a thread of its own and waits, wherever it asks
-for forces, until all others ask too; then the model is called once, for all. A small molecule
+ASE's dynamics. Out: what they return. Each runs in a thread of its own and, wherever it asks for
+forces, waits until all others ask too; then the model is called once, for all. A small molecule
 leaves most of a GPU idle, and some of a CPU.
 """
 
@@ -23,7 +23,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Stopped(RuntimeError):
-    """A run whose neighbour failed, or whose user has had enough."""
+    """Raised in the other runs when one run failed, or when the user pressed Ctrl-C."""
 
 
 def side_by_side(
@@ -31,32 +31,39 @@ def side_by_side(
     works: Sequence[Callable[[Calculator], Outcome]],
     tick: Callable[[int], None] = lambda runs: None,
 ) -> list[Outcome]:
-    """What each of `works` returns of a calculator of its own, in order.
+    """Call all functions at once, each with a calculator of its own.
 
-    All answers are those of `calculator`'s model. What one run asks in vain, such as the forces of
-    atoms on one spot, is an error in that run alone. One that it does not catch is raised here, as
-    Ctrl-C is, after the others were stopped where they next asked. `tick` is called after each call
-    of the model, with the number of runs it answered.
+    A structure that the model has no answer for, such as atoms on one spot, is an error in its own
+    run alone. An error that a run does not catch stops the others where they next ask for forces,
+    and is raised here; so does Ctrl-C.
+
+    Args:
+        calculator: whose model gives all answers.
+        works: the functions.
+        tick: called after each call of the model with the number of runs that it answered.
+
+    Returns:
+        What the functions returned, in order.
     """
-    table = _Table(len(works))
+    requests = _Requests(len(works))
 
     def go(number: int) -> Outcome:
         try:
-            return works[number](_Seat(calculator, table, number))
+            return works[number](_OneOfSeveral(calculator, requests, number))
         except BaseException:
-            table.failed = True
+            requests.failed = True
             raise
         finally:
-            table.leave(number)
+            requests.leave(number)
 
     with ThreadPoolExecutor(max(1, len(works))) as pool:
         futures = [pool.submit(go, number) for number in range(len(works))]
         try:
-            while batch := table.next_batch():
-                table.give(_answers(calculator, batch))
+            while batch := requests.next_batch():
+                requests.answer(_answers(calculator, batch))
                 tick(len(batch))
         finally:
-            table.stop()
+            requests.stop()
     errors = [error for future in futures if (error := future.exception())]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         raise error
@@ -70,7 +77,7 @@ def _answers(calculator: AllScAIPCalculator, batch: dict[int, Atoms]) -> dict[in
     try:
         results = calculator.model.predict(list(batch.values()), calculator.recorded)
         return dict(zip(batch, results, strict=True))
-    except ValueError as error:  # a structure without an answer: whose?
+    except ValueError as error:  # one of the structures has no answer: find out which
         if len(batch) == 1:
             return dict.fromkeys(batch, error)
         answers: dict[int, Answer] = {}
@@ -79,62 +86,66 @@ def _answers(calculator: AllScAIPCalculator, batch: dict[int, Atoms]) -> dict[in
         return answers
 
 
-class _Table:
-    """Where the runs meet: each lays down its question, and takes up its answer."""
+class _Requests:
+    """Structures that the runs' threads wait for the answers of."""
 
-    def __init__(self, seats: int) -> None:
-        self.seated = set(range(seats))
-        self.asked: dict[int, Atoms] = {}
+    def __init__(self, runs: int) -> None:
+        self.running = set(range(runs))
+        self.waiting: dict[int, Atoms] = {}
         self.answers: dict[int, Answer] = {}
         self.failed = self.stopped = False
         self.changed = Condition()
 
-    def ask(self, number: int, atoms: Atoms) -> Result:
+    def wait_for_answer(self, number: int, atoms: Atoms) -> Result:
+        """Of run `number`: hand in a structure and wait for the result."""
         with self.changed:
-            self.asked[number] = atoms
+            self.waiting[number] = atoms
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.stopped or number in self.answers)
             if self.stopped:
-                raise Stopped("stopped, for another run was")
+                raise Stopped("stopped, because another run was")
             answer = self.answers.pop(number)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def leave(self, number: int) -> None:
+        """Of run `number`: it has ended."""
         with self.changed:
-            self.seated.discard(number)
+            self.running.discard(number)
             self.changed.notify_all()
 
     def next_batch(self) -> dict[int, Atoms]:
-        """The questions of all who are still there, once all have asked; nothing when all left, or
-        one failed."""
+        """The structures of all runs, once each that has not ended waits; none if one failed."""
         with self.changed:
-            self.changed.wait_for(lambda: self.failed or self.asked.keys() == self.seated)
+            self.changed.wait_for(lambda: self.failed or self.waiting.keys() == self.running)
             if self.failed:
                 return {}
-            batch = {number: self.asked[number] for number in sorted(self.asked)}
-            self.asked.clear()
+            batch = {number: self.waiting[number] for number in sorted(self.waiting)}
+            self.waiting.clear()
         return batch
 
-    def give(self, answers: dict[int, Answer]) -> None:
+    def answer(self, answers: dict[int, Answer]) -> None:
+        """Hand the answers to the runs, by their numbers."""
         with self.changed:
             self.answers |= answers
             self.changed.notify_all()
 
     def stop(self) -> None:
+        """Raise `Stopped` in every run that waits or will."""
         with self.changed:
             self.stopped = True
             self.changed.notify_all()
 
 
-class _Seat(AllScAIPCalculator):
-    """A calculator that asks at the table."""
+class _OneOfSeveral(AllScAIPCalculator):
+    """The calculator of one run, whose structures go to the model with those of the others."""
 
-    def __init__(self, calculator: AllScAIPCalculator, table: _Table, number: int) -> None:
+    def __init__(self, calculator: AllScAIPCalculator, requests: _Requests, number: int) -> None:
         Calculator.__init__(self)
         self.model, self.recorded = calculator.model, calculator.recorded
-        self.table, self.number = table, number
+        self.requests, self.number = requests, number
 
     def answer(self, atoms: Atoms) -> Result:
-        return self.table.ask(self.number, atoms)
+        """What the model gives, in one call with the structures of the other runs."""
+        return self.requests.wait_for_answer(self.number, atoms)

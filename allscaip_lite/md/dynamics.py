@@ -42,9 +42,10 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 from tqdm import tqdm
 
-from allscaip_lite.data.aselmdb import differing, fingerprint
+from allscaip_lite.errors import RunError
+from allscaip_lite.files import atomic_write, differing, fingerprint, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.structures import StructureError
+from allscaip_lite.structures import StructureError, stated_charge_and_spin
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
@@ -80,17 +81,13 @@ MEMORY: dict[type[MolecularDynamics], tuple[str, ...]] = {
 }
 
 
-class MDError(ValueError):
-    """A run that cannot start, go on, or make sense; the message says what to do."""
-
-
-class Explosion(MDError):
-    """A run whose atoms flew apart; everything up to there is on disk."""
+class Explosion(RunError):
+    """A run whose atoms flew apart; everything up to that step is on disk."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What fixes a run. Raises MDError for values that contradict each other.
+    """What fixes a run. Raises RunError for values that contradict each other.
 
     duration, timestep, save_every, log_every, thermostat_time, barostat_time in fs; temperature in
     K (starting temperature in NVE; None there: the velocities of the structure); pressure in bar;
@@ -114,23 +111,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.ensemble not in ENSEMBLES:
-            raise MDError(f"ensemble {self.ensemble!r} is not one of {', '.join(ENSEMBLES)}")
+            raise RunError(f"ensemble {self.ensemble!r} is not one of {', '.join(ENSEMBLES)}")
         if self.thermostat not in THERMOSTATS:
-            raise MDError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
+            raise RunError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
         if self.ensemble != "nve" and self.temperature is None:
-            raise MDError(f"{self.ensemble} needs a temperature")
+            raise RunError(f"{self.ensemble} needs a temperature")
         times = ("duration", "timestep", "thermostat_time", "barostat_time")
         for name in (*times, "save_every", "log_every", "hottest"):
             if not getattr(self, name) > 0:
-                raise MDError(f"{name} {getattr(self, name)} must be positive")
+                raise RunError(f"{name} {getattr(self, name)} must be positive")
         if self.temperature is not None and not 0 <= self.temperature < self.hottest:
-            raise MDError(f"temperature {self.temperature} K must be between 0 and {self.hottest}")
+            raise RunError(f"temperature {self.temperature} K must be between 0 and {self.hottest}")
         if self.temperature == 0 and self.ensemble != "nve":
-            raise MDError("a thermostat needs a temperature above 0 K: choose nve, or a low one")
+            raise RunError("a thermostat needs a temperature above 0 K: choose nve, or a low one")
         for name in ("duration", "save_every", "log_every"):
             steps = getattr(self, name) / self.timestep
             if abs(steps - round(steps)) > 1e-6 * steps or round(steps) < 1:
-                raise MDError(
+                raise RunError(
                     f"{name} {getattr(self, name):g} fs is not a multiple of the timestep, "
                     f"{self.timestep:g} fs"
                 )
@@ -155,7 +152,7 @@ def run_md(
     `duration` prolongs a finished run. `label` names the calculator; a folder with another label,
     structure or other settings is refused.
 
-    Raises MDError for a run that cannot start, Explosion for one that flies apart: energy or forces
+    Raises RunError for a run that cannot start, Explosion for one that flies apart: energy or forces
     not finite, a temperature above `settings.hottest`, a volume that has changed threefold.
     """
     folder = Path(folder)
@@ -167,8 +164,7 @@ def run_md(
         "elements": atoms.numbers.tolist(),
         "structure": _fingerprint(atoms),
     }
-    for key in ("charge", "spin"):
-        plan[key] = int(atoms.info[key]) if key in atoms.info else None
+    plan["charge"], plan["spin"] = stated_charge_and_spin(atoms)
     state = _claim(folder, plan)
 
     moving = atoms.copy()
@@ -260,13 +256,13 @@ def _freedom(atoms: Atoms, settings: Settings) -> int:
 
 def _check(atoms: Atoms, calculator: Calculator, settings: Settings) -> None:
     if len(atoms) < 2:
-        raise MDError("a single atom has no dynamics: give a structure with more")
+        raise RunError("a single atom has no dynamics: give a structure with more")
     if atoms.constraints:
-        raise MDError("the structure has constraints, which are not supported: remove them first")
+        raise RunError("the structure has constraints, which are not supported: remove them first")
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
-        raise MDError("npt needs a cell that is periodic in all directions: set it, or choose nvt")
+        raise RunError("npt needs a cell that is periodic in all directions: set it, or choose nvt")
     if settings.ensemble == "nve" and settings.temperature is None and not atoms.has("momenta"):
-        raise MDError("the structure has no velocities: give a temperature to draw them")
+        raise RunError("the structure has no velocities: give a temperature to draw them")
     probe = atoms.copy()
     probe.calc = calculator
     try:
@@ -274,7 +270,7 @@ def _check(atoms: Atoms, calculator: Calculator, settings: Settings) -> None:
         if settings.ensemble == "npt":
             probe.get_stress()
     except NotImplementedError as error:
-        raise MDError(f"{settings.ensemble} is not possible: {error}") from error
+        raise RunError(f"{settings.ensemble} is not possible: {error}") from error
 
 
 def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> None:
@@ -446,15 +442,15 @@ def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     if listing.exists():
         known = json.loads(listing.read_text())
         if changed := differing(plan, known, but=["duration"]):
-            raise MDError(
+            raise RunError(
                 f"{folder} holds a run with another {', '.join(changed)}: choose another folder"
             )
         if file.exists() and plan["duration"] < known["duration"]:
-            raise MDError(
+            raise RunError(
                 f"{folder} holds a longer run, {known['duration'] / 1000:g} ps: give that duration "
                 "or more, or choose another folder"
             )
-    _replace(listing, lambda partial: partial.write_text(json.dumps(plan, indent=1)))
+    store_text(listing, json.dumps(plan, indent=1))
     if not file.exists():
         return None
     with np.load(file, allow_pickle=False) as state:
@@ -479,25 +475,14 @@ def _save_state(
         "random": json.dumps(generator.bit_generator.state),
         **{name: attrgetter(name)(integrator) for name in _memory(integrator)},
     }
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as stream:
-            np.savez(stream, **arrays)
-
-    _replace(file, write)
+    with atomic_write(file) as partial:
+        np.savez(partial, **arrays)
 
 
 def _set(integrator: MolecularDynamics, name: str, value: np.ndarray) -> None:
     owner, _, attribute = name.rpartition(".")
     plain = value.item() if value.ndim == 0 else value
     setattr(attrgetter(owner)(integrator) if owner else integrator, attribute, plain)
-
-
-def _replace(file: Path, write: Any) -> None:
-    """Write a file under another name first: whoever stops the run leaves no half of it."""
-    partial = file.with_name(file.name + ".partial")
-    write(partial)
-    os.replace(partial, file)
 
 
 def _cut_trajectory(file: Path, frames: int) -> None:
@@ -512,16 +497,15 @@ def _cut_trajectory(file: Path, frames: int) -> None:
                 return
             kept = [known[index] for index in range(min(count, frames))]
     except (FileNotFoundError, InvalidULMFileError) as error:
-        raise MDError(f"{file} is gone or broken: remove {file.parent} and start again") from error
+        raise RunError(f"{file} is gone or broken: remove {file.parent} and start again") from error
     if count < frames:
-        raise MDError(f"{file} is shorter than it was: remove {file.parent} and start again")
-
-    def write(partial: Path) -> None:
-        with Trajectory(partial, "w", properties=["energy"]) as shorter:
-            for atoms in kept:
-                shorter.write(atoms)
-
-    _replace(file, write)
+        raise RunError(f"{file} is shorter than it was: remove {file.parent} and start again")
+    with (
+        atomic_write(file) as partial,
+        Trajectory(partial, "w", properties=["energy"]) as shorter,
+    ):
+        for atoms in kept:
+            shorter.write(atoms)
 
 
 def _cut_log(file: Path, step: int) -> None:
@@ -529,9 +513,8 @@ def _cut_log(file: Path, step: int) -> None:
     lines = file.read_text().splitlines(keepends=True) if step >= 0 and file.exists() else []
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
     head = ",".join(LOG_COLUMNS) + "\r\n"  # the ends of lines as the csv module writes them
-    with (partial := file.with_name(file.name + ".partial")).open("w", newline="") as stream:
+    with atomic_write(file) as partial, partial.open("w", newline="") as stream:
         stream.writelines([head, *(line.rstrip("\r\n") + "\r\n" for line in kept)])
-    os.replace(partial, file)
 
 
 def read_log(folder: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -565,10 +548,10 @@ _OTHERS = ("structure", "model", "out", "device", "kernels", "charge", "spin")
 
 
 def femtoseconds(text: str) -> float:
-    """A time such as "10ps", "0.5 fs" or "1ns" in fs; MDError for one without its unit."""
+    """A time such as "10ps", "0.5 fs" or "1ns" in fs; RunError for one without its unit."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(fs|ps|ns)\s*", str(text))
     if not match:
-        raise MDError(f"{text!r} is not a time: write a number and fs, ps or ns, such as 10ps")
+        raise RunError(f"{text!r} is not a time: write a number and fs, ps or ns, such as 10ps")
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -606,7 +589,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     """Settings, and what else an input says (structure, model, out, device, kernels, charge, spin).
 
-    Raises MDError for a key that does not exist or a value of the wrong kind.
+    Raises RunError for a key that does not exist or a value of the wrong kind.
     """
     chosen, others = {}, {}
     for key, value in options.items():
@@ -620,11 +603,11 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
                 others[name] = value
             else:
                 known = ", ".join(sorted([*_TIMES, *_PLAIN, *_OTHERS]))
-                raise MDError(f"{key!r} is not an option; there are {known}")
+                raise RunError(f"{key!r} is not an option; there are {known}")
         except (TypeError, ValueError) as error:
-            if isinstance(error, MDError):
+            if isinstance(error, RunError):
                 raise
-            raise MDError(f"{key} = {value!r} is not {_PLAIN[name].__name__}") from error
+            raise RunError(f"{key} = {value!r} is not {_PLAIN[name].__name__}") from error
     return Settings(**chosen), others
 
 
@@ -639,10 +622,10 @@ def run(args: argparse.Namespace) -> int:
             try:
                 given = tomllib.load(stream) | {k: v for k, v in given.items() if k != "structure"}
             except tomllib.TOMLDecodeError as error:
-                raise MDError(f"{args.structure} is not an input in TOML: {error}") from error
+                raise RunError(f"{args.structure} is not an input in TOML: {error}") from error
     settings, others = read_options(given)
     if "structure" not in others:
-        raise MDError(f'{args.structure} names no structure: add structure = "box.extxyz"')
+        raise RunError(f'{args.structure} names no structure: add structure = "box.extxyz"')
     atoms = _read_structure(beside / others["structure"])
     for key in ("charge", "spin"):
         if key in others:
@@ -671,4 +654,4 @@ def _read_structure(file: Path) -> Atoms:
     try:
         return ase.io.read(file)
     except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError) as error:
-        raise MDError(f"{file} is not a structure that ASE can read: {error}") from error
+        raise RunError(f"{file} is not a structure that ASE can read: {error}") from error

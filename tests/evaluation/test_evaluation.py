@@ -228,7 +228,7 @@ def test_models_side_by_side(
         fit_references(described, residuals(other, data)),
         xtb_residuals(described),
     ]
-    monkeypatch.setattr(evaluation, "ENOUGH", len(data))
+    monkeypatch.setattr(evaluation, "MIN_STRUCTURES", len(data))
     lines, rows = printed()
     assert f"elements and charge: {names['one']}, {names['two']}, GFN2-xTB." in lines[-1]
     for group, chosen in (("all", range(8)), ("with `H2O`", [0]), ("without `H2O`", range(1, 8))):
@@ -238,7 +238,7 @@ def test_models_side_by_side(
         assert rows[group] == [str(len(chosen)), *wanted]
     assert rows["all"][1:3] != rows["with `H2O`"][1:3] and len(set(rows["all"][1:3])) == 2
 
-    monkeypatch.setattr(evaluation, "ENOUGH", len(data) + 1)
+    monkeypatch.setattr(evaluation, "MIN_STRUCTURES", len(data) + 1)
     _, rows = printed()
     assert rows["all"][4] != "–" and rows["all"][5:] == ["–", "–"]
     command[-1] = "Ne"

@@ -30,9 +30,9 @@ from ase.spacegroup import Spacegroup
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoints.native import save_model
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation import leaderboard
 from allscaip_lite.evaluation.leaderboard import (
-    LeaderboardError,
     jobs,
     metrics,
     predict,
@@ -193,7 +193,7 @@ def test_the_same_as_json(tmp_path):
     assert found["a"]["atoms"] == made and found["a"]["atoms"].info == made.info
     assert found["a"]["energy"] == 1.5
     (tmp_path / "b.json").write_text(json.dumps({"a": {"atoms_json": "[1]"}}))
-    with pytest.raises(LeaderboardError, match="b.json"):
+    with pytest.raises(DataError, match="b.json"):
         read(tmp_path / "b.json")
 
 
@@ -225,14 +225,14 @@ def test_a_pickle_that_asks_for_more_than_data_is_refused(tmp_path, monkeypatch,
         raise AssertionError("the pickle was run")
 
     monkeypatch.setattr(os, "system", forbidden)
-    with pytest.raises(LeaderboardError, match=f"a.pkl was refused.*{named}"):
+    with pytest.raises(DataError, match=f"a.pkl was refused.*{named}"):
         read(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04nonsense", b"not a pickle"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(content)
-    with pytest.raises(LeaderboardError, match="a.pkl is neither"):
+    with pytest.raises(DataError, match="a.pkl is neither"):
         read(tmp_path / "a.pkl")
 
 
@@ -240,21 +240,21 @@ def test_inputs_of_another_task_say_what_they_should_be():
     for task in INPUTS:
         for other, data in INPUTS.items():
             if other != task:
-                with pytest.raises(LeaderboardError, match=f"no inputs of {task}, which are"):
+                with pytest.raises(DataError, match=f"no inputs of {task}, which are"):
                     jobs(task, data)
-    with pytest.raises(LeaderboardError, match="no inputs of singlepoint"):
+    with pytest.raises(DataError, match="no inputs of singlepoint"):
         jobs("singlepoint", [structure()])
-    with pytest.raises(LeaderboardError, match="no structures"):
+    with pytest.raises(DataError, match="no structures"):
         jobs("singlepoint", {})
 
 
 def test_a_structure_without_charge_or_spin_is_named():
     data = copy.deepcopy(INPUTS["spin_gap"])
     del data["oxygen"][3]["atoms"].info["spin"]
-    with pytest.raises(LeaderboardError, match=r"oxygen / 3: no spin in its info"):
+    with pytest.raises(DataError, match=r"oxygen / 3: no spin in its info"):
         jobs("spin_gap", data)
     data["oxygen"][3]["atoms"].info["spin"] = 2
-    with pytest.raises(LeaderboardError, match=r"oxygen / 3: .*do not allow"):
+    with pytest.raises(DataError, match=r"oxygen / 3: .*do not allow"):
         jobs("spin_gap", data)
 
 
@@ -451,15 +451,15 @@ def test_a_journal_of_another_model_task_or_inputs_is_refused(model, inputs, tmp
     before = out.read_bytes()
     other = copy.deepcopy(model)
     other.energy_mean.fill_(0.5)
-    with pytest.raises(LeaderboardError, match="of another model: "):
+    with pytest.raises(RunError, match="of another model: "):
         predict(other, "singlepoint", inputs("singlepoint"), out)
-    with pytest.raises(LeaderboardError, match="of another task and another inputs: "):
+    with pytest.raises(RunError, match="of another task and another inputs: "):
         predict(model, "spin_gap", inputs("spin_gap"), out)
     assert out.read_bytes() == before
     (tmp_path / "out.json.journal").unlink()
     with pytest.raises(FileExistsError, match="another name"):
         predict(model, "singlepoint", inputs("singlepoint"), out)
-    with pytest.raises(LeaderboardError, match=r"\.json file in a folder that exists"):
+    with pytest.raises(InputError, match=r"\.json file in a folder that exists"):
         predict(model, "singlepoint", inputs("singlepoint"), tmp_path / "no" / "out.json")
 
 
@@ -603,14 +603,14 @@ def test_errors_are_those_of_the_evaluator(model, inputs, tmp_path, task):
 
 def test_what_cannot_be_compared_says_why():
     found = {"a": {"1": point(0.0), "3": point(0.0)}}
-    with pytest.raises(LeaderboardError, match=r"2 structures .* not in the inputs: b / 1, b / 3"):
+    with pytest.raises(DataError, match=r"2 structures .* not in the inputs: b / 1, b / 3"):
         metrics("spin_gap", found | {"b": found["a"]}, found)
-    with pytest.raises(LeaderboardError, match="no results of conformers"):
+    with pytest.raises(DataError, match="no results of conformers"):
         metrics("conformers", found, found)
-    with pytest.raises(LeaderboardError, match="no results at a / note"):
+    with pytest.raises(DataError, match="no results at a / note"):
         metrics("spin_gap", {"a": {"note": "x"}}, found)
     short = {"a": {"1": point(0.0), "3": point(0.0, 0.0, Atoms("H2"))}}
-    with pytest.raises(LeaderboardError, match="no results of spin_gap that can be compared"):
+    with pytest.raises(DataError, match="no results of spin_gap that can be compared"):
         metrics("spin_gap", short, {"a": {"1": point(0.0), "3": point(0.0, 0.0, Atoms("H3"))}})
 
 
@@ -643,7 +643,7 @@ def test_the_command(model, inputs, tmp_path, capsys):
     reference = json.loads((tmp_path / "a.json").read_text())
     reference["ammonia"] = reference["water"]
     (tmp_path / "r.json").write_text(json.dumps(reference))
-    with pytest.raises(LeaderboardError, match="ammonia / w0"):
+    with pytest.raises(DataError, match="ammonia / w0"):
         command("conformers", "c.json", "--reference", tmp_path / "r.json")
     assert not (tmp_path / "c.json.journal").exists()  # said before the work, not after
     with pytest.raises(SystemExit):

@@ -22,10 +22,10 @@ from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIPCalculator, cli
+from allscaip_lite.errors import RunError
 from allscaip_lite.md import dynamics as md
 from allscaip_lite.md.dynamics import (
     Explosion,
-    MDError,
     Settings,
     femtoseconds,
     read_log,
@@ -285,14 +285,14 @@ def test_a_finished_run_can_be_prolonged_but_not_changed(tmp_path):
     run_md(copper(), Springs(), short(duration=20.0), tmp_path / "parts", progress=False)
     run_md(copper(), Springs(), short(), tmp_path / "parts", progress=False)
     assert frames(tmp_path / "parts") == frames(tmp_path / "whole")
-    with pytest.raises(MDError, match="another temperature"):
+    with pytest.raises(RunError, match="another temperature"):
         run_md(copper(), Springs(), short(temperature=310.0), tmp_path / "whole", progress=False)
-    with pytest.raises(MDError, match="longer run"):
+    with pytest.raises(RunError, match="longer run"):
         run_md(copper(), Springs(), short(duration=20.0), tmp_path / "whole", progress=False)
-    with pytest.raises(MDError, match="another model"):
+    with pytest.raises(RunError, match="another model"):
         run_md(copper(), Springs(), short(), tmp_path / "whole", label="other", progress=False)
     (tmp_path / "whole" / "trajectory.traj").unlink()
-    with pytest.raises(MDError, match="start again"):
+    with pytest.raises(RunError, match="start again"):
         run_md(copper(), Springs(), short(duration=80.0), tmp_path / "whole", progress=False)
 
 
@@ -304,7 +304,7 @@ def test_a_folder_belongs_to_one_structure_charge_and_spin(tmp_path):
     charged.info["charge"] = 1
     moving.set_momenta(np.random.default_rng(0).normal(size=(32, 3)))
     for atoms, words in ((other, "structure"), (charged, "charge"), (moving, "structure")):
-        with pytest.raises(MDError, match=f"another {words}: choose another folder"):
+        with pytest.raises(RunError, match=f"another {words}: choose another folder"):
             run_md(atoms, Springs(), short(), tmp_path, progress=False)
     run_md(copper(), Springs(), short(), tmp_path, progress=False)
 
@@ -407,9 +407,9 @@ class Stressless(Calculator):
 
 
 def test_constant_pressure_needs_a_stress_and_a_cell(tmp_path):
-    with pytest.raises(MDError, match="npt is not possible"):
+    with pytest.raises(RunError, match="npt is not possible"):
         run_md(copper(), Stressless(), short(ensemble="npt"), tmp_path, progress=False)
-    with pytest.raises(MDError, match="periodic in all directions"):
+    with pytest.raises(RunError, match="periodic in all directions"):
         run_md(molecule("H2O"), Stressless(), short(ensemble="npt"), tmp_path, progress=False)
     run_md(copper(), Stressless(), short(ensemble="nvt"), tmp_path, progress=False)
     assert np.isnan(read_log(tmp_path)["conserved_eV"]).all()  # it has no free energy either
@@ -431,7 +431,7 @@ def test_constant_pressure_needs_a_stress_and_a_cell(tmp_path):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, words):
-    with pytest.raises(MDError, match=words):
+    with pytest.raises(RunError, match=words):
         short(**changes)
 
 
@@ -444,7 +444,7 @@ def test_times_have_units(text, fs):
 
 @pytest.mark.parametrize("text", ["10", "ps", "10 s", 10, "1.2.3ps"])
 def test_a_time_without_its_unit_is_refused(text):
-    with pytest.raises(MDError, match="such as 10ps"):
+    with pytest.raises(RunError, match="such as 10ps"):
         femtoseconds(text)
 
 
