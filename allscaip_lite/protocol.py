@@ -38,13 +38,13 @@ from tqdm import tqdm
 
 from allscaip_lite import __version__
 from allscaip_lite.data.aselmdb import evenly_spaced
+from allscaip_lite.errors import RunError
 from allscaip_lite.files import differing, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.labels.water import SPCFw, molecules, water_box
 from allscaip_lite.machine import device_name, processor_name
 from allscaip_lite.md.dynamics import (
     Explosion,
-    MDError,
     Settings,
     femtoseconds,
     is_finished,
@@ -116,7 +116,7 @@ class Protocol:
     gas: float = 10_000.0
 
     def settings(self, stage: str) -> Settings:
-        """The run of a stage; MDError where a time is no multiple of the timestep."""
+        """The run of a stage; RunError where a time is no multiple of the timestep."""
         common: dict[str, Any] = {
             "duration": getattr(self, stage),
             "temperature": self.temperature,
@@ -159,7 +159,7 @@ def run_protocol(
     """Run `stages` in `folder`, or go on with them; what exploded, by stage, with the reason.
 
     What they start from is run before them. An exploded stage ends there, and the others still run;
-    in the box none can without its equilibration. Raises MDError for a folder of another protocol
+    in the box none can without its equilibration. Raises RunError for a folder of another protocol
     or name, and for a model that cannot run a stage (no stress, no constant pressure).
     """
     folder = Path(folder)
@@ -200,7 +200,7 @@ def _claim(listing: Path, protocol: Protocol, name: str) -> None:
     if listing.exists():
         known = json.loads(listing.read_text())
         if changed := differing(plan, known, but=PROLONGED):
-            raise MDError(
+            raise RunError(
                 f"{listing.parent} holds a protocol with another {', '.join(changed)}: choose "
                 "another folder"
             )
@@ -898,7 +898,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (MDError, ObservableError, OSError, ValueError) as error:
+    except (RunError, ObservableError, OSError, ValueError) as error:
         print(f"protocol: {error}", file=sys.stderr)
         return 2
 

@@ -17,7 +17,8 @@ pytest.importorskip("MDAnalysis")
 from allscaip_lite import protocol as room  # noqa: E402
 from allscaip_lite.labels.water import SPCFw  # noqa: E402
 from allscaip_lite.machine import processor_name  # noqa: E402
-from allscaip_lite.md.dynamics import MDError, read_log  # noqa: E402
+from allscaip_lite.errors import RunError  # noqa: E402
+from allscaip_lite.md.dynamics import read_log  # noqa: E402
 from allscaip_lite.md.observables import (  # noqa: E402
     Estimate,
     ObservableError,
@@ -133,9 +134,9 @@ def test_a_stopped_or_prolonged_run_is_the_uninterrupted_one(teacher, tmp_path):
 
 
 def test_a_folder_belongs_to_one_protocol_and_one_model(teacher):
-    with pytest.raises(MDError, match="another name"):
+    with pytest.raises(RunError, match="another name"):
         run_protocol(SPCFw(), SHORT, teacher, "student", progress=False)
-    with pytest.raises(MDError, match="another timestep"):
+    with pytest.raises(RunError, match="another timestep"):
         changed = Protocol(**{**vars(SHORT), "timestep": 0.5})
         run_protocol(SPCFw(), changed, teacher, "spcfw", progress=False)
 
