@@ -296,7 +296,7 @@ def pull(model: AllScAIP | None, curves: Selection) -> dict[str, dict[str, list[
         if not {"axis", "probe", "distance", "source"} <= atoms.info.keys():
             raise AblationError(
                 f"{atoms.symbols}: a curve needs info axis, probe, distance and source; make the "
-                "data with `allscaip-lite data long-range`"
+                "data with data/long-range/make.py"
             )
     if model is None:
         values = [(atoms.get_potential_energy(), atoms.get_forces()) for atoms in structures]

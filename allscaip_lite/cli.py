@@ -26,30 +26,10 @@ class Command(NamedTuple):
 
 
 DATA_COMMANDS = {
-    "xtb": Command(
-        "labels.xtb",
-        "sample molecules, ions, radicals and clusters, and label them with GFN2-xTB",
+    "label": Command(
+        "labels.command",
+        "energies and forces of your structures by a reference method: GFN2-xTB, wB97M-V, SPC/Fw",
         "the same command goes on from here",
-    ),
-    "water": Command(
-        "labels.water",
-        "sample liquid water, clusters and molecules, and label them with SPC/Fw",
-        "the same command goes on from here",
-    ),
-    "dft": Command(
-        "labels.dft",
-        "sample small molecules of OMol25's domains, and label them with wB97M-V/def2-TZVPD",
-        "the same command goes on from here",
-    ),
-    "physics": Command(
-        "evaluation.physics",
-        "make groups of structures that differ in a proton, a charge, a spin, a distance",
-        "with --dft the same command goes on from here",
-    ),
-    "long-range": Command(
-        "labels.long_range",
-        "make data whose energy reaches far: ions, pairs and chains",
-        "nothing was kept; the same command starts again",
     ),
     "convert": Command(
         "data.convert",
@@ -73,6 +53,11 @@ DATA_COMMANDS = {
     ),
 }
 COMMANDS = {
+    "label": Command(
+        "labels.command",
+        "energies and forces of your structures by a reference method: GFN2-xTB, wB97M-V, SPC/Fw",
+        "the same command goes on from here",
+    ),
     "train": Command(
         "training.loop",
         "train a model on a data set",

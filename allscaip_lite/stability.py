@@ -30,7 +30,7 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.labels.workers import in_processes
+from allscaip_lite.labels.queue import in_processes
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.md.dynamics import Explosion, Settings, read_log, run_md

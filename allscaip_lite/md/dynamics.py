@@ -632,7 +632,7 @@ def run(args: argparse.Namespace) -> int:
             atoms.info[key] = others[key]
     model = str(others.get("model", "lite"))
     if model == "spcfw":
-        from allscaip_lite.labels.water import SPCFw
+        from allscaip_lite.labels.spcfw import SPCFw
 
         calculator: Calculator = SPCFw()
     else:

@@ -27,7 +27,7 @@ from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
 
 from allscaip_lite.data.aselmdb import evenly_spaced
-from allscaip_lite.labels.water import CHARGES, are_waters
+from allscaip_lite.labels.spcfw import CHARGES, are_waters
 from allscaip_lite.md.dynamics import read_log
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ase.optimize import BFGS
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from allscaip_lite.labels.species import CAFFEINE
+from allscaip_lite.labels.sampling import CAFFEINE
 from allscaip_lite.labels.xtb import GFN2xTB
 
 ACROLEIN = "C=CC=O"

@@ -1,39 +1,17 @@
-"""Labels by PySCF are physical, the VV10 kernel is PySCF's own, and the queue loses nothing."""
+"""Labels by PySCF are physical, and the VV10 kernel gives PySCF's own numbers."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-
-import ase.io
 import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import molecule
-from ase.calculators.singlepoint import SinglePointCalculator
 
 pytest.importorskip("pyscf")
 pytest.importorskip("numba")
 
-from allscaip_lite.cli import main  # noqa: E402
-from allscaip_lite.data.aselmdb import Dataset, checksum, write_aselmdb  # noqa: E402
-from allscaip_lite.errors import InputError  # noqa: E402
-from allscaip_lite.labels import dft  # noqa: E402
-from allscaip_lite.labels.dft import (  # noqa: E402
-    FreeAtom,
-    LabelFailed,
-    Level,
-    collect,
-    job_file,
-    label,
-)
+from allscaip_lite.labels import LabelError
+from allscaip_lite.labels.dft import Level, job_file, label
 
 # The functional of the data set, at a price a test can pay.
 SMALL = Level(basis="def2-svp", grid=2)
@@ -192,185 +170,33 @@ def test_triplet_oxygen_lies_below_singlet_and_a_free_atom_has_no_force():
     oxygen = Atoms("O2", [[0, 0, 0], [0, 0, 1.21]])
     triplet = energy(in_state(oxygen.copy(), 0, 3))
     assert triplet < energy(in_state(oxygen.copy())) - 0.3
-    (atom,) = FreeAtom("O").structures()
-    free = label(atom, SMALL)
+    free = label(in_state(Atoms("O"), 0, 3), SMALL)
     assert not free.get_forces().any()
     assert 4.0 < 2 * free.get_potential_energy() - triplet < 6.5  # eV; experiment 5.2
 
 
 def test_a_bond_that_breaks_ends_as_two_atoms():
-    apart = in_state(Atoms("H2", [[0, 0, 0], [0, 0, 4.0]]))
-    labelled = label(apart, SMALL)
+    labelled = label(in_state(Atoms("H2", [[0, 0, 0], [0, 0, 4.0]])), SMALL)
     atom = in_state(Atoms("H"), 0, 2)
     assert labelled.get_potential_energy() == pytest.approx(2 * energy(atom), abs=0.02)
     assert labelled.info["unrestricted"] and labelled.info["s_squared"] > 0.9
     spins = labelled.info["lowdin_spins"]
     assert spins[0] == pytest.approx(-spins[1], abs=1e-3) and abs(spins[0]) > 0.9
     assert any("spin contamination" in line for line in labelled.info["warnings"])
-    together = label(in_state(Atoms("H2", [[0, 0, 0], [0, 0, 0.74]])), SMALL)
-    assert not together.info["unrestricted"]
+    bound = label(in_state(Atoms("H2", [[0, 0, 0], [0, 0, 0.74]])), SMALL)
+    assert not bound.info["unrestricted"]
 
 
 def test_a_multiplicity_that_the_electrons_forbid_is_refused():
-    with pytest.raises(LabelFailed, match="charge 0, multiplicity 2"):
+    with pytest.raises(LabelError, match="charge 0, multiplicity 2"):
         label(in_state(molecule("H2O"), 0, 2), SMALL)
 
 
-# --- the queue ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """H2 of some length; one of no length, which no method can label."""
-
-    length: float
-    split: str = "train"
-
-    @property
-    def name(self) -> str:
-        return f"H2 {self.length}"
-
-    def structures(self) -> list[Atoms]:
-        pair = in_state(Atoms("H2", [[0, 0, 0], [0, 0, self.length]]))
-        if not self.length:
-            return [in_state(pair, 0, 2)]
-        return [pair]
-
-
-ENTRIES = [
-    FreeAtom("H"),
-    *(Entry(0.6 + 0.02 * i, "train") for i in range(5)),
-    Entry(0.9, "val"),
-    Entry(0.0),
-    Entry(1.0, "test"),
-]
-SCRIPT = """
-import sys
-from tests.test_dft import ENTRIES, SMALL
-from allscaip_lite.labels.dft import label_all
-if __name__ == "__main__":
-    label_all(sys.argv[1], ENTRIES, SMALL, workers=int(sys.argv[2]))
-"""
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def start(folder: Path, workers: int) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", SCRIPT, str(folder), str(workers)]
-    return subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
-
-
-def test_a_killed_queue_goes_on_and_two_runs_share_the_work(tmp_path):
-    process = start(tmp_path, 1)
-    store = tmp_path / "jobs"
-    while not list(store.glob("*.aselmdb")) and process.poll() is None:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    first = {path.name: path.stat().st_mtime_ns for path in store.glob("*.aselmdb")}
-    assert 0 < len(first) < 8
-
-    crews = [start(tmp_path, 1) for _ in range(2)]
-    for crew in crews:
-        words = crew.communicate()[1].decode()
-        assert crew.returncode == 0, words
-    assert "9 of 9 (1 failed)" in words
-    assert len(list(store.glob("*.aselmdb"))) == 8
-    assert not list(store.glob("*.claim")) and not list(store.glob("*.partial"))
-    for name, written in first.items():
-        assert (store / name).stat().st_mtime_ns == written, "a label was made twice"
-
-    counts = collect(tmp_path, ENTRIES, SMALL)
-    assert counts == {"train": 5, "val": 1, "test": 1}
-    lengths = [atoms.get_distance(0, 1) for atoms in Dataset(tmp_path / "train.aselmdb")]
-    np.testing.assert_allclose(lengths, [0.6, 0.62, 0.64, 0.66, 0.68])
-    failed = json.loads((tmp_path / "failed.json").read_text())
-    assert list(failed) == ["H2 0.0"] and "multiplicity 2" in failed["H2 0.0"]
-    references = json.loads((tmp_path / "references.json").read_text())
-    assert references == {"H": pytest.approx(-13.6, abs=0.3)}
-    sums = json.loads((tmp_path / "checksums.json").read_text())
-    assert sums["train"] == checksum(Dataset(tmp_path / "train.aselmdb"))
-    again = label(ENTRIES[1].structures()[0], SMALL).get_potential_energy()
-    stored = Dataset(job_file(tmp_path, ENTRIES[1], SMALL).with_suffix(".aselmdb"))[0]
-    assert stored.get_potential_energy() == pytest.approx(again, abs=1e-9)
-
-
-def test_what_a_worker_left_that_was_killed_just_after_a_label_is_cleared(tmp_path):
-    """Of a file that is complete under its name; that of another run, still at work, stays."""
-    dft.label_all(tmp_path, ENTRIES[:1], SMALL)
-    done, other = (job_file(tmp_path, entry, SMALL) for entry in ENTRIES[:2])
-    for stem in (done, other):
-        stem.with_suffix(".claim").touch()
-        (stem.parent / f".{stem.name}.aselmdb.partial").mkdir()
-    dft.label_all(tmp_path, ENTRIES[:1], SMALL)
-    left = {path.name for path in done.parent.iterdir()}
-    theirs = {f"{other.name}.claim", f".{other.name}.aselmdb.partial"}
-    assert left == {f"{done.name}.aselmdb", *theirs}
-
-
-def test_what_is_labelled_so_far_can_be_collected(tmp_path):
-    dft.label_all(tmp_path, ENTRIES[:2], SMALL)
-    assert collect(tmp_path, ENTRIES, SMALL) == {"train": 1, "val": 0, "test": 0}
-    assert not (tmp_path / "val.aselmdb").exists()
-
-
-def test_a_queue_takes_over_a_set_that_was_collected(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    dft.label_all(first, ENTRIES[:3], SMALL)
-    collect(first, ENTRIES, SMALL)
-    assert dft.take_over(second, ENTRIES, first, SMALL) == 3
-    assert dft.take_over(second, ENTRIES, first, SMALL) == 0, "what is there stays"
-    collect(second, ENTRIES, SMALL)
-    for name in ("checksums.json", "references.json"):
-        assert (second / name).read_text() == (first / name).read_text()
-    assert [a.info["entry"] for a in Dataset(second / "train.aselmdb")] == ["H2 0.6", "H2 0.62"]
-
-
-def test_a_queue_refuses_what_is_not_its_own(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--known takes the folder"):
-        dft.take_over(tmp_path, ENTRIES, tmp_path / "none")
-    labelled = label(ENTRIES[1].structures()[0], SMALL)
-    labelled.info["entry"] = ENTRIES[1].name
-    write_aselmdb(tmp_path / "train.aselmdb", [labelled])
-    with pytest.raises(ValueError, match="no labels for this queue"):
-        dft.take_over(tmp_path, ENTRIES, tmp_path)
-
-
-def test_another_level_is_another_job(tmp_path):
-    assert job_file(tmp_path, ENTRIES[0], SMALL) != job_file(tmp_path, ENTRIES[0])
-    assert job_file(tmp_path, ENTRIES[0]) != job_file(tmp_path, ENTRIES[1])
-
-
-# --- one's own structures ------------------------------------------------------------------------
-
-
-def test_one_s_own_structures_are_labelled_and_xtb_stands_beside(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tblite")
-    ase.io.write(tmp_path / "mine.xyz", [molecule("H2"), molecule("H2")])
-    ion = in_state(Atoms("H2", [[0, 0, 0], [0, 0, 1.1]]), charge=1, spin=2)
-    ion.calc = SinglePointCalculator(ion, energy=7.0, forces=np.zeros((2, 3)))
-    write_aselmdb(tmp_path / "ion.aselmdb", [ion])
-    for name in ("label_all", "collect"):
-        monkeypatch.setattr(dft, name, partial(getattr(dft, name), level=SMALL))
-    files = [str(tmp_path / "mine.xyz"), str(tmp_path / "ion.aselmdb")]
-    command = ["data", "dft", "--out", str(tmp_path / "out"), "--structures", *files]
-    assert main(command) == 0
-    assert capsys.readouterr().out == "labelled: 3 structures\n"
-    first, twin, positive = Dataset(tmp_path / "out" / "labelled.aselmdb")
-    assert first.get_potential_energy() == twin.get_potential_energy()
-    assert first.get_potential_energy() == energy(in_state(molecule("H2")))
-    assert (positive.info["charge"], positive.info["spin"]) == (1, 2)
-    assert positive.get_potential_energy() - energy(ion) == pytest.approx(0, abs=1e-6)
-    assert "wb97m_v" in positive.info["label"] and positive.info["source"].endswith("(H2)")
-    assert np.abs(positive.info["xtb_forces"] - positive.get_forces()).max() < 2  # eV/Å
-
-
-def test_structures_that_cannot_be_labelled_are_refused(tmp_path):
-    crystal, wrong = molecule("H2", pbc=True, cell=[4, 4, 4]), in_state(molecule("H2"), spin=2)
-    for atoms, what in ((crystal, "is periodic"), (wrong, r'"spin"\] = 2 is the multi')):
-        ase.io.write(tmp_path / "it.extxyz", atoms)
-        with pytest.raises(InputError, match=what):
-            dft.read_given([tmp_path / "it.extxyz"])
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        dft.read_given([tmp_path / "none.xyz"])
-    with pytest.raises(LabelFailed, match="I needs a core potential"):
+def test_an_element_that_needs_a_core_potential_is_refused():
+    with pytest.raises(LabelError, match="I needs a core potential"):
         label(in_state(Atoms("HI", [[0, 0, 0], [0, 0, 1.6]])), SMALL)
+
+
+def test_another_name_or_level_is_another_file_and_names_stay_those_of_earlier_queues():
+    assert len({job_file("a", SMALL), job_file("a"), job_file("b")}) == 3
+    assert job_file("free atom H") == "833a4faba0062ece4ee6"

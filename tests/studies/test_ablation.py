@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from allscaip_lite.ablation import (
 )
 from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import Dataset
-from allscaip_lite.labels.long_range import write_ions
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 20.0))
@@ -36,7 +36,7 @@ TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 2
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ions")
-    write_ions(folder, 60, seed=0)
+    importlib.import_module("data.long-range.make").write_ions(folder, 60, seed=0)
     return folder
 
 
@@ -172,7 +172,7 @@ def test_the_push_on_a_pair_is_minus_the_slope_of_its_energy(data):
 def test_curves_without_an_axis_are_refused(data):
     plain = Dataset(data / "curves.aselmdb")[0]
     del plain.info["axis"]
-    with pytest.raises(AblationError, match="data long-range"):
+    with pytest.raises(AblationError, match="long-range/make.py"):
         pull(None, Selection([plain]))
 
 

@@ -17,7 +17,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
 from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
-from allscaip_lite.labels.water import SPCFw
+from allscaip_lite.labels.spcfw import SPCFw
 from allscaip_lite.stability import (
     StabilityError,
     Trial,

@@ -1,240 +1,41 @@
-"""Data whose energy reaches far: ions, pairs and chains (`allscaip-lite data long-range`).
+"""Make the sets of `data/long-range`, whose energy reaches far: ions, pairs and chains.
 
-Comes in: nothing but the tables below. Goes out: `{train,val,test,curves}.aselmdb` with energies
-(eV) and forces (eV/Å). Each structure is two groups of atoms, and `info["distance"]` (Å) says how
-far apart they are; `test` holds what training never saw, by `data_id`; `curves` pulls some of them
-apart in steps.
+    python data/long-range/make.py ions --out data/generated/long-range/ions
 
-- `ions`: point charges ±1 and dipoles with a soft core. The truth is a formula: labels are exact.
+In: the tables below and a seed. Out: `{train,val,test,curves}.aselmdb` with energies (eV) and
+forces (eV/Å). Each structure is two groups of atoms, and `info["distance"]` (Å) is the distance of
+their centres; `test` holds what is not trained on, by `data_id`; `curves` separates some pairs in
+steps.
+
+- `ions`: point charges ±1 and dipoles with a soft core, labelled by their formula.
 - `pairs`: ions and polar molecules at GFN2-xTB, 2 to 15 Å apart; some pairs are in `test` alone,
   others are trained on up to 9 Å only.
 - `chain`: molecules with a charge at one end and a polar group, or another such charge, at the
   other, 5 to 20 Å away, at GFN2-xTB.
-
-A model that sees only so far cannot tell two structures apart that differ only in a wider gap
-(paper, arXiv 2603.06567, on all-to-all node attention): these are the structures that show it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms, units
-from ase.calculators.calculator import Calculator, CalculatorError, all_changes
-from ase.calculators.singlepoint import SinglePointCalculator
+from ase import Atoms
+from ase.calculators.calculator import CalculatorError, all_changes
 from ase.data import covalent_radii
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import SPLITS, write_aselmdb
+from allscaip_lite.labels import LabelError
+from allscaip_lite.labels.point_charges import ion_curves, ions, join, labelled
 from allscaip_lite.labels.xtb import GFN2xTB
 
 FILES = (*SPLITS, "curves")
-COULOMB = units.Hartree * units.Bohr  # e²/4πε₀ in eV Å
-
-
-class LongRangeError(ValueError):
-    """A structure or a request that this room cannot serve; the message says what to change."""
-
-
-# --- Point charges with a soft core ----------------------------------------------------------
-
-# e. H and F make dipoles. Two ions of each sign, since attention averages: atoms that are alike in
-# element and neighbourhood are averaged to the same, whatever the weights and the distance.
-CHARGES = {"Na": 1.0, "K": 1.0, "Cl": -1.0, "Br": -1.0, "H": 0.4, "F": -0.4}
-CORE = 1.0  # Å
-BOND = 0.95  # Å, between the two ends of a dipole
-TRAINED_TO = 20.0  # Å: the widest gap of the training structures
-
-
-def point_charges(symbols: Sequence[str], positions: np.ndarray) -> tuple[float, np.ndarray]:
-    """Energy (eV) and forces (N, 3) (eV/Å) of E = Σ_{i<j} k q_i q_j / sqrt(r² + CORE²).
-
-    positions (N, 3) in Å, charges by element from `CHARGES`. Exact, of any number of atoms; at
-    r much larger than CORE it is Coulomb's law. Raises LongRangeError for other elements.
-    """
-    unknown = sorted(set(symbols) - set(CHARGES))
-    if unknown:
-        raise LongRangeError(f"{unknown}: point charges are {', '.join(CHARGES)} only")
-    charges = np.array([CHARGES[symbol] for symbol in symbols])
-    vectors = positions[:, None] - positions[None]  # (N, N, 3), from j to i
-    inverse = ((vectors**2).sum(2) + CORE**2) ** -0.5  # (N, N)
-    strength = COULOMB * charges[:, None] * charges * (1 - np.eye(len(charges)))
-    energy = (strength * inverse).sum() / 2
-    forces = (strength[..., None] * inverse[..., None] ** 3 * vectors).sum(1)
-    return float(energy), forces
-
-
-class PointCharges(Calculator):
-    """ASE calculator of `point_charges`: energy (eV) and forces (eV/Å), without periodicity."""
-
-    implemented_properties = ["energy", "free_energy", "forces"]
-
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = all_changes,
-    ) -> None:
-        super().calculate(atoms, properties, system_changes)
-        if self.atoms.pbc.any():
-            raise LongRangeError("point charges are summed in vacuum: set pbc to False")
-        energy, forces = point_charges(list(self.atoms.symbols), self.atoms.positions)
-        self.results = {"energy": energy, "free_energy": energy, "forces": forces}
-
-
-IONS = ("Na", "K", "Cl", "Br")
-PARTICLES = (*IONS, "HF", "HF")
-
-
-def particle(name: str, direction: np.ndarray) -> Atoms:
-    """An ion at the origin, or a dipole centred there whose positive end is at `direction`."""
-    if name != "HF":
-        return Atoms(name, [[0.0, 0.0, 0.0]])
-    half = BOND / 2 * np.asarray(direction) / np.linalg.norm(direction)
-    return Atoms("HF", [half, -half])
-
-
-def together(
-    first: Atoms, second: Atoms, kind: str, name: str, labels: Callable[[Atoms], Calculator]
-) -> Atoms:
-    """Two groups as one labelled structure.
-
-    `info` says which atoms are the second group's (`probe`), the direction towards it (`axis`), the
-    distance of the groups' centres (`distance`) and of their closest atoms (`gap`), in Å.
-    """
-    atoms = first + second
-    axis = second.positions.mean(0) - first.positions.mean(0)
-    distance = float(np.linalg.norm(axis))
-    between = np.linalg.norm(first.positions[:, None] - second.positions, axis=2)
-    charge = sum(int(part.info["charge"]) for part in (first, second))
-    atoms.info = {
-        "charge": charge,
-        "spin": 1,
-        "num_atoms": len(atoms),
-        "num_electrons": int(atoms.numbers.sum()) - charge,
-        "composition": atoms.get_chemical_formula("hill"),
-        "reference_source": "allscaip-lite data long-range",
-        "data_id": kind,
-        "source": name,
-        "distance": distance,
-        "gap": float(between.min()),
-        "axis": (axis / distance).tolist(),
-        "probe": list(range(len(first), len(atoms))),
-    }
-    return labelled(atoms, labels(atoms))
-
-
-def labelled(atoms: Atoms, teacher: Calculator) -> Atoms:
-    """The structure with the teacher's energy and forces, and nothing else of it."""
-    atoms = atoms.copy()
-    teacher.calculate(atoms)
-    results = {name: teacher.results[name] for name in ("energy", "forces")}
-    atoms.calc = SinglePointCalculator(atoms, **results)
-    return atoms
-
-
-def ion_group(rng: np.random.Generator, particles: Sequence[str]) -> Atoms:
-    """Particles 2.3 to 3.5 Å from their nearest neighbour, turned at random; charge in `info`."""
-    group = Atoms()
-    for name in particles:
-        while True:
-            new = particle(name, rng.normal(size=3))
-            if len(group) == 0:
-                break
-            anchor = group.positions[rng.integers(len(group))]
-            new.positions += anchor + _sphere(rng) * rng.uniform(2.3, 3.5)
-            nearest = np.linalg.norm(new.positions[:, None] - group.positions, axis=2).min()
-            if nearest >= 2.0:
-                break
-        group += new
-    group.positions -= group.positions.mean(0)
-    group.info["charge"] = round(sum(CHARGES[symbol] for symbol in group.symbols))
-    return group
-
-
-def _sphere(rng: np.random.Generator) -> np.ndarray:
-    direction = rng.normal(size=3)
-    return direction / np.linalg.norm(direction)
-
-
-def _apart(first: Atoms, second: Atoms, direction: np.ndarray, gap: float) -> Atoms:
-    """The second group moved along `direction` until its atom closest to the first is `gap` off."""
-    moved = second.copy()
-    for distance in np.arange(gap, gap + 40.0, 0.02):
-        moved.positions = second.positions + distance * direction
-        between = np.linalg.norm(moved.positions[:, None] - first.positions, axis=2)
-        if between.min() >= gap:
-            break
-    moved.info = dict(second.info)
-    return moved
-
-
-def ions(count: int, seed: int) -> Iterator[Atoms]:
-    """`count` structures of two groups of point charges, gaps even between 2 and 20 Å.
-
-    `data_id`: three in ten are two different single ions (`ions_pair`), three in ten have a single
-    dipole on one side or both (`ions_dipole`), the others two groups of 2 or 3 particles
-    (`ions_cluster`).
-    """
-    rng = np.random.default_rng([seed, 5])
-    for index in range(count):
-        share = index % 10
-        if share < 3:
-            kind, parts = "ions_pair", rng.choice(IONS, (2, 1), replace=False)
-        elif share < 6:
-            kind = "ions_dipole"
-            parts = [["HF"], rng.choice(PARTICLES, 1)]
-        else:
-            kind = "ions_cluster"
-            parts = [rng.choice(PARTICLES, rng.integers(2, 4)) for _ in range(2)]
-        first, second = (ion_group(rng, part) for part in parts)
-        second = _apart(first, second, _sphere(rng), rng.uniform(2.0, TRAINED_TO))
-        name = f"{'+'.join(parts[0])}...{'+'.join(parts[1])}/{index}"
-        yield together(first, second, kind, name, lambda _: PointCharges())
-
-
-def ion_pair(first: str, second: str, distance: float) -> Atoms:
-    """Two particles of `PARTICLES` on the x axis, labelled; dipoles lie along it.
-
-    A dipole turns its negative end to a positive ion or to another dipole's positive end. Distances
-    (Å) are between centres.
-    """
-    towards = -1.0 if {"Cl", "Br"} & {first, second} else 1.0
-    groups = []
-    for place, name in ((0.0, first), (distance, second)):
-        away = np.array([towards if place else -towards, 0.0, 0.0])
-        if first == second == "HF":
-            away = np.array([1.0, 0.0, 0.0])  # head to tail
-        group = particle(name, away)
-        group.positions[:, 0] += place
-        group.info["charge"] = round(sum(CHARGES[symbol] for symbol in group.symbols))
-        groups.append(group)
-    return together(*groups, "curve", f"{first}...{second}", lambda _: PointCharges())
-
-
-ION_CURVES = (
-    ("Na", "K"),
-    ("Na", "Cl"),
-    ("Cl", "Br"),
-    ("HF", "Na"),
-    ("HF", "Cl"),
-    ("HF", "HF"),
-    ("Na", "Na"),  # in no training structure
-)
-
-
-def ion_curves() -> Iterator[Atoms]:
-    """The pairs of `ION_CURVES` in 57 steps from 2 to 30 Å: the last third is beyond training."""
-    for first, second in ION_CURVES:
-        for distance in np.arange(2.0, 30.01, 0.5):
-            yield ion_pair(first, second, float(distance))
 
 
 def write_ions(folder: Path, structures: int, seed: int) -> dict[str, int]:
@@ -287,14 +88,10 @@ LEAKED = 0.15  # e: more charge than that on the wrong side is another electroni
 MAX_FORCE = 15.0  # eV/Å
 
 
-class StateError(LongRangeError):
-    """Not the electronic state that was meant: no label."""
-
-
 class Fragments(GFN2xTB):
-    """GFN2-xTB that insists on the charges of two fragments.
+    """GFN2-xTB that refuses a state in which two fragments have other charges.
 
-    Raises StateError where the SCF does not converge, where the first `count` atoms do not carry
+    Raises LabelError where the SCF does not converge, where the first `count` atoms do not carry
     `charge` e (Mulliken) within `LEAKED`, or where a force is above `MAX_FORCE`.
     """
 
@@ -311,12 +108,12 @@ class Fragments(GFN2xTB):
         try:
             super().calculate(atoms, properties, system_changes)
         except CalculatorError as error:
-            raise StateError(str(error)) from error
+            raise LabelError(str(error)) from error
         found = np.asarray(self._state["charges"])[: self.count].sum()
         if abs(found - self.charge) > LEAKED:
-            raise StateError(f"{found:+.2f} e on the first fragment, not {self.charge:+d}")
+            raise LabelError(f"{found:+.2f} e on the first fragment, not {self.charge:+d}")
         if np.abs(self.results["forces"]).max() > MAX_FORCE:
-            raise StateError(f"a force above {MAX_FORCE} eV/Å")
+            raise LabelError(f"a force above {MAX_FORCE} eV/Å")
 
 
 @cache
@@ -327,18 +124,18 @@ def fragment(name: str) -> Atoms:
     """
     symbols, positions, charge = FRAGMENTS[name]
     atoms = Atoms(symbols, positions, info={"charge": charge, "spin": 1})
-    teacher = Fragments(len(atoms), charge)
-    atoms.calc = teacher
+    method = Fragments(len(atoms), charge)
+    atoms.calc = method
     if len(atoms) > 1:
         BFGS(atoms, logfile=None).run(fmax=0.005, steps=200)
     atoms.get_potential_energy()
     atoms.positions -= atoms.positions.mean(0)
-    atoms.info["dipole"] = np.asarray(teacher._state["charges"]) @ atoms.positions
+    atoms.info["dipole"] = np.asarray(method._state["charges"]) @ atoms.positions
     atoms.calc = None
     return atoms
 
 
-def _turned(name: str, direction: np.ndarray | None, rng: np.random.Generator) -> Atoms:
+def _oriented(name: str, direction: np.ndarray | None, rng: np.random.Generator) -> Atoms:
     """A copy of a fragment, its dipole along `direction`, or turned and displaced at random."""
     part = fragment(name).copy()
     dipole = part.info.pop("dipole")
@@ -352,15 +149,15 @@ def _turned(name: str, direction: np.ndarray | None, rng: np.random.Generator) -
 
 
 def _pair(first: Atoms, second: Atoms, distance: float, kind: str, name: str) -> Atoms:
-    """Two fragments with centres `distance` Å apart along x; StateError where that fails."""
+    """Two fragments with centres `distance` Å apart along x; LabelError where that fails."""
     moved = second.copy()
     moved.positions += [distance, 0.0, 0.0] - second.positions.mean(0) + first.positions.mean(0)
     between = np.linalg.norm(first.positions[:, None] - moved.positions, axis=2)
     bond = covalent_radii[first.numbers][:, None] + covalent_radii[moved.numbers]
     if (between < 0.9 * bond).any():
-        raise StateError("the fragments overlap")
+        raise LabelError("the fragments overlap")
     charge = first.info["charge"]
-    pair = together(first, moved, kind, name, lambda _: Fragments(len(first), charge))
+    pair = join(first, moved, kind, name, Fragments(len(first), charge))
     pair.info["label"] = GFN2
     return pair
 
@@ -382,7 +179,7 @@ def pairs(structures: int, seed: int) -> dict[str, list[Atoms]]:
         name = f"{first}...{second}"
         rng = np.random.default_rng([seed, *name.encode()])
         for index, distance in enumerate(rng.uniform(2.0, FARTHEST, each)):
-            parts = [_turned(part, None, rng) for part in (first, second)]
+            parts = [_oriented(part, None, rng) for part in (first, second)]
             split, kind = ("train", "pairs_seen") if index % 10 < 8 else ("val", "pairs_seen")
             if role == "unseen":
                 split, kind = "test", "pairs_unseen_pair"
@@ -392,7 +189,7 @@ def pairs(structures: int, seed: int) -> dict[str, list[Atoms]]:
                 split = "test"
             try:
                 found[split].append(_pair(*parts, distance, kind, f"{name}/{index}"))
-            except StateError:
+            except LabelError:
                 continue
         found["curves"] += _pair_curve(first, second, rng)
     return found
@@ -402,13 +199,13 @@ def _pair_curve(first: str, second: str, rng: np.random.Generator) -> list[Atoms
     """A pair in its attractive orientation, in steps of 0.5 Å; nothing if few of them converge."""
     charges = [FRAGMENTS[part][2] for part in (first, second)]
     along = np.array([1.0, 0.0, 0.0])
-    one = _turned(first, along * (-np.sign(charges[1]) or 1.0), rng)
-    other = _turned(second, along * (np.sign(charges[0]) or 1.0), rng)
+    one = _oriented(first, along * (-np.sign(charges[1]) or 1.0), rng)
+    other = _oriented(second, along * (np.sign(charges[0]) or 1.0), rng)
     curve = []
     for distance in np.arange(2.0, FARTHEST + 0.01, 0.5):
         try:
             curve.append(_pair(one, other, float(distance), "curve", f"{first}...{second}"))
-        except StateError:
+        except LabelError:
             continue
     return curve if len(curve) >= 12 else []
 
@@ -421,7 +218,7 @@ CHARGED = {"NH3+": ("[NH3+]", 1), "NH2": ("[NH3+]", 0), "S-": ("S", -1), "SH": (
 ENDS = {"OH": ("O", 0), "F": ("F", 0), "CN": ("C#N", 0), "NH3+": ("[NH3+]", 1), "S-": ("[S-]", -1)}
 LENGTHS = tuple(range(3, 16))  # CH2 groups between
 TRAINED_LENGTH = 10  # longer chains are in `test` alone
-DISPLACEMENT = 0.01  # Å: strain is to stay small beside what the charge does
+DISPLACEMENT = 0.01  # Å: the strain is to stay small compared with the effect of the charge
 UNSEEN_END = "F"  # with a charge at the other end, this one is in `test` alone
 
 
@@ -435,7 +232,7 @@ def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int
     smiles = CHARGED[start][0] + "C" * groups + ENDS[end][0]
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
     if AllChem.EmbedMolecule(molecule, randomSeed=1) != 0:
-        raise LongRangeError(f"no conformer of {smiles}")
+        raise LabelError(f"no conformer of {smiles}")
     conformer = molecule.GetConformer()
     for i in range(groups - 1):  # heavy atoms come in the order of the SMILES
         rdMolTransforms.SetDihedralDeg(conformer, i, i + 1, i + 2, i + 3, 180.0)
@@ -455,8 +252,8 @@ def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int
 
 
 def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator | None) -> Atoms:
-    """A labelled chain; with `rng`, atoms displaced a little. `info` as in `together`, with the
-    end group as the probe; StateError where the SCF fails."""
+    """A labelled chain; with `rng`, atoms displaced a little. `info` as in `join`, with the
+    end group as the probe; LabelError where the SCF fails."""
     atoms, heavy, group = _stretched(start, groups, end)
     atoms = atoms.copy()
     if rng is not None:
@@ -468,7 +265,7 @@ def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator
         "num_atoms": len(atoms),
         "num_electrons": int(atoms.numbers.sum()) - charge,
         "composition": atoms.get_chemical_formula("hill"),
-        "reference_source": "allscaip-lite data long-range",
+        "reference_source": "allscaip-lite, data/long-range/make.py",
         "data_id": kind,
         "source": f"{start}...{end}",
         "distance": distance,
@@ -487,7 +284,7 @@ def chains(structures: int, seed: int) -> dict[str, list[Atoms]]:
     -S- at the other, but not two opposite charges, between which an electron would cross. `test`
     has a tenth of what is trained on (`chain_seen`), chains of more than 10 groups
     (`chain_unseen_length`), and -F opposite a charge (`chain_unseen_end`). Both states of a curve
-    share one geometry: their difference is what the charge does.
+    share one geometry: their difference is the effect of the charge.
     """
     found: dict[str, list[Atoms]] = {name: [] for name in FILES}
     ends = [(s, e) for s in CHARGED for e in ENDS if CHARGED[s][1] * ENDS[e][1] >= 0]
@@ -505,11 +302,11 @@ def chains(structures: int, seed: int) -> dict[str, list[Atoms]]:
                 split, kind = "test", "chain_unseen_end"
             try:
                 found[split].append(chain(start, groups, end, kind, rng))
-            except StateError:
+            except LabelError:
                 continue
         try:
             found["curves"].append(chain(start, groups, end, "curve", None))
-        except StateError:
+        except LabelError:
             continue
     return found
 
@@ -538,30 +335,27 @@ SOURCES: dict[str, Writer] = {
 SIZES = {"ions": 5000, "pairs": 3000, "chain": 2000}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `allscaip-lite data long-range`."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` defaults to the arguments of the process."""
+    parser = argparse.ArgumentParser(
+        description="Make data whose energy reaches far: ions, pairs and chains."
+    )
     parser.add_argument("kind", choices=sorted(SOURCES), help="which of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--structures", type=int, help="about how many (each set has a default)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier data set")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`allscaip-lite data long-range`: make a data set, say its size; the exit status."""
-    there = [args.out / f"{name}.aselmdb" for name in FILES]
-    if any(file.exists() for file in there) and not args.overwrite:
-        raise FileExistsError(f"{args.out} holds a data set: choose another --out or --overwrite")
+    args = parser.parse_args(argv)
+    files = [args.out / f"{name}.aselmdb" for name in FILES]
+    if any(file.exists() for file in files) and not args.overwrite:
+        parser.error(f"{args.out} holds a data set: choose another --out or --overwrite")
     structures = SIZES[args.kind] if args.structures is None else args.structures
     if structures < 20:
-        raise LongRangeError(f"--structures {structures}: give 20 or more, so that all splits fill")
+        parser.error(f"--structures {structures}: give 20 or more, so that all splits fill")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, count in SOURCES[args.kind](args.out, structures, args.seed).items():
         print(f"{name}: {count} structures")
-    return 0
 
 
 if __name__ == "__main__":
-    command = argparse.ArgumentParser(prog="allscaip-lite data long-range", description=__doc__)
-    add_arguments(command)
-    sys.exit(run(command.parse_args()))
+    main()

@@ -1,19 +1,48 @@
-"""Which species GFN2-xTB labels: the tables of `data xtb`, and the split by molecule.
+"""Make `data/xtb`: molecules, ions, radicals and complexes, labelled with GFN2-xTB.
 
-In: the tables below, SMILES of common molecules and patterns of more. Out: `plan`, a list of `Job`s
-for `teacher`: a `System` (molecules, charge, multiplicity), how many structures of it are wanted,
-and the split they go to.
+    python data/xtb/make.py --out data/generated/xtb --structures 60000 --seed 0
+
+In: the tables of SMILES below and a seed. Out: `{train,val,test}.aselmdb` with energies (eV) and
+forces (eV/Å), split by molecule, and `references.json` with the energies of the free atoms. A run
+that was stopped goes on where it was.
+
+Structures come from RDKit conformers and random complexes of molecules, short Langevin runs,
+rotated bonds and random displacements.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from pathlib import Path
 
-from allscaip_lite.data.aselmdb import SPLITS, split_by_molecule
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import CalculatorError
+from ase.data import covalent_radii
+from scipy.spatial.transform import Rotation
+
+from allscaip_lite.labels import LabelError, xtb
+from allscaip_lite.labels.sampling import (
+    CAFFEINE,
+    KEPT_IN_TRAIN,
+    Job,
+    System,
+    assemble,
+    atom_count,
+    embed,
+    langevin,
+    make_set,
+    parse_system,
+    protomers,
+    relax,
+    split_of,
+    take_share,
+    with_hydrogens,
+)
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
@@ -169,7 +198,7 @@ CN.CN CS(C)=O.CO CN(C)C=O.CO OO.OO Fc1c(F)c(F)c(F)c(F)c1F.c1ccccc1
 """
 
 # --- families --------------------------------------------------------------------------------
-# Written as patterns and thinned by a hash: volume, and molecules nobody would think of listing.
+# Written as patterns, of which a hash picks a share: many molecules that no table would list.
 
 # Two groups on one core: of all pairs, a fifth.
 CORES = """
@@ -205,8 +234,8 @@ O N S CO C=O NC=O CC#N [OH-] [SH-] [Cl-] [F-] [Br-] O=C[O-] C[S-] CC(=O)[O-] c1c
 """
 METALS = "[Zn+2] [Mg+2] [Ca+2] [Li+] [Na+] [K+]"
 MOST_ATOMS = 40
-# The set `charged`: how often it takes the domains of `main`, and which states of a molecule that
-# stays as it is.
+# The set `charged`: weights of the domains that it shares with `main`, and the states (charge,
+# multiplicity) in which it labels the geometry of a neutral molecule.
 CHARGED = {
     "ions": 2.0,
     "ions_grid": 0.5,
@@ -218,79 +247,35 @@ CHARGED = {
     "metals": 1.0,
 }
 VERTICAL = ((1, 2), (-1, 2), (0, 3))
-APART = 14.0  # Å, the widest gap of the set `apart`
-# What takes a proton, and what gives one: pattern, which atom of it, change of its charge.
-PROTON_SITES = (
-    ("[NX3;H2,H1,H0;!$(N[C,S]=[O,S,N]);!$(N-a);!$(N[!#6;!#1]);!$(NC#*)]", 1),
-    ("[NX1]#[#6]", 1),
-    ("[OX1]=[#6]", 1),
-    ("[nX2]", 1),
-    ("[OX2H][#6,P]", -1),
-    ("[SX2H]", -1),
-    ("[nX3;H1]", -1),
-)
+WIDEST_GAP = 14.0  # Å, of the set `apart`
 
-# Held out on purpose, whatever the hash says. Names are those of `System.molecule`.
-CAFFEINE = "Cn1c(=O)c2c(ncn2C)n(C)c1=O"
-GLYCINE = "NCC(=O)O"
-WATER = "O"
-HELD_OUT = {
-    CAFFEINE: "test",  # with all that contains it
-    f"{GLYCINE}.{WATER}": "test",
-    f"{GLYCINE}.{WATER}.{WATER}": "test",
-    ".".join([WATER] * 7): "test",
-    ".".join(["[Na+]"] + [WATER] * 4): "test",
-    ".".join(["[Cl-]"] + [WATER] * 4): "test",
-    ".".join([WATER] * 5): "val",
-    ".".join(["[K+]"] + [WATER] * 3): "val",
-    ".".join(["[Ca+2]"] + [WATER] * 5): "val",
-}
-KEPT_IN_TRAIN = {"CCO", "CCCC", GLYCINE, "c1ccccc1", "CC(N)=O", "CNC(C)=O"}
+# --- Which systems ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class System:
-    """What is sampled in one job: molecules (SMILES) side by side, one charge and multiplicity.
+class SampledSystem(System):
+    """A system and how it is sampled.
 
-    Where `moves_as` is given, another charge and multiplicity, the geometries are those of that
-    state: ionised or excited at once, before the atoms have moved. Where `reach` (Å) is given, the
-    molecules stand apart, at gaps from contact up to it.
+    Attributes:
+        weight: Its share of the structures, relative to the other systems.
+        moves_as: Charge and multiplicity of the state that is relaxed and run, if it is not the one
+            that is labelled: ionised or excited at once, before the atoms have moved.
+        reach: If given, the two molecules are separated, at gaps (Å) from contact up to it.
     """
 
-    domain: str
-    parts: tuple[str, ...]
-    charge: int
-    multiplicity: int
     weight: float = 1.0
     moves_as: tuple[int, int] | None = None
     reach: float | None = None
 
     @property
-    def molecule(self) -> str:
-        return ".".join(self.parts)
-
-    @property
     def name(self) -> str:
-        state = f"{self.molecule}|{self.charge}|{self.multiplicity}"
+        state = super().name
         if self.moves_as is not None:
             state += f", {self.moves_as[0]}|{self.moves_as[1]}"
         return state if self.reach is None else f"{state}, to {self.reach:g} Å"
 
-    def alone(self, part: str) -> System:
-        """One of the molecules by itself."""
-        return _system(self.domain, part)
 
-
-@dataclass(frozen=True)
-class Job:
-    """A system, how many structures of it are wanted, and the split they go to."""
-
-    system: System
-    count: int
-    split: str
-
-
-def systems() -> list[System]:
+def systems() -> list[SampledSystem]:
     """Every system of the set `main`, each once, in a fixed order."""
     pairs = itertools.product(SUBSTITUENTS.split(), GROUPS.split())
     grid = [substituent + group for substituent, group in pairs]
@@ -315,11 +300,11 @@ def systems() -> list[System]:
     return _each_once(found)
 
 
-def charged_systems() -> list[System]:
+def charged_systems() -> list[SampledSystem]:
     """Every system of the set `charged`, each once, in a fixed order: what `main` has least of.
 
     The domains of `CHARGED` again, for other structures of them; and of the single neutral
-    molecules the cation, the anion and the triplet as the molecule stands, and the ions with a
+    molecules the cation, the anion and the triplet at the molecule's geometry, and the ions with a
     proton more or less.
     """
     main = systems()
@@ -342,20 +327,20 @@ def charged_systems() -> list[System]:
     return _each_once(found)
 
 
-def apart_systems() -> list[System]:
-    """Every system of the set `apart`, each once, in a fixed order: two molecules, of which
-    `main` knows what they are in contact but not what it costs to part them."""
+def separated_systems() -> list[SampledSystem]:
+    """Every system of the set `apart`, each once, in a fixed order: two molecules, which `main` has
+    in contact only."""
     partners, ions = PARTNERS.split(), [*DISSOLVED.split(), "[Zn+2]", "[I-]"]
     words = [word for word in ["O.O"] + ION_PAIRS.split() + DIMERS.split() if word.count(".") == 1]
     found = [_system("apart", word, weight=3.0) for word in words]
     pairs = itertools.combinations_with_replacement(partners, 2)
     found += [_system("apart", ".".join(pair)) for pair in pairs]
     found += [_system("apart", ".".join(pair)) for pair in itertools.product(ions, partners)]
-    return _each_once([replace(system, reach=APART) for system in found])
+    return _each_once([replace(system, reach=WIDEST_GAP) for system in found])
 
 
-def _each_once(found: Iterable[System]) -> list[System]:
-    unique: dict[str, System] = {}
+def _each_once(found: Iterable[SampledSystem]) -> list[SampledSystem]:
+    unique: dict[str, SampledSystem] = {}
     for system in found:
         unique.setdefault(system.name, system)
     return [system for system in unique.values() if atom_count(system) <= MOST_ATOMS]
@@ -407,106 +392,261 @@ def _thinned(domain: str, words: Iterable[str], share: float) -> Iterator[tuple[
             yield domain, word
 
 
-def atom_count(system: System) -> int:
-    """Atoms of a system, hydrogens included."""
-    return sum(with_hydrogens(part).GetNumAtoms() for part in system.parts)
-
-
-def _system(domain: str, word: str, weight: float = 1.0) -> System:
-    from rdkit import Chem
-
-    smiles, *state = word.split("|")
-    molecules = [Chem.MolFromSmiles(part) for part in smiles.split(".")]
-    charge = sum(Chem.GetFormalCharge(molecule) for molecule in molecules)
-    unpaired = sum(a.GetNumRadicalElectrons() for m in molecules for a in m.GetAtoms())
-    if state:
-        charge, unpaired = int(state[0]), int(state[1]) - 1
-    parts = tuple(Chem.MolToSmiles(molecule) for molecule in molecules)
-    if len(parts) == 1 and (parts[0] in KEPT_IN_TRAIN or parts[0] == CAFFEINE):
+def _system(domain: str, word: str, weight: float = 1.0) -> SampledSystem:
+    system = parse_system(domain, word)
+    if len(system.parts) == 1 and (system.parts[0] in KEPT_IN_TRAIN or system.parts[0] == CAFFEINE):
         weight = 3.0
-    return System(domain, parts, charge, unpaired + 1, weight)
+    return SampledSystem(domain, system.parts, system.charge, system.multiplicity, weight)
 
 
-def protomers(smiles: str) -> list[tuple[str, int]]:
-    """Ions of a molecule with a proton more (+1) or less (−1), one of each kind of
-    `PROTON_SITES`: SMILES and charge."""
-    from rdkit import Chem
-
-    found = []
-    for pattern, change in PROTON_SITES:
-        molecule = Chem.MolFromSmiles(smiles)
-        matches = molecule.GetSubstructMatches(Chem.MolFromSmarts(pattern))
-        if not matches:
-            continue
-        site = molecule.GetAtomWithIdx(matches[0][0])
-        hydrogens = site.GetTotalNumHs() + change
-        site.SetFormalCharge(site.GetFormalCharge() + change)
-        site.SetNoImplicit(True)
-        site.SetNumExplicitHs(hydrogens)
-        Chem.SanitizeMol(molecule)
-        found.append((Chem.MolToSmiles(molecule), change))
-    return found
+# The place of a set in this list makes its seed, so that no structure is in two of them; the fourth
+# place is that of `data/omol-mini/make.py --method gfn2-xtb`.
+SETS = {"main": systems, "charged": charged_systems, "apart": separated_systems}
 
 
-@cache
-def parent(smiles: str) -> str:
-    """SMILES of the molecule with its charges neutralised by protons, without stereochemistry:
-    what decides the split, so that an acid and its anion stay together."""
-    from rdkit import Chem, RDLogger
-    from rdkit.Chem.MolStandardize import rdMolStandardize
-
-    RDLogger.DisableLog("rdApp.*")
-    neutral = rdMolStandardize.Uncharger().uncharge(Chem.MolFromSmiles(smiles))
-    return Chem.MolToSmiles(neutral, isomericSmiles=False)
-
-
-def split_of(system: System) -> str:
-    """The split of a system, whatever the seed of its structures, so that data sets can be joined.
-
-    Named systems go where `HELD_OUT` says. Molecules of one or two heavy atoms and those of
-    `KEPT_IN_TRAIN` are trained on. Others go by the hash of their `parent`. A complex goes with
-    its most held-out molecule; if all of them are trained on, by the hash of its parents, so that
-    some complexes are new although their molecules are not.
-    """
-    whole = ".".join(sorted(system.parts))
-    if whole in _HELD_OUT:
-        return _HELD_OUT[whole]
-    splits = [_split_of_part(part) for part in system.parts]
-    if len(splits) > 1:
-        splits += split_by_molecule([".".join(sorted(map(parent, system.parts)))])
-    return max(splits, key=SPLITS.index)
-
-
-@cache
-def _split_of_part(smiles: str) -> str:
-    from rdkit import Chem
-
-    key = parent(smiles)
-    if key in _HELD_OUT:
-        return _HELD_OUT[key]
-    if key in KEPT_IN_TRAIN or Chem.MolFromSmiles(smiles).GetNumHeavyAtoms() <= 2:
-        return "train"
-    return split_by_molecule([key])[0]
-
-
-_HELD_OUT = {".".join(sorted(name.split("."))): split for name, split in HELD_OUT.items()}
-
-
-SETS = {"main": systems, "charged": charged_systems, "apart": apart_systems}
-
-
-def plan(structures: int, kind: str = "main") -> list[Job]:
+def plan(structures: int, kind: str = "main", seed: int = 0) -> list[Job]:
     """The jobs that together yield about `structures` structures of one of `SETS`."""
     chosen = SETS[kind]()
     share = 1.05 * structures / sum(system.weight for system in chosen)
+    seed += 1_000_000 * list(SETS).index(kind)
     return [
-        Job(system, max(2, round(share * system.weight)), split_of(system)) for system in chosen
+        Job(system, max(2, round(share * system.weight)), split_of(system), seed)
+        for system in chosen
     ]
 
 
-def with_hydrogens(smiles: str):
-    """The molecule as RDKit has it, its hydrogens among the atoms."""
-    from rdkit import Chem, RDLogger
+# --- Sampling --------------------------------------------------------------------------------
 
-    RDLogger.DisableLog("rdApp.*")
-    return Chem.AddHs(Chem.MolFromSmiles(smiles))
+MAX_FORCE = 25.0  # eV/Å: a structure with a larger one is left out
+STATE_TOLERANCE = 0.02  # eV between a run's electronic state and one found from scratch
+# Two molecules with a gap of FAR (Å) or more must have the energy of each alone, plus Coulomb's,
+# within FAR_TOLERANCE (eV): GFN2-xTB tends to spread the charge of one over both.
+FAR, FAR_TOLERANCE = 5.0, 0.3
+
+
+def sample(job: Job) -> list[Atoms]:
+    """Labelled structures of one system, always the same ones for the same job.
+
+    Half come from Langevin runs (1 fs steps, 25 fs between snapshots, 300–1000 K; complexes
+    200–500 K), started from a conformer or complex relaxed for a few steps; the rest from
+    rotated bonds (complexes: new ones) and random displacements. A system that `moves_as` another
+    state is relaxed and run in that one, and labelled in its own. One with a `reach` is molecules
+    relaxed alone, displaced at random and put at gaps from 1.6 Å to it, as many between 2 and 4 Å
+    as between 4 and 8; from 5 Å on only if their energy is that of each alone, plus Coulomb's of
+    their charges.
+
+    Raises LabelError if fewer than half of the structures wanted come out usable.
+    """
+    system, count = job.system, job.count
+    digest = hashlib.sha256(f"{job.seed}:{system.name}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    number = min(6, max(2, count // 4))
+    charge, multiplicity = system.moves_as or (system.charge, system.multiplicity)
+    moving = replace(system, charge=charge, multiplicity=multiplicity)
+    molecules = {part: embed(part, rng, number) for part in dict.fromkeys(system.parts)}
+    shapes = [_shape(moving, molecules, rng, contact=2.0) for _ in range(number)]
+    bonds = _rotatable_bonds(system.parts[0]) if len(system.parts) == 1 else []
+    kept: list[Atoms] = []
+
+    def keep(atoms: Atoms, how: str, expected: float | None = None) -> None:
+        tolerance = STATE_TOLERANCE if system.reach is None else FAR_TOLERANCE
+        labelled = _label(atoms, system, None if system.moves_as else expected, tolerance)
+        if labelled is not None and len(kept) < count:
+            labelled.info["source"] = f"xtb/{system.domain}/{system.name}/{len(kept)}/{how}"
+            kept.append(labelled)
+
+    if system.reach is not None:
+        molecules = {part: _relax_each(system, part, molecules[part]) for part in molecules}
+        for _ in range(4 * count):
+            if len(kept) >= count:
+                break
+            gap = 1.6 * (system.reach / 1.6) ** rng.random()
+            atoms = _shape(system, molecules, rng, gap)
+            atoms.positions += rng.normal(size=(len(atoms), 3)) * rng.choice([0.01, 0.03, 0.06])
+            keep(atoms, "apart", None if gap < FAR else _energy_when_separated(atoms, system))
+        return _enough(kept, count)
+
+    runs = max(1, min(len(shapes), count // 6))
+    relaxed = []
+    for shape in shapes[:runs]:
+        try:
+            relaxed.append(relax(shape, steps=15 if len(system.parts) == 1 else 30))
+        except CalculatorError:
+            continue
+        keep(relaxed[-1], "relaxed")
+        for atoms, energy in _langevin(relaxed[-1], rng, -(-count // (2 * runs)), system):
+            keep(atoms, "langevin", energy)
+    shapes = relaxed + shapes[runs:]
+    for attempt in range(4 * count):
+        if len(kept) >= count:
+            break
+        atoms = shapes[rng.integers(len(shapes))].copy()
+        how = "displaced"
+        if attempt % 2 and len(system.parts) > 1:
+            atoms, how = _shape(moving, molecules, rng, rng.uniform(1.6, 3.6)), "assembled"
+        elif attempt % 2 and bonds:
+            _rotate(atoms, *bonds[rng.integers(len(bonds))], rng.uniform(0, 2 * np.pi))
+            how = "turned"
+        atoms.positions += rng.normal(size=(len(atoms), 3)) * rng.choice([0.02, 0.05, 0.1])
+        keep(atoms, how)
+    return _enough(kept, count)
+
+
+def _enough(kept: list[Atoms], count: int) -> list[Atoms]:
+    if 2 * len(kept) < count:
+        raise LabelError(f"{len(kept)} usable structures of {count}")
+    return kept
+
+
+def _label(
+    atoms: Atoms,
+    system: SampledSystem,
+    expected: float | None = None,
+    tolerance: float = STATE_TOLERANCE,
+) -> Atoms | None:
+    """The structure with its labels and metadata, or None if it is not fit for training: among
+    others if its energy is not within `tolerance` of `expected` (eV)."""
+    numbers, positions = atoms.numbers, atoms.positions
+    distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    bond = covalent_radii[numbers][:, None] + covalent_radii[numbers][None]
+    if (distance + 9.0 * np.eye(len(atoms)) < 0.6 * bond).any():
+        return None
+    reach = 1.8 * bond if len(system.parts) == 1 else system.reach or 6.0
+    if not _connected(distance < reach):
+        return None
+    centred = Atoms(numbers, positions - positions.mean(axis=0))
+    centred.info = {
+        "charge": system.charge,
+        "spin": system.multiplicity,
+        "reference_source": "allscaip-lite, data/xtb/make.py",
+        "data_id": system.domain,
+        "molecule": system.molecule,
+    }
+    try:
+        labelled = xtb.label(centred, MAX_FORCE)
+    except LabelError:
+        return None
+    if expected is None:
+        return labelled
+    energy = labelled.get_potential_energy()
+    return labelled if abs(energy - expected) <= tolerance else None  # so for NaN too
+
+
+def _connected(near: np.ndarray) -> bool:
+    """Whether every atom is reached from the first by steps between near atoms; near (N, N)."""
+    reached = near[0]
+    for _ in range(len(near)):
+        reached = near[reached].any(0)
+    return bool(reached.all())
+
+
+def _relax_each(system: System, part: str, shapes: Sequence[Atoms]) -> list[Atoms]:
+    alone = parse_system(system.domain, part)
+    for atoms in shapes:
+        atoms.info = {"charge": alone.charge, "spin": alone.multiplicity}
+    return [relax(atoms, steps=8) if len(atoms) > 1 else atoms for atoms in shapes]
+
+
+def _energy_when_separated(atoms: Atoms, system: System) -> float:
+    """Energies of two molecules alone plus Coulomb's of their charges, in eV; NaN where GFN2-xTB
+    fails for one of them."""
+    first = with_hydrogens(system.parts[0]).GetNumAtoms()
+    pieces, energy = (atoms[:first], atoms[first:]), 0.0
+    states = [parse_system(system.domain, part) for part in system.parts]
+    for piece, state in zip(pieces, states, strict=True):
+        piece.info = {"charge": state.charge, "spin": state.multiplicity}
+        try:
+            energy += xtb.results_of(piece)["energy"]
+        except LabelError:
+            return np.nan
+    distance = np.linalg.norm(pieces[0].positions.mean(0) - pieces[1].positions.mean(0))
+    coulomb = units.Hartree * units.Bohr / distance  # of two charges of one
+    return energy + coulomb * states[0].charge * states[1].charge
+
+
+def _langevin(
+    start: Atoms, rng: np.random.Generator, snapshots: int, system: System
+) -> Iterator[tuple[Atoms, float]]:
+    """Snapshots (structure, energy in eV) of one run; it ends early where GFN2-xTB fails."""
+    hot = len(system.parts) == 1
+    temperature = float(rng.choice([300, 500, 700, 1000] if hot else [200, 300, 400, 500]))
+    run = langevin(start, temperature, rng)
+    for _ in range(snapshots):
+        try:
+            run.run(25)
+        except CalculatorError:
+            return
+        yield run.atoms.copy(), run.atoms.get_potential_energy()
+
+
+def _shape(
+    system: System, molecules: dict[str, list[Atoms]], rng: np.random.Generator, contact: float
+) -> Atoms:
+    """A conformer of a molecule, or a random complex of conformers of several."""
+    parts = [molecules[part][rng.integers(len(molecules[part]))] for part in system.parts]
+    shape = assemble(parts, rng, contact)
+    shape.info = {"charge": system.charge, "spin": system.multiplicity}
+    return shape
+
+
+def _rotatable_bonds(smiles: str) -> list[tuple[int, int, np.ndarray]]:
+    """Single bonds outside rings between two atoms that have other neighbours: (i, j, the atoms on
+    the side of j)."""
+    from rdkit import Chem
+
+    molecule = with_hydrogens(smiles)
+    bonds = []
+    for bond in molecule.GetBonds():
+        ends = bond.GetBeginAtom(), bond.GetEndAtom()
+        if bond.IsInRing() or bond.GetBondType() != Chem.BondType.SINGLE:
+            continue
+        if min(end.GetDegree() for end in ends) < 2:
+            continue
+        i, j = (end.GetIdx() for end in ends)
+        cut = Chem.RWMol(molecule)
+        cut.RemoveBond(i, j)
+        side = next(group for group in Chem.GetMolFrags(cut) if j in group)
+        bonds.append((i, j, np.array(side)))
+    return bonds
+
+
+def _rotate(atoms: Atoms, i: int, j: int, side: np.ndarray, angle: float) -> None:
+    """Rotate the atoms `side` by `angle` (radians) about the bond from i to j, in place."""
+    axis = atoms.positions[j] - atoms.positions[i]
+    turn = Rotation.from_rotvec(angle * axis / np.linalg.norm(axis))
+    pivot = atoms.positions[j].copy()
+    atoms.positions[side] = turn.apply(atoms.positions[side] - pivot) + pivot
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` defaults to the arguments of the process."""
+    parser = argparse.ArgumentParser(
+        description="Sample molecules, ions, radicals and complexes, and label them with GFN2-xTB."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--set",
+        choices=tuple(SETS),
+        default="main",
+        help="main; charged: more ions, radicals, triplets and metals, of which main has few; "
+        "apart: two molecules from contact to 14 Å (bonds that break: data/omol-mini/make.py)",
+    )
+    parser.add_argument("--structures", type=int, default=60_000, help="about how many")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="make only this share of the systems: a part of the same set",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    args = parser.parse_args(argv)
+    jobs = take_share(plan(args.structures, args.set, args.seed), args.share)
+    make_set(args.out, jobs, sample, args.workers)
+
+
+if __name__ == "__main__":
+    main()

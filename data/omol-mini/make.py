@@ -1,35 +1,57 @@
-"""Which structures `data/omol-mini` holds: small systems from the domains of OMol25.
+"""Make `data/omol-mini`: small systems from the domains of OMol25, labelled with wB97M-V/def2-TZVPD.
 
-Comes in: the tables below and a seed. Goes out: `ase.Atoms` with charge, spin multiplicity,
-`data_id` (the domain), `source` (how it was made), `molecule`, and GFN2-xTB's energy (eV)
-and forces (eV/Å) in `info`, in an order in which every beginning of the list is a fair
-sample of the whole: labelling that stops early still leaves a data set.
+    python data/omol-mini/make.py --out data/generated/omol-mini --known data/omol-mini --workers 2
+
+In: the tables below and a seed. Out: `{train,val,test}.aselmdb`, split by molecule, with energies
+(eV) and forces (eV/Å), GFN2-xTB's in `info`, and `references.json` with the energies of the free
+atoms. Labels are made in an order in which every beginning is a fair sample of the whole: labelling
+that stops early still leaves a data set (`--collect`), and the same command goes on.
+
+With `--method gfn2-xtb` the same systems, sampled by the same rules, are labelled with GFN2-xTB
+alone: many more structures, and other ones, half of them far from any minimum (the set `reactive`
+of `data/xtb/README.md`).
 
 Domains follow D. S. Levine et al., The Open Molecules 2025 dataset, arXiv:2505.08762.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import CalculatorError
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
-from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data.aselmdb import SPLITS
-from allscaip_lite.labels.species import Job, System, split_of
-from allscaip_lite.labels.xtb import GFN2xTB, JobFailed, label, langevin, results_of
+from allscaip_lite.files import store_text
+from allscaip_lite.labels import LabelError, queue, xtb
+from allscaip_lite.labels.sampling import (
+    Job,
+    System,
+    in_state,
+    langevin,
+    make_set,
+    parse_system,
+    relax,
+    split_of,
+    take_share,
+    with_hydrogens,
+)
+from allscaip_lite.labels.xtb import GFN2xTB
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
 # with the fewest unpaired electrons. Molecules of three and more heavy atoms are also there to be
-# held out: smaller ones are all trained on (see `species.split_of`).
+# held out: smaller ones are all trained on (see `sampling.split_of`).
 
 ORGANIC = """
 [H][H] C O N F Cl Br S P [SiH4] B [C-]#[O+] N#N O=C=O C#N [C-]#[NH+] C=O CO CN CF CCl CBr CS C#C C=C
@@ -160,7 +182,8 @@ REACTIVE = SIZES | {
 }
 SHARES = {"train": 0.80, "val": 0.08, "test": 0.12}
 MOST_ATOMS = 12
-MAX_FORCE = 30.0  # eV/Å, by GFN2-xTB: beyond it, a structure is no use for training
+MAX_FORCE = 30.0  # eV/Å, by GFN2-xTB: a structure with a larger one is left out
+REACTIVE_MAX_FORCE = 25.0  # the same where GFN2-xTB labels
 
 
 @dataclass(frozen=True)
@@ -187,11 +210,11 @@ class Item:
             rng = np.random.default_rng(int(_digest(f"{self.name}/{attempt}")[:16], 16))
             try:
                 made = _MAKERS[self.domain](self, rng)
-            except (CalculatorError, NoStructure):
+            except (CalculatorError, LabelError):
                 continue
-            labelled = [_labelled(atoms, self, how) for atoms, how in made]
-            if all(atoms is not None for atoms in labelled):
-                return labelled
+            checked = [_checked(atoms, self, how) for atoms, how in made]
+            if all(atoms is not None for atoms in checked):
+                return checked
         return []
 
 
@@ -212,7 +235,7 @@ def systems() -> dict[str, list[System]]:
     }
     found: dict[str, list[System]] = {}
     for domain, listed in words.items():
-        unique = {system.name: system for system in (_system(domain, word) for word in listed)}
+        unique = {system.name: system for system in (parse_system(domain, word) for word in listed)}
         found[domain] = [
             system
             for system in unique.values()
@@ -225,7 +248,7 @@ def plan(seed: int = 0) -> list[Item]:
     """The whole list, in the order of labelling: any beginning of it is a fair sample.
 
     Every domain gives each split its share; within a split its systems take turns, in the order of
-    a hash of their names. The entries of all domains and splits are then merged like a zip, each
+    a hash of their names. The entries of all domains and splits are then merged, each
     evenly spread over the whole.
     """
     placed = []
@@ -244,45 +267,11 @@ def plan(seed: int = 0) -> list[Item]:
     return [item for *_, item in sorted(placed, key=lambda entry: entry[:2])]
 
 
-def jobs(structures: int) -> list[Job]:
-    """The set `reactive` of `data xtb`: the systems of all domains, by the shares of REACTIVE."""
-    found = []
-    for domain, listed in systems().items():
-        wanted = structures * REACTIVE[domain] / sum(REACTIVE.values())
-        count = max(1, round(wanted / len(listed) / (2 if domain == "two_spins" else 1)))
-        found += [Job(system, count, split_of(system)) for system in listed]
-    return found
-
-
-def sample(job: Job, seed: int = 0) -> list[Atoms]:
-    """The first `job.count` entries of a system, labelled by GFN2-xTB.
-
-    Raises JobFailed if there is none.
-    """
-    found = []
-    for index in range(job.count):
-        item = Item(job.system.domain, job.system, job.split, index, seed)
-        for atoms in item.structures():
-            labelled = label(atoms, job.system)
-            if labelled is not None:
-                how = atoms.info["source"].removeprefix("omol-mini/")
-                labelled.info["source"] = f"xtb/reactive/{how}"
-                found.append(labelled)
-    if not found:
-        raise JobFailed(f"no usable structure of {job.system.name}")
-    return found
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# --- Sampling --------------------------------------------------------------------------------
-
-
-class NoStructure(RuntimeError):
-    """A system without the geometry that was asked for."""
-
+# --- Sampling -------------------------------------------------------------------------------
 
 Made = list[tuple[Atoms, str]]  # structures, charge and spin in `info`, and how each was made
 
@@ -311,7 +300,7 @@ def _two_spins(item: Item, rng: np.random.Generator) -> Made:
     near = replace(item.system, multiplicity=multiplicity)
     atoms, how = _distorted(_relaxed(near, item.index // 3), item.index % 3, rng)
     return [
-        (_in_state(atoms, item.system.charge, spin), f"near multiplicity {multiplicity}, {how}")
+        (in_state(atoms, item.system.charge, spin), f"near multiplicity {multiplicity}, {how}")
         for spin in (1, 3)
     ]
 
@@ -321,10 +310,10 @@ def _stretched(item: Item, rng: np.random.Generator) -> Made:
     from rdkit import Chem
 
     atoms = _relaxed(item.system, 0)
-    molecule = _with_hydrogens(item.system.parts[0])
+    molecule = with_hydrogens(item.system.parts[0])
     bonds = [bond for bond in molecule.GetBonds() if not bond.IsInRing()]
     if not bonds:
-        raise NoStructure("only rings")
+        raise LabelError("only rings")
     bond = bonds[rng.integers(len(bonds))]
     i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
     cut = Chem.RWMol(molecule)
@@ -336,13 +325,13 @@ def _stretched(item: Item, rng: np.random.Generator) -> Made:
     if spin == 1 and factor > 1.4 and rng.random() < 0.3:
         spin = 3
     ends = atoms.symbols[i] + atoms.symbols[j]
-    atoms = _in_state(_rattled(atoms, 0.03, rng), item.system.charge, spin)
+    atoms = in_state(_rattled(atoms, 0.03, rng), item.system.charge, spin)
     return [(atoms, f"{ends} stretched {factor:.2f}")]
 
 
 def _transfer(item: Item, rng: np.random.Generator) -> Made:
     """X–H···Y with the hydrogen on its way from X to Y, nearly along the line."""
-    donor, acceptor = (_relaxed(_part(part), 0) for part in item.system.parts)
+    donor, acceptor = (_relaxed(parse_system("", part), 0) for part in item.system.parts)
     bonds = [
         (int(np.argmin(donor.get_distances(h, range(len(donor))) + 9.0 * (donor.numbers == 1))), h)
         for h in np.flatnonzero(donor.numbers == 1)
@@ -371,7 +360,7 @@ def _transfer(item: Item, rng: np.random.Generator) -> Made:
         if best is None or gap > best[0]:
             best = gap, moved
     atoms = Atoms([*donor.symbols, *acceptor.symbols], np.vstack([donor.positions, best[1]]))
-    atoms = _in_state(_rattled(atoms, 0.04, rng), item.system.charge, item.system.multiplicity)
+    atoms = in_state(_rattled(atoms, 0.04, rng), item.system.charge, item.system.multiplicity)
     return [(atoms, f"H {fraction:.2f} of the way, {span:.2f} A apart")]
 
 
@@ -386,25 +375,25 @@ def _least(positions: np.ndarray, point: np.ndarray, but: int) -> float:
 def _complex(item: Item, rng: np.random.Generator) -> Made:
     """In turn: a snapshot of the relaxed complex, a new assembly a little off contact."""
     charge, spin = item.system.charge, item.system.multiplicity
-    parts = [_relaxed(_part(part), 0) for part in item.system.parts]
+    parts = [_relaxed(parse_system("", part), 0) for part in item.system.parts]
     if item.index % 2 == 0:
-        whole = _in_state(_assembled(parts, rng, lambda: 1.0), charge, spin)
-        whole = _relax(whole, steps=40)
+        whole = in_state(_assembled(parts, rng, lambda: 1.0), charge, spin)
+        whole = relax(whole, steps=40)
         temperature = float(rng.choice([200, 300, 500]))
         return [(_snapshot(whole, temperature, rng), f"langevin {temperature:.0f} K")]
     off = float(rng.uniform(-0.3, 0.8))
-    whole = _in_state(_assembled(parts, rng, lambda: 1.0 + off), charge, spin)
+    whole = in_state(_assembled(parts, rng, lambda: 1.0 + off), charge, spin)
     return [(_rattled(whole, 0.04, rng), f"assembled {off:+.2f} A off contact")]
 
 
-def _apart(item: Item, rng: np.random.Generator) -> Made:
+def _separated(item: Item, rng: np.random.Generator) -> Made:
     """Two molecules from a little inside contact to 8 Å between their closest atoms, most near;
     a third of them relaxed first."""
     charge, spin = item.system.charge, item.system.multiplicity
-    parts = [_relaxed(_part(part), 0) for part in item.system.parts]
-    whole = _in_state(_assembled(parts, rng, lambda: 1.2), charge, spin)
+    parts = [_relaxed(parse_system("", part), 0) for part in item.system.parts]
+    whole = in_state(_assembled(parts, rng, lambda: 1.2), charge, spin)
     if rng.random() < 1 / 3:
-        whole = _relax(whole, steps=40)
+        whole = relax(whole, steps=40)
     first, second = whole[: len(parts[0])], whole[len(parts[0]) :]
     axis = second.positions.mean(0) - first.positions.mean(0)
     axis /= np.linalg.norm(axis)
@@ -431,69 +420,41 @@ _MAKERS: dict[str, Callable[[Item, np.random.Generator], Made]] = {
     "ions": _molecule,
     "electrolytes": _complex,
     "water_clusters": _complex,
-    "dimers": _apart,
+    "dimers": _separated,
     "metal_complexes": _complex,
 }
 
 
-def _labelled(atoms: Atoms, item: Item, how: str) -> Atoms | None:
-    """The structure with GFN2-xTB's labels and its metadata, or None if no use for training."""
+def _checked(atoms: Atoms, item: Item, how: str) -> Atoms | None:
+    """The structure with its metadata and GFN2-xTB's energy and forces in `info`, or None if it is
+    not fit for training."""
     bond = covalent_radii[atoms.numbers][:, None] + covalent_radii[atoms.numbers][None]
     distance = atoms.get_all_distances() + 9.0 * np.eye(len(atoms))
     if (distance < 0.55 * bond).any():
         return None
     done = Atoms(atoms.numbers, np.round(atoms.positions - atoms.positions.mean(axis=0), 6))
     done.info = {key: atoms.info[key] for key in ("charge", "spin")}
-    results = results_of(done, MAX_FORCE)
-    if results is None:
+    try:
+        labelled = xtb.label(done, MAX_FORCE)
+    except LabelError:
         return None
     done.info |= {
         "data_id": item.domain,
         "source": f"omol-mini/{item.domain}/{item.system.name}/{item.index}/{how}",
-        "reference_source": "allscaip-lite data dft",
+        "reference_source": "allscaip-lite, data/omol-mini/make.py",
         "molecule": item.system.molecule,
+        "xtb_energy": labelled.get_potential_energy(),
+        "xtb_forces": labelled.get_forces(),
     }
-    done.info |= {"xtb_energy": results["energy"], "xtb_forces": results["forces"]}
     return done
 
 
 # --- Geometry --------------------------------------------------------------------------------
 
 
-def _in_state(atoms: Atoms, charge: int, spin: int) -> Atoms:
-    atoms = atoms.copy()
-    atoms.info = {"charge": charge, "spin": spin}
-    return atoms
-
-
-def _system(domain: str, word: str) -> System:
-    """A system of the tables: SMILES with dots, and charge and multiplicity if they are given."""
-    from rdkit import Chem
-
-    smiles, *state = word.split("|")
-    molecules = [Chem.MolFromSmiles(part) for part in smiles.split(".")]
-    charge = sum(Chem.GetFormalCharge(molecule) for molecule in molecules)
-    unpaired = sum(a.GetNumRadicalElectrons() for m in molecules for a in m.GetAtoms())
-    if state:
-        charge, unpaired = int(state[0]), int(state[1]) - 1
-    parts = tuple(Chem.MolToSmiles(molecule) for molecule in molecules)
-    return System(domain, parts, charge, unpaired + 1)
-
-
-def _part(smiles: str) -> System:
-    return _system("", smiles)
-
-
-def _with_hydrogens(smiles: str):
-    from rdkit import Chem, RDLogger
-
-    RDLogger.DisableLog("rdApp.*")
-    return Chem.AddHs(Chem.MolFromSmiles(smiles))
-
-
 @cache
 def _symbols(smiles: str) -> tuple[str, ...]:
-    return tuple(atom.GetSymbol() for atom in _with_hydrogens(smiles).GetAtoms())
+    return tuple(atom.GetSymbol() for atom in with_hydrogens(smiles).GetAtoms())
 
 
 @cache
@@ -501,34 +462,28 @@ def _minimum(system: System, conformer: int) -> Atoms:
     from rdkit.Chem import AllChem
 
     if len(system.parts) > 1:  # an ion that falls in two by its SMILES, such as bifluoride
-        parts = [_relaxed(_part(part), 0) for part in system.parts]
+        parts = [_relaxed(parse_system("", part), 0) for part in system.parts]
         whole = _assembled(parts, np.random.default_rng(conformer), lambda: 1.0)
-        return _relax(_in_state(whole, system.charge, system.multiplicity), steps=80)
+        return relax(in_state(whole, system.charge, system.multiplicity), steps=80)
     smiles = system.parts[0]
     symbols = _symbols(smiles)
     positions = np.zeros((1, 3))
     if len(symbols) > 1:
-        molecule = _with_hydrogens(smiles)
+        molecule = with_hydrogens(smiles)
         seed = 1 + conformer
-        if AllChem.EmbedMolecule(molecule, randomSeed=seed) < 0:
-            if AllChem.EmbedMolecule(molecule, randomSeed=seed, useRandomCoords=True) < 0:
-                raise NoStructure(f"no conformer of {smiles}")
+        if (
+            AllChem.EmbedMolecule(molecule, randomSeed=seed) < 0
+            and AllChem.EmbedMolecule(molecule, randomSeed=seed, useRandomCoords=True) < 0
+        ):
+            raise LabelError(f"no conformer of {smiles}")
         positions = molecule.GetConformer().GetPositions()
-    atoms = _in_state(Atoms(symbols, positions), system.charge, system.multiplicity)
-    return _relax(atoms, steps=80) if len(atoms) > 1 else atoms
+    atoms = in_state(Atoms(symbols, positions), system.charge, system.multiplicity)
+    return relax(atoms, steps=80) if len(atoms) > 1 else atoms
 
 
 def _relaxed(system: System, conformer: int) -> Atoms:
-    """A molecule at (or on the way to) a minimum of GFN2-xTB."""
+    """A molecule at a minimum of GFN2-xTB, or after 80 steps towards it."""
     return _minimum(system, conformer).copy()
-
-
-def _relax(atoms: Atoms, steps: int) -> Atoms:
-    atoms = atoms.copy()
-    atoms.calc = GFN2xTB()
-    BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.02, steps=steps)
-    atoms.calc = None
-    return atoms
 
 
 def _rattled(atoms: Atoms, size: float, rng: np.random.Generator) -> Atoms:
@@ -541,7 +496,7 @@ def _snapshot(start: Atoms, temperature: float, rng: np.random.Generator) -> Ato
     """What 50 to 150 fs of Langevin dynamics make of a structure."""
     run = langevin(start, temperature, rng)
     run.run(int(rng.integers(50, 151)))
-    return _in_state(Atoms(start.numbers, run.atoms.positions), **_state_of(start))
+    return in_state(Atoms(start.numbers, run.atoms.positions), **_state_of(start))
 
 
 def _state_of(atoms: Atoms) -> dict[str, int]:
@@ -570,7 +525,7 @@ def _along_modes(start: Atoms, temperature: float, rng: np.random.Generator) -> 
     free = np.abs(values) > 1e-3  # without translations and rotations
     size = np.sqrt(units.kB * temperature / np.maximum(np.abs(values[free]), STIFFEST))
     moved = modes[:, free] @ (rng.normal(size=free.sum()) * size) / roots
-    return _in_state(
+    return in_state(
         Atoms(start.numbers, start.positions + moved.reshape(-1, 3)), **_state_of(start)
     )
 
@@ -601,3 +556,166 @@ def _assembled(
                 break
         whole += Atoms(part.numbers, moved)
     return whole
+
+
+# --- Free atoms ------------------------------------------------------------------------------
+
+# Multiplicities of the ground states of the neutral atoms.
+GROUND_STATES = {
+    "H": 2, "Li": 2, "B": 2, "C": 3, "N": 4, "O": 3, "F": 2, "Na": 2, "Mg": 1, "Si": 3, "P": 4,
+    "S": 3, "Cl": 2, "K": 2, "Ca": 1, "Zn": 1, "Br": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FreeAtom:
+    """One free, neutral atom in its ground state; its energy is a reference."""
+
+    element: str
+
+    @property
+    def name(self) -> str:
+        return f"free atom {self.element}"
+
+    @property
+    def split(self) -> str:
+        return "free atoms"
+
+    def structures(self) -> list[Atoms]:
+        info = {"charge": 0, "spin": GROUND_STATES[self.element], "data_id": "free_atoms"}
+        return [Atoms(self.element, [[0.0, 0.0, 0.0]], info=info)]
+
+
+# --- Labels by GFN2-xTB alone ----------------------------------------------------------------
+
+
+def reactive_plan(structures: int, seed: int = 0) -> list[Job]:
+    """The set `reactive`: the systems of all domains, by the shares of `REACTIVE`."""
+    seed += 3_000_000  # the sets of `data/xtb/make.py` have the millions before
+    found = []
+    for domain, listed in systems().items():
+        wanted = structures * REACTIVE[domain] / sum(REACTIVE.values())
+        count = max(1, round(wanted / len(listed) / (2 if domain == "two_spins" else 1)))
+        found += [Job(system, count, split_of(system), seed) for system in listed]
+    return found
+
+
+def sample_reactive(job: Job) -> list[Atoms]:
+    """The first `job.count` entries of a system, labelled by GFN2-xTB.
+
+    Raises LabelError if there is none.
+    """
+    found = []
+    for index in range(job.count):
+        item = Item(job.system.domain, job.system, job.split, index, job.seed)
+        for atoms in item.structures():
+            how = atoms.info["source"].removeprefix("omol-mini/")
+            atoms.info |= {"source": f"xtb/reactive/{how}"}
+            for name in ("xtb_energy", "xtb_forces"):
+                del atoms.info[name]
+            try:
+                found.append(xtb.label(atoms, REACTIVE_MAX_FORCE))
+            except LabelError:
+                continue
+    if not found:
+        raise LabelError(f"no usable structure of {job.system.name}")
+    return found
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def label_by_dft(entry: Item | FreeAtom) -> list[Atoms]:
+    """The structures of an entry with labels by wB97M-V/def2-TZVPD."""
+    from allscaip_lite.labels import dft
+
+    return [dft.label(atoms) for atoms in entry.structures()]
+
+
+def make(
+    folder: Path,
+    entries: Sequence[Item | FreeAtom],
+    workers: int = 1,
+    known: Path | None = None,
+    collect_only: bool = False,
+) -> None:
+    """Label the entries, or go on with it, and write the data set of what is labelled.
+
+    Args:
+        folder: Folder of the data set; `folder/jobs` keeps the result of each entry.
+        entries: What is labelled.
+        workers: Processes, one core each.
+        known: Folder of a set that this command made, whose labels are taken.
+        collect_only: Label nothing.
+    """
+    from allscaip_lite.labels import dft
+
+    store = folder / "jobs"
+    jobs = [queue.Job(e.name, dft.job_file(e.name), e.split, e) for e in entries]
+    if known is not None:
+        references = known / "references.json"
+        energies = json.loads(references.read_text()) if references.exists() else {}
+        atoms = {FreeAtom(one).name: [_with_energy(one, energies[one])] for one in energies}
+        count = queue.take_over(store, jobs, known, dft.OMOL25.name, atoms)
+        print(f"{count} entries taken from {known}")
+    if not collect_only:
+        queue.run_jobs(store, jobs, label_by_dft, workers)
+    queue.collect(store, jobs, folder)
+    references = {
+        job.task.element: atoms.get_potential_energy()
+        for job in jobs
+        if isinstance(job.task, FreeAtom)
+        for atoms in queue.stored(store, job)
+    }
+    store_text(folder / "references.json", json.dumps(references, indent=1))
+
+
+def _with_energy(element: str, energy: float) -> Atoms:
+    [atom] = FreeAtom(element).structures()
+    atom.calc = SinglePointCalculator(atom, energy=energy, forces=np.zeros((1, 3)))
+    return atom
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` defaults to the arguments of the process."""
+    parser = argparse.ArgumentParser(
+        description="Sample small systems of OMol25's domains, and label them."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--method",
+        choices=("wb97m-v", "gfn2-xtb"),
+        default="wb97m-v",
+        help="wb97m-v: a quarter of a minute a structure; gfn2-xtb: the set reactive of data/xtb",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
+    parser.add_argument(
+        "--structures", type=int, default=60_000, help="with gfn2-xtb: about how many"
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="with gfn2-xtb: only this share of the systems"
+    )
+    parser.add_argument(
+        "--known",
+        type=Path,
+        help="with wb97m-v: folder of a set this command made: its labels are taken",
+    )
+    parser.add_argument(
+        "--collect",
+        action="store_true",
+        help="with wb97m-v: label nothing, write the data set of what is labelled so far",
+    )
+    args = parser.parse_args(argv)
+    if args.method == "gfn2-xtb":
+        if args.known or args.collect:
+            parser.error("--known and --collect go with --method wb97m-v")
+        jobs = take_share(reactive_plan(args.structures, args.seed), args.share)
+        make_set(args.out, jobs, sample_reactive, args.workers)
+        return
+    entries = [*(FreeAtom(element) for element in GROUND_STATES), *plan(args.seed)]
+    make(args.out, entries, args.workers, args.known, args.collect)
+
+
+if __name__ == "__main__":
+    main()

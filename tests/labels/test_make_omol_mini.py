@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from allscaip_lite import cli  # noqa: E402
 from allscaip_lite.checkpoints.native import load_model, read_card  # noqa: E402
 from allscaip_lite.data.aselmdb import Dataset  # noqa: E402
 from allscaip_lite.evaluation import errors as evaluation  # noqa: E402
-from allscaip_lite.labels import (
-    omol_mini,  # noqa: E402
-    species,  # noqa: E402
-)
-from allscaip_lite.labels import xtb as teacher  # noqa: E402
-from allscaip_lite.labels.omol_mini import MOST_ATOMS, SIZES, Item, plan, systems  # noqa: E402
+from allscaip_lite.labels import LabelError, sampling  # noqa: E402
+from allscaip_lite.labels.xtb import GFN2xTB  # noqa: E402
+
+make = importlib.import_module("data.omol-mini.make")
+MOST_ATOMS, SIZES, Item = make.MOST_ATOMS, make.SIZES, make.Item
+plan, systems = make.plan, make.systems
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,12 @@ def test_systems_are_small_and_have_electrons_for_their_multiplicity():
 def test_no_molecule_is_in_two_splits_nor_on_two_sides_of_both_data_sets(items):
     split = {}
     for item in items:
-        whole = ".".join(sorted(map(species.parent, item.system.parts)))
+        whole = ".".join(sorted(map(sampling.parent, item.system.parts)))
         assert split.setdefault(whole, item.split) == item.split, item.name
-    theirs = {".".join(sorted(j.system.parts)): j.split for j in species.plan(60_000)}
+    theirs = {
+        ".".join(sorted(j.system.parts)): j.split
+        for j in importlib.import_module("data.xtb.make").plan(60_000)
+    }
     shared = [i for i in items if ".".join(sorted(i.system.parts)) in theirs]
     assert len(shared) > 500
     for item in shared:
@@ -77,9 +81,9 @@ def test_a_structure_is_whole_repeatable_and_carries_xtb_s_labels(items, domain)
     for atoms, twin in zip(made, again, strict=True):
         assert (atoms.positions == twin.positions).all() and atoms.info["source"]
         assert (atoms.info["charge"], atoms.info["data_id"]) == (item.system.charge, domain)
-        assert np.abs(atoms.info["xtb_forces"]).max() < omol_mini.MAX_FORCE
+        assert np.abs(atoms.info["xtb_forces"]).max() < make.MAX_FORCE
         probe = atoms.copy()
-        probe.calc = teacher.GFN2xTB(accuracy=0.1)
+        probe.calc = GFN2xTB(accuracy=0.1)
         assert atoms.info["xtb_energy"] == pytest.approx(probe.get_potential_energy(), abs=1e-6)
     if domain == "two_spins":
         assert [atoms.info["spin"] for atoms in made] == [1, 3]
@@ -99,7 +103,7 @@ def test_dimers_reach_from_contact_to_eight_angstrom(items):
 
 
 def test_the_set_reactive_holds_every_system_and_draws_anew(items):
-    jobs = omol_mini.jobs(24_000)
+    jobs = make.reactive_plan(24_000)
     assert {job.system for job in jobs} == {s for listed in systems().values() for s in listed}
     wanted = Counter()
     for job in jobs:
@@ -107,17 +111,18 @@ def test_the_set_reactive_holds_every_system_and_draws_anew(items):
     assert sum(wanted.values()) == pytest.approx(24_000, rel=0.05)
     assert wanted["stretches"] == max(wanted.values())
     for job in jobs:
-        assert job.split == species.split_of(job.system)
+        assert job.split == sampling.split_of(job.system)
 
     job = next(j for j in jobs if j.system.domain == "stretches" and j.system.parts == ("CCO",))
-    made = omol_mini.sample(replace(job, count=3), 3_000_000)
+    assert job.seed == 3_000_000
+    made = make.sample_reactive(replace(job, count=3))
     assert 0 < len(made) <= 3
     known = [item.structures() for item in items if item.system == job.system]
     for atoms in made:
         assert atoms.info["source"].startswith("xtb/reactive/stretches/CCO")
         assert atoms.info["data_id"] == "stretches" and "xtb_energy" not in atoms.info
         probe = atoms.copy()
-        probe.calc = teacher.GFN2xTB(accuracy=0.1)
+        probe.calc = GFN2xTB(accuracy=0.1)
         assert atoms.get_potential_energy() == pytest.approx(probe.get_potential_energy(), abs=1e-6)
         for others in known:
             assert all(np.abs(atoms.positions - o.positions).max() > 1e-3 for o in others)
@@ -133,8 +138,8 @@ def test_an_ion_of_two_parts_is_whole(items):
 
 def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch):
     monkeypatch.setattr(Item, "structures", lambda item: [])
-    with pytest.raises(teacher.JobFailed, match="no usable structure"):
-        omol_mini.sample(species.Job(items[0].system, 2, "train"))
+    with pytest.raises(LabelError, match="no usable structure"):
+        make.sample_reactive(sampling.Job(items[0].system, 2, "train"))
 
 
 def test_lite_is_nearer_to_its_labels_than_gfn2_xtb_and_its_card_says_how_near():

@@ -1,0 +1,177 @@
+"""`allscaip-lite label`: energies and forces for the structures of files.
+
+In: files that ASE reads, or `.aselmdb`, with charge and spin multiplicity in `info`. Out: one
+`.aselmdb` file with the labels of a reference method, to train on or to evaluate with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import ase.io
+from ase import Atoms
+
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.labels import LabelError, queue
+from allscaip_lite.structures import charge_and_spin, lowest_multiplicity
+
+METHODS = {
+    "gfn2-xtb": "GFN2-xTB, spin-polarised: any molecule or crystal up to radon, well below a second",
+    "wb97m-v": "wB97M-V/def2-TZVPD, OMol25's level of theory: molecules up to krypton, minutes each",
+    "spc-fw": "SPC/Fw, water alone (atoms in the order O, H, H), in vacuum or in a periodic box",
+}
+
+LIBRARIES = {"gfn2-xtb": ["tblite"], "wb97m-v": ["pyscf", "numba"], "spc-fw": []}
+
+
+def read_structures(files: Sequence[str | os.PathLike], method: str) -> list[Atoms]:
+    """The structures of files, without the labels they may have.
+
+    Charge and multiplicity are those of `info`, else neutral and the lowest.
+
+    Args:
+        files: `.aselmdb`, or what ASE reads.
+        method: One of `METHODS`.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file cannot be read, or a structure is nothing for the method: its electrons
+            forbid its multiplicity, it is periodic, or it is not water.
+    """
+    from allscaip_lite.labels.spcfw import are_waters
+
+    found = []
+    for file in map(Path, files):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file")
+        for index, atoms in enumerate(_read(file)):
+            where = f"{file}, structure {index} ({atoms.symbols})"
+            if method == "wb97m-v" and atoms.pbc.any():
+                raise LabelError(f"{where} is periodic: {method} takes molecules, gfn2-xtb both")
+            if method == "spc-fw" and not are_waters(atoms.numbers):
+                raise LabelError(f"{where} is not water with its atoms in the order O, H, H")
+            charge, spin = charge_and_spin(atoms, where)
+            spin = spin or lowest_multiplicity(atoms, charge)
+            kept = {key: atoms.info[key] for key in ("data_id", "molecule") if key in atoms.info}
+            bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+            bare.info = {"data_id": file.stem} | kept | {"charge": charge, "spin": spin}
+            bare.info["source"] = str(atoms.info.get("source", where))
+            bare.info["reference_source"] = "allscaip-lite label"
+            found.append(bare)
+    return found
+
+
+def _read(file: Path) -> Sequence[Atoms]:
+    if file.suffix == ".aselmdb":
+        return Dataset(file, labelled=False)
+    try:
+        return ase.io.read(file, index=":")
+    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
+        raise LabelError(f"{file} is not a file that ASE can read: {error}") from error
+
+
+def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
+    """One structure with the labels of a method; beside those of DFT, GFN2-xTB's energy (eV) and
+    forces (eV/Å) are in `info`, where that is installed and has them."""
+    method, atoms = task
+    if method == "wb97m-v":
+        from allscaip_lite.labels import dft, xtb
+
+        try:
+            results = xtb.results_of(atoms)
+        except (ModuleNotFoundError, LabelError):
+            results = {}
+        names = {"xtb_energy": "energy", "xtb_forces": "forces"}
+        atoms.info |= {ours: results[name] for ours, name in names.items() if name in results}
+        return [dft.label(atoms)]
+    module = import_module(f"allscaip_lite.labels.{'xtb' if method == 'gfn2-xtb' else 'spcfw'}")
+    return [module.label(atoms)]
+
+
+def label_files(
+    files: Sequence[str | os.PathLike], method: str, out: str | os.PathLike, workers: int = 1
+) -> int:
+    """Label the structures of files, or go on with it, and write them to one `.aselmdb` file.
+
+    Args:
+        files: `.aselmdb`, or what ASE reads.
+        method: One of `METHODS`.
+        out: The `.aselmdb` file to write, with the result of each structure in a folder beside it,
+            or a folder for both (`labelled.aselmdb`, `jobs`).
+        workers: Processes, one core each.
+
+    Returns:
+        How many structures are labelled. Those that failed are in `failed.json`.
+
+    Raises:
+        FileExistsError: `out` has labels of other structures or by another method.
+    """
+    for library in LIBRARIES[method]:  # a missing one is to be reported before any work
+        import_module(library)
+    out = Path(out)
+    folder = out.with_suffix(".jobs") if out.suffix == ".aselmdb" else out
+    result = out if out.suffix == ".aselmdb" else folder / "labelled.aselmdb"
+    structures = read_structures(files, method)
+    jobs = [_job(atoms, method) for atoms in structures]
+    store = folder / "jobs"
+    if result.exists() and not any(queue.stored(store, job) for job in jobs):
+        raise FileExistsError(
+            f"{result} has labels of other structures or by another method: choose another --out"
+        )
+    distinct = list({job.file: job for job in jobs}.values())
+    queue.run_jobs(store, distinct, label_structure, workers)
+    labelled = queue.collect(store, jobs, folder, ["labelled"])["labelled"]
+    if labelled:
+        os.replace(folder / "labelled.aselmdb", result)
+    return len(labelled)
+
+
+def _job(atoms: Atoms, method: str) -> queue.Job:
+    """The job of a structure, the same for the same elements, positions, cell, charge and spin."""
+    what = [atoms.numbers.tolist(), atoms.positions.round(8).tolist()]
+    what += [atoms.info["charge"], atoms.info["spin"]]
+    if atoms.pbc.any():
+        what += [atoms.cell.array.round(8).tolist(), atoms.pbc.tolist()]
+    name = f"{atoms.symbols} {hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+    if method == "wb97m-v":
+        from allscaip_lite.labels import dft
+
+        file = dft.job_file(name)
+    else:
+        file = hashlib.sha256(json.dumps([name, method]).encode()).hexdigest()[:20]
+    return queue.Job(name, file, "labelled", (method, atoms))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite label`."""
+    parser.description = (
+        "Compute energies and forces of your structures with a reference method. Each result is "
+        "kept as soon as it is there: the same command goes on where it was stopped."
+    )
+    parser.epilog = "Methods. " + ". ".join(f"{name}: {text}" for name, text in METHODS.items())
+    parser.add_argument(
+        "files",
+        nargs="+",
+        help="what ASE reads, or .aselmdb; charge and spin multiplicity (2S + 1) from info, "
+        "otherwise neutral and the lowest",
+    )
+    parser.add_argument("--method", choices=tuple(METHODS), required=True, help="see below")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="an .aselmdb file (results so far are in a folder of that name with .jobs), or a "
+        "folder for both",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite label`: label, or go on with it; 0, or 2 if no structure has labels."""
+    return 0 if label_files(args.files, args.method, args.out, args.workers) else 2

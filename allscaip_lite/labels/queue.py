@@ -1,0 +1,294 @@
+"""A queue of jobs that can be stopped at any time and goes on where it was.
+
+In: jobs, and a function that turns the task of a job into labelled structures. Out: one file for
+each job in the queue's folder, and `collect` writes the data set from them: `train.aselmdb`, ...,
+`failed.json` and `checksums.json`.
+
+A job that is done is not done again. A process that is killed loses the job it was working on and
+nothing else. Several runs may share one folder of one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from ase import Atoms
+from tqdm import tqdm
+
+from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum, write_aselmdb
+from allscaip_lite.files import store_text, try_lock, unfinished_folder
+from allscaip_lite.labels import LabelError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Work = Callable[[Any], list[Atoms]]
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One entry of a queue.
+
+    Attributes:
+        name: What the job is called in `failed.json` and in `info["entry"]` of its structures.
+        file: Name of its result in the queue's folder, without the suffix.
+        split: The file that its structures are collected into, such as "train".
+        task: What the working function gets; it must pickle.
+    """
+
+    name: str
+    file: str
+    split: str
+    task: Any
+
+
+def run_jobs(folder: str | os.PathLike, jobs: Sequence[Job], work: Work, workers: int = 1) -> None:
+    """Do all jobs that are not done yet, and show how many are.
+
+    `work(job.task)` returns the labelled structures, which go to `{job.file}.aselmdb`. A job that
+    fails leaves `{job.file}.failed` with the reason, and is not tried again until that file is
+    deleted. Ctrl-C ends the run; the same call goes on from there.
+
+    The workers are new processes of one thread each, since sums over threads come out in any order
+    and the same job shall give the same numbers. A script that calls this needs the usual
+    `if __name__ == "__main__"`.
+
+    Args:
+        folder: Where the results are kept; several runs may use it at once.
+        jobs: What there is to do.
+        work: Makes the structures of one job; a function of a module, so that it pickles.
+        workers: Number of processes.
+
+    Raises:
+        RuntimeError: A worker died.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _one_thread_each()
+    context = multiprocessing.get_context("spawn")
+    arguments = (folder, list(jobs), work)
+    crew = [context.Process(target=_do_all, args=arguments, daemon=True) for _ in range(workers)]
+    every = 1 if sys.stderr.isatty() else 30  # seconds
+    layout = "{n_fmt} of {total_fmt} jobs{postfix} {bar:20} {elapsed}, {remaining} left"
+    done = _count(folder, jobs)[0]
+    with tqdm(total=len(jobs), initial=done, bar_format=layout, mininterval=every) as bar:
+        try:
+            for process in crew:
+                process.start()
+            while any(process.is_alive() for process in crew):
+                wait([process.sentinel for process in crew if process.is_alive()], timeout=1)
+                done, failed = _count(folder, jobs)
+                bar.set_postfix_str(f"{failed} failed" if failed else "", refresh=False)
+                bar.update(done - bar.n)
+            bar.refresh()
+        finally:
+            for process in crew:
+                if process.is_alive():
+                    process.terminate()
+                    process.join()
+    if any(process.exitcode for process in crew):
+        codes = ", ".join(str(process.exitcode) for process in crew)
+        raise RuntimeError(
+            f"a worker died (exit status {codes}; -9 is often too little memory); "
+            "the same command goes on from here"
+        )
+    for job in jobs:  # left by a worker that was killed just after it had stored a result
+        stem = folder / job.file
+        if _is_done(stem):
+            _path(stem, "claim").unlink(missing_ok=True)
+            shutil.rmtree(unfinished_folder(_path(stem, "aselmdb")), ignore_errors=True)
+
+
+def _path(stem: Path, kind: str) -> Path:
+    """A job's file of a kind: aselmdb (its result), failed (the reason), claim (a lock)."""
+    return stem.with_name(f"{stem.name}.{kind}")
+
+
+def _is_done(stem: Path) -> bool:
+    return _path(stem, "aselmdb").exists() or _path(stem, "failed").exists()
+
+
+def _count(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
+    """How many jobs are done, and how many of these have failed."""
+    names = set(os.listdir(folder))
+    failed = sum(f"{job.file}.failed" in names for job in jobs)
+    return failed + sum(f"{job.file}.aselmdb" in names for job in jobs), failed
+
+
+def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
+    _ignore_interrupt()
+    parent = os.getppid()
+    for job in jobs:
+        if os.getppid() != parent:
+            return  # the parent was killed
+        stem = folder / job.file
+        if _is_done(stem):
+            continue
+        with _claimed(stem) as mine:
+            if mine and not _is_done(stem):
+                _do(job, stem, work)
+
+
+@contextmanager
+def _claimed(stem: Path) -> Iterator[bool]:
+    """Whether this process alone may work on a job."""
+    path = _path(stem, "claim")
+    with try_lock(path) as mine:
+        yield mine
+        if mine and _is_done(stem):
+            path.unlink(missing_ok=True)
+
+
+def _do(job: Job, stem: Path, work: Work) -> None:
+    try:
+        structures = work(job.task)
+        if not structures:
+            raise LabelError("no usable structure was made")
+        write_aselmdb(_path(stem, "aselmdb"), structures)
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        # One odd structure must not end a run of days; a full disk or a missing library does.
+        store_text(_path(stem, "failed"), f"{job.name}\n{type(error).__name__}: {error}\n")
+
+
+def collect(
+    folder: str | os.PathLike,
+    jobs: Sequence[Job],
+    out: str | os.PathLike,
+    splits: Sequence[str] = SPLITS,
+) -> dict[str, list[Atoms]]:
+    """Write `{split}.aselmdb` of the jobs that are done so far, and print how many structures.
+
+    Beside them: `failed.json`, the jobs that failed and why, and `checksums.json`, one for each
+    split, by which two runs are compared. The order is that of the jobs, so the same results give
+    the same files.
+
+    Args:
+        folder: The queue's folder, as `run_jobs` had it.
+        jobs: The jobs, those of the given splits and others.
+        out: Folder of the data set.
+        splits: Which splits are written.
+
+    Returns:
+        The structures of each split; `info["entry"]` is the name of their job.
+    """
+    folder, out = Path(folder), Path(out)
+    found: dict[str, list[Atoms]] = {split: [] for split in splits}
+    failed, checksums = {}, {}
+    for job in jobs:
+        stem = folder / job.file
+        if _path(stem, "failed").exists():
+            text = _path(stem, "failed").read_text()
+            failed[job.name] = (text.partition("\n")[2] or text).strip()
+        elif job.split in found:
+            for atoms in stored(folder, job):
+                atoms.info["entry"] = job.name
+                found[job.split].append(atoms)
+    for split, structures in found.items():
+        if structures:
+            write_aselmdb(out / f"{split}.aselmdb", structures, overwrite=True)
+            checksums[split] = checksum(structures)
+        print(f"{split}: {len(structures)} structures")
+    store_text(out / "failed.json", json.dumps(failed, indent=1))
+    store_text(out / "checksums.json", json.dumps(checksums, indent=1))
+    if failed:
+        message = f"{len(failed)} of {len(jobs)} jobs failed: see {out / 'failed.json'}"
+        print(message, file=sys.stderr)
+    return found
+
+
+def stored(folder: str | os.PathLike, job: Job) -> list[Atoms]:
+    """The structures of one job; none if it is not done or has failed."""
+    path = Path(folder) / f"{job.file}.aselmdb"
+    return list(Dataset(path)) if path.exists() else []
+
+
+def take_over(
+    folder: str | os.PathLike,
+    jobs: Sequence[Job],
+    known: str | os.PathLike,
+    method: str,
+    others: Mapping[str, list[Atoms]] = MappingProxyType({}),
+) -> int:
+    """Put the structures of a data set that `collect` wrote into a queue.
+
+    What the queue has already stays as it is.
+
+    Args:
+        folder: The queue's folder.
+        jobs: Its jobs.
+        known: Folder of the data set.
+        method: What `info["label"]` of its structures must begin with.
+        others: Structures of more jobs, by the names of these.
+
+    Returns:
+        How many jobs are spared.
+
+    Raises:
+        FileNotFoundError: There is no such data set.
+        LabelError: It was labelled by another method.
+    """
+    folder, known = Path(folder), Path(known)
+    found: dict[str, list[Atoms]] = {}
+    for path in (known / f"{split}.aselmdb" for split in SPLITS):
+        for atoms in Dataset(path) if path.exists() else ():
+            theirs = atoms.info.get("label", "an unknown method")
+            if not theirs.startswith(method):
+                raise LabelError(f"{path} is labelled by {theirs}: no labels for this queue")
+            found.setdefault(atoms.info.get("entry") or atoms.info["source"], []).append(atoms)
+    if not found:
+        raise FileNotFoundError(
+            f"{known} has no train, val or test.aselmdb: --known takes the folder of a data set "
+            "that this command collected"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    found |= others
+    missing = [job for job in jobs if job.name in found and not _is_done(folder / job.file)]
+    for job in missing:
+        write_aselmdb(folder / f"{job.file}.aselmdb", found[job.name])
+    return len(missing)
+
+
+def store_plan(folder: str | os.PathLike, plan: Mapping[str, Any]) -> None:
+    """Record in `plan.json` which data set a folder holds; LabelError where it holds another."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "plan.json", json.dumps(plan, indent=0)
+    if path.exists() and path.read_text() != text:
+        raise LabelError(f"{folder} holds another data set (its plan.json): choose a new --out")
+    store_text(path, text)
+
+
+def in_processes(
+    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    """`work(task)` of each task, in their order, by new processes of one thread each.
+
+    For jobs that keep their own results. Ctrl-C reaches the parent alone: a worker finishes its
+    task.
+    """
+    _one_thread_each()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool:
+        yield from pool.map(work, tasks)
+
+
+def _one_thread_each() -> None:
+    """For the processes that are started from here on: numerical libraries read it at import."""
+    os.environ |= dict.fromkeys(THREADS, "1")
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,330 @@
+"""Molecules from SMILES: what the makers of several data sets sample structures with.
+
+In: SMILES. Out: a `System` with charge and multiplicity, the split that it belongs to, and
+`ase.Atoms`: conformers, complexes of several molecules, relaxed structures, Langevin runs, the last
+two by GFN2-xTB. Which systems a data set holds is said beside it, in `data/<set>/make.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ase import Atoms, units
+from ase.data import atomic_numbers
+from ase.md.langevin import Langevin
+from ase.optimize import BFGS
+from scipy.spatial.transform import Rotation
+
+from allscaip_lite.data.aselmdb import SPLITS, split_by_molecule
+from allscaip_lite.files import store_text
+from allscaip_lite.labels import LabelError, queue
+from allscaip_lite.labels.xtb import GFN2xTB, free_atom_energies
+
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
+
+# --- Systems ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class System:
+    """Molecules in one structure, with their total charge and multiplicity.
+
+    Attributes:
+        domain: The part of a data set that the system belongs to, its structures' `data_id`.
+        parts: Canonical SMILES, one for each molecule.
+        charge: Total charge in e.
+        multiplicity: Spin multiplicity, 2S + 1.
+    """
+
+    domain: str
+    parts: tuple[str, ...]
+    charge: int
+    multiplicity: int
+
+    @property
+    def molecule(self) -> str:
+        """SMILES of the whole."""
+        return ".".join(self.parts)
+
+    @property
+    def name(self) -> str:
+        """Different for any two systems of one domain."""
+        return f"{self.molecule}|{self.charge}|{self.multiplicity}"
+
+
+def parse_system(domain: str, word: str) -> System:
+    """The system of a word: SMILES, or SMILES|charge|multiplicity where these differ from those of
+    the SMILES with the fewest unpaired electrons."""
+    from rdkit import Chem
+
+    smiles, *state = word.split("|")
+    molecules = [Chem.MolFromSmiles(part) for part in smiles.split(".")]
+    charge = sum(Chem.GetFormalCharge(molecule) for molecule in molecules)
+    unpaired = sum(a.GetNumRadicalElectrons() for m in molecules for a in m.GetAtoms())
+    if state:
+        charge, unpaired = int(state[0]), int(state[1]) - 1
+    parts = tuple(Chem.MolToSmiles(molecule) for molecule in molecules)
+    return System(domain, parts, charge, unpaired + 1)
+
+
+def with_hydrogens(smiles: str) -> Mol:
+    """RDKit's molecule, with its hydrogens as atoms."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")
+    return Chem.AddHs(Chem.MolFromSmiles(smiles))
+
+
+def atom_count(system: System) -> int:
+    """Atoms of a system, hydrogens included."""
+    return sum(with_hydrogens(part).GetNumAtoms() for part in system.parts)
+
+
+# Sites that take a proton, and sites that give one: SMARTS of the atom, change of its charge.
+PROTON_SITES = (
+    ("[NX3;H2,H1,H0;!$(N[C,S]=[O,S,N]);!$(N-a);!$(N[!#6;!#1]);!$(NC#*)]", 1),
+    ("[NX1]#[#6]", 1),
+    ("[OX1]=[#6]", 1),
+    ("[nX2]", 1),
+    ("[OX2H][#6,P]", -1),
+    ("[SX2H]", -1),
+    ("[nX3;H1]", -1),
+)
+
+
+def protomers(smiles: str) -> list[tuple[str, int]]:
+    """Ions of a molecule with a proton more (+1) or less (−1), one of each kind of
+    `PROTON_SITES`: SMILES and charge."""
+    from rdkit import Chem
+
+    found = []
+    for pattern, change in PROTON_SITES:
+        molecule = Chem.MolFromSmiles(smiles)
+        matches = molecule.GetSubstructMatches(Chem.MolFromSmarts(pattern))
+        if not matches:
+            continue
+        site = molecule.GetAtomWithIdx(matches[0][0])
+        hydrogens = site.GetTotalNumHs() + change
+        site.SetFormalCharge(site.GetFormalCharge() + change)
+        site.SetNoImplicit(True)
+        site.SetNumExplicitHs(hydrogens)
+        Chem.SanitizeMol(molecule)
+        found.append((Chem.MolToSmiles(molecule), change))
+    return found
+
+
+# --- Splits ----------------------------------------------------------------------------------
+
+# In the test or validation set on purpose, whatever the hash says. Keys are `System.molecule`.
+CAFFEINE = "Cn1c(=O)c2c(ncn2C)n(C)c1=O"
+GLYCINE = "NCC(=O)O"
+WATER = "O"
+HELD_OUT = {
+    CAFFEINE: "test",  # with all that contains it
+    f"{GLYCINE}.{WATER}": "test",
+    f"{GLYCINE}.{WATER}.{WATER}": "test",
+    ".".join([WATER] * 7): "test",
+    ".".join(["[Na+]"] + [WATER] * 4): "test",
+    ".".join(["[Cl-]"] + [WATER] * 4): "test",
+    ".".join([WATER] * 5): "val",
+    ".".join(["[K+]"] + [WATER] * 3): "val",
+    ".".join(["[Ca+2]"] + [WATER] * 5): "val",
+}
+_HELD_OUT = {".".join(sorted(name.split("."))): split for name, split in HELD_OUT.items()}
+KEPT_IN_TRAIN = {"CCO", "CCCC", GLYCINE, "c1ccccc1", "CC(N)=O", "CNC(C)=O"}
+
+
+def split_of(system: System) -> str:
+    """The split of a system, the same in all data sets, so that they can be joined.
+
+    Systems of `HELD_OUT` go where it says. Molecules of one or two heavy atoms and those of
+    `KEPT_IN_TRAIN` are trained on. Others go by the hash of their `parent`. A complex goes with its
+    most held-out molecule; if all of them are trained on, by the hash of its parents, so that some
+    complexes are new although their molecules are not.
+    """
+    whole = ".".join(sorted(system.parts))
+    if whole in _HELD_OUT:
+        return _HELD_OUT[whole]
+    splits = [_split_of_part(part) for part in system.parts]
+    if len(splits) > 1:
+        splits += split_by_molecule([".".join(sorted(map(parent, system.parts)))])
+    return max(splits, key=SPLITS.index)
+
+
+@cache
+def parent(smiles: str) -> str:
+    """SMILES of the molecule with its charges neutralised by protons, without stereochemistry: an
+    acid and its anion have the same."""
+    from rdkit import Chem, RDLogger
+    from rdkit.Chem.MolStandardize import rdMolStandardize
+
+    RDLogger.DisableLog("rdApp.*")
+    neutral = rdMolStandardize.Uncharger().uncharge(Chem.MolFromSmiles(smiles))
+    return Chem.MolToSmiles(neutral, isomericSmiles=False)
+
+
+@cache
+def _split_of_part(smiles: str) -> str:
+    from rdkit import Chem
+
+    key = parent(smiles)
+    if key in _HELD_OUT:
+        return _HELD_OUT[key]
+    if key in KEPT_IN_TRAIN or Chem.MolFromSmiles(smiles).GetNumHeavyAtoms() <= 2:
+        return "train"
+    return split_by_molecule([key])[0]
+
+
+# --- Geometries ------------------------------------------------------------------------------
+
+
+def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
+    """At most `number` conformers of a molecule, at minima of MMFF94 or UFF where these have its
+    parameters. Raises LabelError if there is none."""
+    from rdkit.Chem import AllChem
+
+    molecule = with_hydrogens(smiles)
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    if len(numbers) == 1:
+        return [Atoms(numbers, [[0.0, 0.0, 0.0]])]
+    seed = int(rng.integers(2**31 - 1))
+    found = list(AllChem.EmbedMultipleConfs(molecule, number, randomSeed=seed))
+    if not found:
+        found = list(
+            AllChem.EmbedMultipleConfs(molecule, number, randomSeed=seed, useRandomCoords=True)
+        )
+    if not found:
+        raise LabelError(f"no conformer of {smiles}")
+    try:
+        if AllChem.MMFFHasAllMoleculeParams(molecule):
+            AllChem.MMFFOptimizeMoleculeConfs(molecule)
+        elif AllChem.UFFHasAllMoleculeParams(molecule):
+            AllChem.UFFOptimizeMoleculeConfs(molecule)
+    except (RuntimeError, ValueError):
+        pass  # no force field for it: GFN2-xTB relaxes the embedded structure
+    return [Atoms(numbers, molecule.GetConformer(index).GetPositions()) for index in found]
+
+
+def assemble(parts: Sequence[Atoms], rng: np.random.Generator, contact: float) -> Atoms:
+    """Molecules around the first, each turned at random and slid towards it from a random side
+    until its closest atom is `contact` (Å) away from one that is there already."""
+    whole = parts[0].copy()
+    whole.positions -= whole.positions.mean(0)
+    for part in parts[1:]:
+        turned = part.copy()
+        centred = part.positions - part.positions.mean(0)
+        turned.positions = Rotation.random(random_state=rng).apply(centred)
+        direction = rng.normal(size=3)
+        direction /= np.linalg.norm(direction)
+        for distance in np.arange(0.0, 30.0, 0.1):
+            moved = turned.positions + distance * direction
+            if np.linalg.norm(moved[:, None] - whole.positions, axis=-1).min() >= contact:
+                break
+        turned.positions = moved
+        whole += turned
+    return whole
+
+
+def in_state(atoms: Atoms, charge: int, spin: int) -> Atoms:
+    """Elements and positions alone, with charge and multiplicity in `info`."""
+    return Atoms(atoms.numbers, atoms.positions, info={"charge": charge, "spin": spin})
+
+
+def relax(atoms: Atoms, steps: int) -> Atoms:
+    """The structure after so many steps of BFGS by GFN2-xTB, or fewer: until no force is above
+    0.02 eV/Å."""
+    atoms = atoms.copy()
+    atoms.calc = GFN2xTB()
+    BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.02, steps=steps)
+    atoms.calc = None
+    return atoms
+
+
+def langevin(start: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:
+    """Dynamics of a copy of `start` at `temperature` (K) by GFN2-xTB, in steps of 1 fs."""
+    atoms = start.copy()
+    atoms.calc = GFN2xTB()
+    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)  # Maxwell–Boltzmann, (N,)
+    atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * spread[:, None])
+    return Langevin(
+        atoms,
+        1.0 * units.fs,
+        temperature_K=temperature,
+        friction=0.02 / units.fs,
+        fixcm=False,
+        rng=rng,
+    )
+
+
+# --- A data set labelled by GFN2-xTB ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Structures of one system.
+
+    Attributes:
+        system: What is sampled.
+        count: How many structures are wanted.
+        split: The split they go to.
+        seed: Another seed, other structures.
+    """
+
+    system: System
+    count: int
+    split: str
+    seed: int = 0
+
+
+def take_share(jobs: Sequence[Job], share: float) -> list[Job]:
+    """The jobs of some of the systems, by a hash of their names: a larger share holds a smaller
+    one. Raises LabelError for a share that no system belongs to."""
+    taken = [
+        job
+        for job in jobs
+        if int(hashlib.sha256(job.system.name.encode()).hexdigest()[:8], 16) < share * 16**8
+    ]
+    if not taken:
+        raise LabelError(f"no system is in a share of {share}: a number above 0, up to 1")
+    return taken
+
+
+def make_set(
+    folder: str | os.PathLike,
+    jobs: Sequence[Job],
+    sample: Callable[[Job], list[Atoms]],
+    workers: int = 1,
+) -> None:
+    """Sample all jobs, or go on with it, and write the data set and the energies of free atoms.
+
+    The number of workers changes nothing but the time.
+
+    Args:
+        folder: Folder of the data set; `folder/jobs` keeps the result of each job.
+        jobs: What is sampled, all with one seed.
+        sample: Makes the structures of a job, labelled by GFN2-xTB.
+        workers: Processes, one core each.
+
+    Raises:
+        LabelError: `folder` holds the results of other jobs or another seed.
+    """
+    folder = Path(folder)
+    listed = [[job.system.name, job.count, job.split] for job in jobs]
+    queue.store_plan(folder, {"seed": jobs[0].seed, "jobs": listed})
+    queued = [
+        queue.Job(job.system.name, f"{index:05d}", job.split, job) for index, job in enumerate(jobs)
+    ]
+    queue.run_jobs(folder / "jobs", queued, sample, workers)
+    found = queue.collect(folder / "jobs", queued, folder)
+    elements = {symbol for split in found.values() for atoms in split for symbol in atoms.symbols}
+    references = free_atom_energies(sorted(elements, key=atomic_numbers.get))
+    store_text(folder / "references.json", json.dumps(references, indent=1))

@@ -1,0 +1,206 @@
+"""The queue: whatever stops it, the same call goes on, loses one job at most, does none twice."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from allscaip_lite.data.aselmdb import Dataset, checksum
+from allscaip_lite.files import unfinished_folder
+from allscaip_lite.labels import LabelError, queue
+from allscaip_lite.labels.queue import Job, collect, in_processes, run_jobs, stored, take_over
+
+JOBS = [
+    *(Job(f"H2 {length}", f"job{length}", "train", length) for length in (0.6, 0.7, 0.8, 0.9)),
+    Job("H2 1.0", "job1.0", "val", 1.0),
+    Job("no length", "job0", "train", 0.0),
+    Job("H2 1.1", "job1.1", "test", 1.1),
+]
+FOLDER = Path(__file__).parent
+SCRIPT = """
+import sys
+from test_queue import JOBS, slow
+from allscaip_lite.labels.queue import run_jobs
+if __name__ == "__main__":
+    run_jobs(sys.argv[1], JOBS, slow, workers=int(sys.argv[2]))
+"""
+
+
+def label(length: float) -> list[Atoms]:
+    """H2 of some length; of none, an error."""
+    if not length:
+        raise LabelError("nothing to label")
+    pair = Atoms("H2", [[0, 0, 0], [0, 0, length]], info={"label": "a method, version 2"})
+    pair.calc = SinglePointCalculator(pair, energy=-length, forces=np.zeros((2, 3)))
+    return [pair]
+
+
+def slow(length: float) -> list[Atoms]:
+    time.sleep(0.3)
+    return label(length)
+
+
+def kill_itself(length: float) -> list[Atoms]:
+    if length == 0.8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return label(length)
+
+
+def no_disk(length: float) -> list[Atoms]:
+    raise OSError("no space left on device")
+
+
+def nothing(length: float) -> list[Atoms]:
+    return []
+
+
+def start(folder: Path, workers: int = 1) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", SCRIPT, str(folder), str(workers)]
+    path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        arguments,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=FOLDER.parents[1],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+
+
+def lengths(data: Path) -> list[float]:
+    return [round(atoms.get_distance(0, 1), 6) for atoms in Dataset(data)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_two_runs_share_the_work(tmp_path):
+    store = tmp_path / "jobs"
+    process = start(store, workers=2)
+    while not list(store.glob("*.aselmdb")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()  # the parent alone: its workers stop by themselves
+    process.communicate()
+    first = {path.name: path.stat().st_mtime_ns for path in store.glob("*.aselmdb")}
+    assert 0 < len(first) < 6
+
+    crews = [start(store) for _ in range(2)]
+    for crew in crews:
+        words = crew.communicate()[1].decode()
+        assert crew.returncode == 0, words
+    assert {path.stem for path in store.glob("*.failed")} == {"job0"}
+    assert len(list(store.glob("*.aselmdb"))) == 6
+    assert not list(store.glob("*.claim")) and not list(store.glob("*.partial"))
+    for name, written in first.items():
+        assert (store / name).stat().st_mtime_ns == written, "a job was done twice"
+
+
+def test_collecting_writes_what_is_there_and_what_failed(tmp_path, capsys):
+    store = tmp_path / "jobs"
+    run_jobs(store, JOBS[:2], label)
+    collect(store, JOBS, tmp_path)
+    assert lengths(tmp_path / "train.aselmdb") == [0.6, 0.7]
+    assert not (tmp_path / "val.aselmdb").exists()
+
+    run_jobs(store, JOBS, label, workers=2)
+    assert "7 of 7 jobs, 1 failed" in capsys.readouterr().err
+    found = collect(store, JOBS, tmp_path)
+    printed = capsys.readouterr()
+    assert printed.out == "train: 4 structures\nval: 1 structures\ntest: 1 structures\n"
+    assert "1 of 7 jobs failed" in printed.err
+    assert {split: len(structures) for split, structures in found.items()} == {
+        "train": 4,
+        "val": 1,
+        "test": 1,
+    }
+    assert lengths(tmp_path / "train.aselmdb") == [0.6, 0.7, 0.8, 0.9]  # in the order of the jobs
+    assert Dataset(tmp_path / "val.aselmdb")[0].info["entry"] == "H2 1.0"
+    failed = json.loads((tmp_path / "failed.json").read_text())
+    assert failed == {"no length": "LabelError: nothing to label"}
+    sums = json.loads((tmp_path / "checksums.json").read_text())
+    assert sums["train"] == checksum(Dataset(tmp_path / "train.aselmdb"))
+    assert stored(store, JOBS[5]) == [] and len(stored(store, JOBS[0])) == 1
+
+
+def test_a_job_without_structures_has_failed(tmp_path):
+    run_jobs(tmp_path, JOBS[:1], nothing)
+    collect(tmp_path, JOBS[:1], tmp_path)
+    assert "no usable structure" in (tmp_path / "failed.json").read_text()
+
+
+def test_a_worker_that_is_killed_loses_one_job(tmp_path):
+    with pytest.raises(RuntimeError, match="exit status -9"):
+        run_jobs(tmp_path, JOBS[:4], kill_itself)
+    assert {path.stem for path in tmp_path.glob("*.aselmdb")} == {"job0.6", "job0.7"}
+    run_jobs(tmp_path, JOBS[:4], label)
+    assert len(list(tmp_path.glob("*.aselmdb"))) == 4
+    assert not list(tmp_path.glob("*.claim"))
+
+
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path, monkeypatch):
+    def interrupted(sentinels: list, timeout: float) -> None:
+        if list(tmp_path.glob("*.aselmdb")):
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+
+    monkeypatch.setattr(queue, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(tmp_path, JOBS, slow)
+    assert 0 < len(list(tmp_path.glob("*.aselmdb"))) < 6
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_that_is_no_job_s_own_ends_the_run(tmp_path, capfd):
+    with pytest.raises(RuntimeError, match="a worker died"):
+        run_jobs(tmp_path, JOBS[:2], no_disk)
+    assert "no space left" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*.failed"))
+
+
+def test_what_a_killed_worker_left_is_cleared_but_not_what_another_run_uses(tmp_path):
+    run_jobs(tmp_path, JOBS[:1], label)
+    for job in JOBS[:2]:
+        (tmp_path / f"{job.file}.claim").touch()
+        unfinished_folder(tmp_path / f"{job.file}.aselmdb").mkdir()
+    run_jobs(tmp_path, JOBS[:1], label)
+    done, other = (job.file for job in JOBS[:2])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"{done}.aselmdb", f"{other}.claim", f".{other}.aselmdb.partial"}
+
+
+def test_a_data_set_that_was_collected_is_taken_over(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_jobs(first / "jobs", JOBS[:3], label)
+    collect(first / "jobs", JOBS[:3], first)
+    more = {JOBS[4].name: label(1.0)}
+    assert take_over(second / "jobs", JOBS, first, "a method", more) == 4
+    assert take_over(second / "jobs", JOBS, first, "a method") == 0, "what is there stays"
+    collect(second / "jobs", JOBS, second)
+    sums = [json.loads((folder / "checksums.json").read_text()) for folder in (first, second)]
+    assert sums[0]["train"] == sums[1]["train"]
+
+    with pytest.raises(LabelError, match="no labels for this queue"):
+        take_over(second / "jobs", JOBS, first, "another method")
+    with pytest.raises(FileNotFoundError, match="--known takes the folder"):
+        take_over(second / "jobs", JOBS, tmp_path / "none", "a method")
+
+
+def test_a_folder_holds_one_plan(tmp_path):
+    queue.store_plan(tmp_path, {"seed": 0})
+    queue.store_plan(tmp_path, {"seed": 0})
+    with pytest.raises(LabelError, match="another data set"):
+        queue.store_plan(tmp_path, {"seed": 1})
+
+
+def test_results_of_processes_come_in_the_order_of_the_tasks():
+    found = [atoms.get_potential_energy() for [atoms] in in_processes(label, [0.9, 0.7, 0.8], 2)]
+    assert found == [-0.9, -0.7, -0.8]
