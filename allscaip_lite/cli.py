@@ -26,11 +26,6 @@ class Command(NamedTuple):
 
 
 DATA_COMMANDS = {
-    "label": Command(
-        "labels.command",
-        "energies and forces of your structures by a reference method: GFN2-xTB, wB97M-V, SPC/Fw",
-        "the same command goes on from here",
-    ),
     "convert": Command(
         "data.convert",
         "convert your own structures, in any format that ASE reads",

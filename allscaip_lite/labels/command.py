@@ -22,11 +22,11 @@ from allscaip_lite.labels import LabelError, queue
 from allscaip_lite.structures import charge_and_spin, lowest_multiplicity
 
 METHODS = {
-    "gfn2-xtb": "GFN2-xTB, spin-polarised: any molecule or crystal up to radon, well below a second",
-    "wb97m-v": "wB97M-V/def2-TZVPD, OMol25's level of theory: molecules up to krypton, minutes each",
-    "spc-fw": "SPC/Fw, water alone (atoms in the order O, H, H), in vacuum or in a periodic box",
+    "gfn2-xtb": "any molecule or crystal of elements up to radon, a second or less each",
+    "wb97m-v": "with def2-TZVPD, OMol25's level of theory: molecules of elements up to krypton, "
+    "15 s for six atoms, some minutes for sixteen",
+    "spc-fw": "water alone (atoms in the order O, H, H), in vacuum or in a periodic box",
 }
-
 LIBRARIES = {"gfn2-xtb": ["tblite"], "wb97m-v": ["pyscf", "numba"], "spc-fw": []}
 
 
@@ -154,14 +154,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compute energies and forces of your structures with a reference method. Each result is "
         "kept as soon as it is there: the same command goes on where it was stopped."
     )
-    parser.epilog = "Methods. " + ". ".join(f"{name}: {text}" for name, text in METHODS.items())
     parser.add_argument(
         "files",
         nargs="+",
         help="what ASE reads, or .aselmdb; charge and spin multiplicity (2S + 1) from info, "
         "otherwise neutral and the lowest",
     )
-    parser.add_argument("--method", choices=tuple(METHODS), required=True, help="see below")
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        required=True,
+        help="; ".join(f"{name}: {text}" for name, text in METHODS.items()),
+    )
     parser.add_argument(
         "--out",
         type=Path,
