@@ -22,6 +22,7 @@ from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.kernels import choose
 from allscaip_lite.model import Result
+from allscaip_lite.neighbors import nearest_images
 from allscaip_lite.notebook.attention_maps import attention_maps
 from allscaip_lite.operations import Operations
 from allscaip_lite.structures import structures_from_atoms
@@ -222,6 +223,22 @@ def test_every_edge_has_its_reverse(small_config: AllScAIPConfig, atoms: Atoms) 
         graph.slot_directions.flatten(0, 1)[arrivals].repeat(2, 1)[: len(arrivals)],
         torch.cat([-graph.directions, graph.directions]),
     )
+
+
+@few
+@given(atoms=periodic())
+def test_nearest_images_are_those_found_among_all_images(atoms: Atoms) -> None:
+    """Of every pair of atoms, for node attention; the atom itself is its own nearest."""
+    batch = structures_from_atoms(atoms, torch.float64)
+    shift = nearest_images(batch.positions, batch.cell[0], batch.pbc[0]).numpy()
+    np.testing.assert_allclose(shift, shift.round(), rtol=0, atol=1e-9)
+    assert (shift[..., ~atoms.pbc] == 0).all()
+    vectors = atoms.positions[None] - atoms.positions[:, None] + shift @ atoms.cell.array
+    found = np.linalg.norm(vectors, axis=2)
+    i, j, _, distances, _ = pairs_over_images(atoms, found.max() + 0.1)
+    nearest = np.where(np.eye(len(atoms), dtype=bool), 0, np.inf)
+    np.minimum.at(nearest, (i, j), distances)
+    np.testing.assert_allclose(found, nearest, rtol=0, atol=1e-9)
 
 
 @few
