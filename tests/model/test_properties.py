@@ -225,16 +225,18 @@ def test_every_edge_has_its_reverse(small_config: AllScAIPConfig, atoms: Atoms) 
     )
 
 
-@few
-@given(atoms=periodic())
-def test_nearest_images_are_those_found_among_all_images(atoms: Atoms) -> None:
-    """Of every pair of atoms, for node attention; the atom itself is its own nearest."""
-    batch = structures_from_atoms(atoms, torch.float64)
-    shift = nearest_images(batch.positions, batch.cell[0], batch.pbc[0]).numpy()
+@many
+@given(cell=cells(), flags=st.sampled_from(ANY), seed=st.integers(0, 99))
+def test_nearest_images_are_those_found_among_all_images(
+    cell: np.ndarray, flags: tuple[bool, ...], seed: int
+) -> None:
+    """Of points anywhere in three cells and more, for node attention."""
+    points = np.random.default_rng(seed).uniform(-1, 2, (6, 3)) @ cell
+    atoms = Atoms("H6", points, cell=cell, pbc=flags)
+    shift = nearest_images(*(torch.as_tensor(x) for x in (points, cell, atoms.pbc))).numpy()
     np.testing.assert_allclose(shift, shift.round(), rtol=0, atol=1e-9)
     assert (shift[..., ~atoms.pbc] == 0).all()
-    vectors = atoms.positions[None] - atoms.positions[:, None] + shift @ atoms.cell.array
-    found = np.linalg.norm(vectors, axis=2)
+    found = np.linalg.norm(points[None] - points[:, None] + shift @ cell, axis=2)
     i, j, _, distances, _ = pairs_over_images(atoms, found.max() + 0.1)
     nearest = np.where(np.eye(len(atoms), dtype=bool), 0, np.inf)
     np.minimum.at(nearest, (i, j), distances)
