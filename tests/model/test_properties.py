@@ -67,6 +67,16 @@ def molecules(draw: st.DrawFn, most: int = 8) -> Atoms:
 
 
 @st.composite
+def clusters(draw: st.DrawFn, most: int = 40) -> Atoms:
+    """Up to `most` atoms as a ball, in which more are near than ranks count."""
+    sites = np.array(list(product(range(-2, 3), repeat=3)))
+    sites = sites[np.argsort((sites**2).sum(1), kind="stable")[: draw(st.integers(1, most))]]
+    steps = np.random.default_rng(draw(st.integers(0, 99))).uniform(-STEP, STEP, sites.shape)
+    atoms = Atoms([draw(st.sampled_from(ELEMENTS))] * len(sites), SPACING * sites + steps)
+    return with_random_state(draw, atoms)
+
+
+@st.composite
 def cells(draw: st.DrawFn) -> np.ndarray:
     """(3, 3) Å: heights of 1.5 to 7.5 Å, any tilt, often flat or much skewed, either hand."""
     a, b, c = (draw(st.integers(6, 30)) / 4 for _ in range(3))
@@ -196,7 +206,11 @@ def assert_same_edges(found: Edges, expected: Edges) -> None:
 
 
 @many
-@given(atoms=structures, k=st.integers(3, 15), cutoff=st.sampled_from([2.5, 4.0, 6.0]))
+@given(
+    atoms=st.one_of(clusters(), periodic(), molecules()),
+    k=st.integers(3, 15),
+    cutoff=st.sampled_from([3.0, 6.0, 8.0]),
+)
 def test_edges_are_those_found_among_all_images(
     small_config: AllScAIPConfig, atoms: Atoms, k: int, cutoff: float
 ) -> None:
