@@ -47,7 +47,8 @@ help:
 	@echo "             JOBS=$(JOBS) processes; UNIT_ARGS, NOTEBOOK_ARGS are passed on to pytest"
 	@echo "make class   student and instructor copies of the notebooks, in class/; CLASS_ARGS='--check'"
 	@echo "             also runs them all"
-	@echo "make site    run the course and write it as static pages, in site/"
+	@echo "make site    documentation, API reference and course as static pages, in site/;"
+	@echo "             SITE_EXECUTE=1 runs the lessons first, so that their pages have outputs"
 	@echo "make bench   time the model beside the reference; BENCH_ARGS are passed on"
 	@echo "make clean   remove $(VENV), caches and build products (data and runs stay)"
 	@echo "PYTHON=python3.12 in front of any of them picks the Python (3.11 or newer)"
@@ -86,7 +87,9 @@ class: $(LAB_READY)
 	$(ONE_THREAD) $(PY) -m allscaip_lite.classroom $(CLASS_ARGS)
 
 site: $(TEST_READY)
-	$(ONE_THREAD) $(PY) -m allscaip_lite.site
+	rm -rf site
+	$(ONE_THREAD) $(PY) -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . site
+	@echo "open site/index.html"
 
 bench: $(TEST_READY)
 	$(PY) -m allscaip_lite.cli bench $(BENCH_ARGS)
