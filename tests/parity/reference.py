@@ -5,7 +5,7 @@ In: architecture options in the reference's own spelling. Out: a `.pt` file as f
 and stresses in float32 or float64. Needs `fairchem-core==2.24.0`; used by the parity tests and,
 as a script, to make a file by hand:
 
-    python tests/reference.py out.pt --layers 4 --hidden 128 --heads 4 --direct
+    python tests/parity/reference.py out.pt --layers 4 --hidden 128 --heads 4 --direct
 """
 
 from __future__ import annotations

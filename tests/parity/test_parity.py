@@ -1,13 +1,12 @@
 """Equal to the reference: energies, forces and stresses beside fairchem's, weight for weight.
 
-Official-format checkpoints with random weights are made through fairchem (`tests/reference.py`),
+Official-format checkpoints with random weights are made through fairchem (`reference.py`),
 read by `load_model`, and both models answer for the same structures: within 2e-5 eV/atom and 2e-4
 of the largest force in float32, and within 1e-8 where both compute in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -26,14 +25,6 @@ import reference  # noqa: E402  (needs fairchem)
 ENERGY_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-8}  # eV/atom
 FORCE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-8}  # of the largest component
 BOTH = (torch.float32, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- structures -------------------------------------------------------------------------------
