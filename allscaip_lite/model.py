@@ -127,35 +127,29 @@ class Input(nn.Module):
         charge_spin = self.charge_spin(torch.cat([charge, spin], dim=1), ops)  # (B, H)
         nodes = nodes + act(charge_spin)[structures.system]
 
-        # Lin([node ; attributes]) in two halves: the node's half once an atom, not once an edge
-        node_weight, attribute_weight = self.edge.weight.split(config.hidden_size, dim=1)
-        node_half = ops.linear(nodes, node_weight, self.edge.bias)  # (N, H)
-        row = torch.cat([torch.arange(len(nodes), device=nodes.device), graph.source])
-        node_half = node_half.gather(0, row.unsqueeze(1).expand(-1, config.hidden_size))  # (M, H)
-        attributes = act(self.attributes(graph, ops))  # (M, H)
-        return act(node_half + ops.linear(attributes, attribute_weight, None))
+        # Lin([node ; attributes]), each state with the atom it starts from
+        own = torch.arange(len(nodes), device=nodes.device)
+        parts = [(nodes, torch.cat([own, graph.source])), (act(self.attributes(graph, ops)), None)]
+        return act(ops.linear_of_parts(parts, self.edge.weight, self.edge.bias))  # (M, H)
 
-    def attributes(self, graph: Graph, ops: Operations) -> Tensor:
-        """(M, H): Lin([basis(d) ; Y(r̂)]), each pair computed once for both its directions."""
-        size, degree = self.config.num_distance_basis, self.config.direction_degree
-        basis_weight, direction_weight = self.edge_attributes.weight.tensor_split([size], dim=1)
-        distances = torch.cat([graph.distances.new_zeros(1), graph.distances])  # self-edge first
-        radial = ops.linear(self.basis(distances, ops), basis_weight, self.edge_attributes.bias)
-        harmonics = encodings.spherical_harmonics(graph.directions, degree)  # (P, 36)
-        number = torch.arange((degree + 1) ** 2, device=harmonics.device)  # l² + l + m
-        parity = 1 - 2 * (number.sqrt().long() % 2)  # Y(-r) = (-1)^l Y(r)
-        harmonics = torch.cat([harmonics, harmonics * parity])  # (2P, 36)
-        edges = radial[1:].repeat(2, 1) + ops.linear(harmonics, direction_weight, None)  # (2P, H)
-        alone = radial[:1] + direction_weight[:, 0]  # only Y_00 = 1 survives without a direction
-        return torch.cat([alone.expand(graph.num_atoms, -1), edges])
+    def attributes(self, graph: Graph, ops: Operations = PLAIN) -> Tensor:
+        """(M, H): Lin([basis(d) ; Y(r̂)]) of every state; a self-edge has d = 0 and no direction."""
+        n, device = graph.num_atoms, graph.distances.device
+        forward = torch.arange(1, graph.num_pairs + 1, device=device)  # row 0 is the self-edge's
+        itself = forward.new_zeros(n)
+        pair = torch.cat([itself, forward, forward])  # (M,)
+        edge = torch.cat([itself, forward, forward + graph.num_pairs])  # (M,)
+        distances = torch.cat([graph.distances.new_zeros(1), graph.distances])  # (1+P,)
+        directions = torch.cat([graph.directions, -graph.directions])  # (2P, 3)
+        harmonics = encodings.spherical_harmonics(directions, self.config.direction_degree)
+        alone = torch.eye(1, harmonics.shape[1], dtype=harmonics.dtype, device=device)  # Y_00 alone
+        parts = [(self.basis(distances, ops), pair), (torch.cat([alone, harmonics]), edge)]
+        return ops.linear_of_parts(parts, self.edge_attributes.weight, self.edge_attributes.bias)
 
-    def basis(self, distances: Tensor, ops: Operations) -> Tensor:
+    def basis(self, distances: Tensor, ops: Operations = PLAIN) -> Tensor:
         """(E,) Å → (E, 512)."""
-        kind, cutoff, size = (
-            self.config.distance_basis,
-            self.config.cutoff,
-            self.config.num_distance_basis,
-        )
+        kind, cutoff = self.config.distance_basis, self.config.cutoff
+        size = self.config.num_distance_basis
         if kind == "silu":
             ones = torch.ones_like(distances)
             return F.silu(self.distance_basis(torch.stack([distances, ones], dim=1), ops))

@@ -9,7 +9,7 @@ plain formulas of `graph`, `encodings` and `attention` and is the default. The s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+def linear_of_parts(
+    parts: Sequence[tuple[Tensor, Tensor | None]], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Lin([x₁ ; x₂ ; …]) of vectors put together from rows of several tables, → (M, b).
+
+    parts: tables (R, a) with the row (M,) that each result takes of it, None where it is its own;
+    the a of all parts together are the columns of weight (b, Σa).
+    """
+    rows = [x if row is None else x.index_select(0, row) for x, row in parts]
+    return F.linear(torch.cat(rows, dim=1), weight, bias)
+
+
 @dataclass(frozen=True)
 class Operations:
     """One function for each formula. M states, N atoms with K slots, h heads, l degrees.
 
     linear: x (R, a), weight (b, a), bias (b,) or None → (R, b).
+    linear_of_parts: tables of rows, weight, bias → (M, b).
     rms_norm: x (R, H), weight (H,), eps → (R, H).
     gelu: any shape.
     gaussian_basis: distances (E,), centers (C,), spacing → (E, C).
@@ -47,6 +60,7 @@ class Operations:
     """
 
     linear: Callable[..., Tensor] = F.linear
+    linear_of_parts: Callable[..., Tensor] = linear_of_parts
     rms_norm: Callable[..., Tensor] = rms_norm
     gelu: Callable[[Tensor], Tensor] = F.gelu
     gaussian_basis: Callable[..., Tensor] = encodings.gaussian_basis

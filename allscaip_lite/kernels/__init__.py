@@ -64,8 +64,10 @@ def in_torch(device_type: str) -> Operations:
     """PyTorch with derivatives by hand, for the CPU of this machine or for a GPU."""
     on_cpu = device_type == "cpu"
     by_onednn = on_cpu and "AMD" in processor_name() and elementwise.has_onednn()
+    linear = elementwise.linear_by_onednn if by_onednn else F.linear
     twice = Operations(
-        linear=elementwise.linear_by_onednn if by_onednn else F.linear,
+        linear=linear,
+        linear_of_parts=functools.partial(elementwise.linear_of_parts, linear=linear),
         rms_norm=elementwise.rms_norm if on_cpu else elementwise.native_rms_norm,
         gelu=elementwise.gelu,
         gaussian_basis=elementwise.gaussian_basis,

@@ -8,7 +8,7 @@ and can be differentiated twice or more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,24 @@ def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if on_cpu and x.numel() and weight.numel():
         return _OneDNNLinear.apply(_readable(x), _readable(weight), bias)
     return F.linear(x, weight, bias)
+
+
+def linear_of_parts(
+    parts: Sequence[tuple[Tensor, Tensor | None]],
+    weight: Tensor,
+    bias: Tensor | None,
+    linear: Callable[..., Tensor],
+) -> Tensor:
+    """`operations.linear_of_parts`: each row of a table is multiplied once, and taken often."""
+    weights = weight.split([x.shape[1] for x, _ in parts], dim=1)
+    total = None
+    for (x, row), part in zip(parts, weights, strict=True):
+        product = linear(x, part, bias if total is None else None)  # (R, b)
+        if row is not None:  # gather: its derivative adds up fast and in a fixed order
+            product = product.gather(0, row.unsqueeze(1).expand(-1, len(weight)))  # (M, b)
+        total = product if total is None else total + product
+    assert total is not None
+    return total
 
 
 def _readable(x: Tensor) -> Tensor:
