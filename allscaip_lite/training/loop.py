@@ -26,25 +26,17 @@ from torch.utils.data import DataLoader
 
 from allscaip_lite.checkpoints.native import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data.aselmdb import (
-    Dataset,
-    Subset,
-    differing,
-    evenly_spaced,
-    fingerprint,
-)
+from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.data.batches import Batch, Batches, collate
+from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
+from allscaip_lite.files import atomic_write, differing, fingerprint
 from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
 from allscaip_lite.kernels.padded import PaddedBatch, Size, can_pad, padded_prediction
 from allscaip_lite.model import AllScAIP, Prediction
 from allscaip_lite.training.muon import Muon
-
-
-class TrainingError(ValueError):
-    """A training run that cannot start or go on; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tupl
         energies[row] = atoms.calc.results["energy"]
         squares += float((atoms.calc.results["forces"] ** 2).sum())
         components += 3 * len(atoms)
-    # a whisper of ridge settles elements that always occur together
+    # a small ridge term, for elements whose counts are always in the same ratio
     gram = counts.T @ counts + 1e-6 * np.eye(max_num_elements)
     references = np.linalg.solve(gram, counts.T @ energies)
     return torch.as_tensor(references), math.sqrt(squares / components)
@@ -145,7 +137,7 @@ def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tens
 def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
     """A training and a validation part of one data set, drawn at random."""
     if len(data) < 2:
-        raise TrainingError("one structure cannot both train and validate a model: give more")
+        raise InputError("one structure cannot both train and validate a model: give more")
     order = np.random.default_rng(seed).permutation(len(data))
     held = max(1, round(share * len(data)))
     return Subset(data, np.sort(order[held:])), Subset(data, np.sort(order[:held]))
@@ -330,17 +322,35 @@ def train(
     fabric: lightning_fabric.Fabric | None = None,
     watch: Callable[[Stage, int, float], None] | None = None,
 ) -> AllScAIP:
-    """Train through the stages and return the averaged (EMA) model, in evaluation mode.
+    """Train a model through the stages.
 
     Everything is kept in `folder`: `state.pt` to resume from, `log.jsonl`, `NAME.safetensors` at
-    the end of each stage. Started again with the same arguments, a stopped run goes on where it
-    was, to the same numbers; with others, other data or another `start` (a name for the model that
-    is given) it raises TrainingError. `watch(stage, step, loss)` is called after each step, to draw
-    a curve for example.
+    the end of each stage. Started again with the same arguments, a stopped run continues from its
+    last checkpoint, to the same numbers.
 
-    `kernels` chooses how the model computes, to the same numbers but for rounding (see the table of
-    `allscaip_lite.kernels`): "auto" takes what is fastest, on one CUDA GPU a step on molecules that
-    is recorded and repeated.
+    Args:
+        model: the start; its weights change.
+        stages: direct first, then conservative, or one of them.
+        training_data: labelled structures.
+        validation_data: labelled structures that it does not train on.
+        folder: of the run; a run with other settings, data or start in it is refused.
+        max_atoms: atoms of a batch.
+        seed: of the order of structures and of their rotations.
+        validate_every: steps between validations.
+        save_every: steps between checkpoints.
+        workers: processes that read data.
+        kernels: how the model computes, to the same numbers but for rounding, see
+            `allscaip_lite.kernels`; "auto" takes what is fastest, on one CUDA GPU a step on
+            molecules that is recorded and repeated.
+        start: a name for the model that is given, kept with the run.
+        fabric: Lightning's, for GPUs and several processes; by default one device.
+        watch: called after each step with stage, step and loss, to draw a curve for example.
+
+    Returns:
+        The averaged (EMA) model, in evaluation mode.
+
+    Raises:
+        RunError: for a folder of another run, and for a loss that is not finite.
     """
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
     operations = choose(kernels, fabric.device, model.dtype)
@@ -359,7 +369,7 @@ def train(
         saved = torch.load(state_file, map_location="cpu", weights_only=True)
         # what a run of an earlier version did not write down is not held against it
         if changed := differing(saved["plan"], plan, but=plan.keys() - saved["plan"].keys()):
-            raise TrainingError(
+            raise RunError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
                 "--out, or remove it"
             )
@@ -383,20 +393,17 @@ def train(
 
         def save(step: int, stage_index: int = index) -> None:
             if fabric.global_rank == 0:
-                partial = state_file.with_suffix(".partial")
-                torch.save(
-                    {
-                        "plan": plan,
-                        "stage": stage_index,
-                        "step": step,
-                        "model": model.state_dict(),
-                        "average": average.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                        "random": torch.get_rng_state(),
-                    },
-                    partial,
-                )
-                partial.replace(state_file)
+                state = {
+                    "plan": plan,
+                    "stage": stage_index,
+                    "step": step,
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "random": torch.get_rng_state(),
+                }
+                with atomic_write(state_file) as partial:
+                    torch.save(state, partial)
 
         batches = Batches(
             training_data,
@@ -430,7 +437,7 @@ def train(
             losses.append(value)
             done = step + 1
             if not math.isfinite(losses[-1] + float(norm)):
-                raise TrainingError(
+                raise RunError(
                     f"the loss is not finite at step {done}: lower the learning rate, and start "
                     f"again in a new folder (the last good state is {state_file})"
                 )
@@ -564,13 +571,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def changed(config: AllScAIPConfig, changes: Sequence[str]) -> AllScAIPConfig:
     """A configuration with changes such as "k=12", values as in JSON.
 
-    Raises `TrainingError` for a name that does not exist or a value that is not one.
+    Raises `InputError` for a name that does not exist or a value that is not one.
     """
     values = config.to_dict()
     for change in changes:
         name, equals, text = change.partition("=")
         if name not in values or not equals:
-            raise TrainingError(
+            raise InputError(
                 f"--set {change}: give NAME=VALUE with a NAME among {', '.join(values)}"
             )
         try:
@@ -580,7 +587,7 @@ def changed(config: AllScAIPConfig, changes: Sequence[str]) -> AllScAIPConfig:
         if type(values[name]) is not type(getattr(config, name)) and name not in _OPTIONAL:
             expected = type(getattr(config, name)).__name__
             if not (expected == "float" and isinstance(values[name], int)):
-                raise TrainingError(f"--set {change}: {name} takes a value of type {expected}")
+                raise InputError(f"--set {change}: {name} takes a value of type {expected}")
     return AllScAIPConfig.from_dict(values)
 
 
@@ -588,7 +595,7 @@ def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
     """A model with its configuration changed and its weights kept: another cutoff, or a part taken
     out, as in "node_attention=false".
 
-    Raises `TrainingError` for a change that needs weights which the model does not have.
+    Raises `InputError` for a change that needs weights which the model does not have.
     """
     if not changes:
         return model
@@ -598,7 +605,7 @@ def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
         name for name in ours if name not in theirs or theirs[name].shape != ours[name].shape
     ]
     if lacking:
-        raise TrainingError(
+        raise InputError(
             f"--set {' '.join(changes)} with --from: the model has no weights for {lacking[0]} and "
             f"{len(lacking) - 1} more; what needs new weights is trained from the start"
         )
@@ -611,7 +618,7 @@ _OPTIONAL = ("angular_channels", "max_neighbors")  # null, or another type
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite train`."""
-    # nobody reads the edges of the last block, so its edge FFN never gets the gradient that
+    # the edges of the last block are not read, so its edge FFN never gets the gradient that
     # several processes would wait for
     several = args.devices != "1" or args.nodes > 1
     fabric = lightning_fabric.Fabric(
@@ -664,7 +671,7 @@ def run(args: argparse.Namespace) -> None:
         stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
     stages = [replace(stage, muon=args.muon) for stage in stages]
     if not stages:
-        raise TrainingError("nothing to train: give --direct-steps or --conservative-steps")
+        raise InputError("nothing to train: give --direct-steps or --conservative-steps")
     fabric.print(
         f"{len(training_data)} structures to train on, {len(validation_data)} to validate, "
         f"{model.num_parameters:,} parameters"

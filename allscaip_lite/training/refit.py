@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoints.native import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
+from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
@@ -29,10 +30,6 @@ FLOOR = 1e-4  # eV an atom, eV/Å: errors below it count by their square
 ROUNDS = 30  # of reweighting
 RIDGE = 1e-6  # of the mean square of a column
 KINDS = {"energy": "meV/atom", "forces": "meV/Å", "pressure times volume": "meV/atom"}
-
-
-class ReadoutError(ValueError):
-    """A model or data without what the last layer can be fitted by; the message says what."""
 
 
 class Rows(NamedTuple):
@@ -66,14 +63,14 @@ def refit(
     The loss is training's (`training.Stage`), of means of absolute errors: the linear problem is
     solved again with weights 1/|error| until it is that one (Schlossmacher, J. Am. Stat. Assoc. 68,
     857, 1973). Forces are asked for along one random direction of all atoms a structure, drawn by
-    `seed`. `kernels`: see `training.train`. Raises ReadoutError for a
+    `seed`. `kernels`: see `training.train`. Raises InputError for a
     direct model and for data with fewer structures than weights.
     """
     if not model.config.conservative:
-        raise ReadoutError("a direct model's forces do not follow from its energy: train it")
+        raise InputError("a direct model's forces do not follow from its energy: train it")
     size = model.energy_head.contract.weight.numel() + 1
     if len(data) < size:
-        raise ReadoutError(f"{len(data)} structures are too few for {size} weights: give more")
+        raise InputError(f"{len(data)} structures are too few for {size} weights: give more")
     kinds = dict(zip(KINDS, measure(model, data, seed, kernels, progress), strict=True))
     kinds = {name: rows for name, rows in kinds.items() if len(rows.missing)}
     weights = dict(zip(KINDS, (energy_weight, force_weight, stress_weight), strict=True))
@@ -132,8 +129,8 @@ def measure(
         atomic = model.energy_head(model.features(moved)).squeeze(1)
         total = inputs[0].sum(0)  # (2H,): Φ
         change = torch.zeros_like(total).requires_grad_()
-        asked = [positions, strain] if boxed else [positions]
-        gradients = torch.autograd.grad(total @ change, asked, create_graph=True)
+        variables = [positions, strain] if boxed else [positions]
+        gradients = torch.autograd.grad(total @ change, variables, create_graph=True)
 
         def derivative(value: Tensor, change: Tensor = change) -> Tensor:
             return torch.autograd.grad(value, change, retain_graph=True)[0].double()
@@ -204,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite refit`."""
     if args.out.suffix != ".safetensors":
-        raise ReadoutError(f"--out {args.out}: a model's file name ends in .safetensors")
+        raise InputError(f"--out {args.out}: a model's file name ends in .safetensors")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, whole = load_model(args.model, device=device), Dataset(args.data)
     data = Subset(whole, evenly_spaced(len(whole), args.structures))

@@ -14,10 +14,11 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import AllScAIP, cli
+from allscaip_lite.errors import InputError
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoints.native import load_model, save_model
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
-from allscaip_lite.training.refit import ReadoutError, Rows, measure, refit, solve
+from allscaip_lite.training.refit import Rows, measure, refit, solve
 
 ModelMaker = Callable[..., AllScAIP]
 
@@ -113,7 +114,7 @@ def test_the_least_absolute_errors_do_not_follow_outliers() -> None:
 def test_what_cannot_be_fitted_is_refused(make_model: ModelMaker, structures, tmp_path) -> None:
     write_aselmdb(tmp_path / "one.aselmdb", [labelled(make_model(), structures[0])])
     data = Dataset(tmp_path / "one.aselmdb")
-    with pytest.raises(ReadoutError, match="1 structures are too few for"):
+    with pytest.raises(InputError, match="1 structures are too few for"):
         refit(make_model(), data)
-    with pytest.raises(ReadoutError, match="direct model"):
+    with pytest.raises(InputError, match="direct model"):
         refit(make_model(conservative=False), data)

@@ -21,6 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
+from allscaip_lite.errors import RunError
 from allscaip_lite.config import PRESETS
 from allscaip_lite.data.aselmdb import DataError, Dataset, Subset, write_aselmdb
 from allscaip_lite.data.batches import Batch, Batches, collate, in_order
@@ -31,7 +32,6 @@ from allscaip_lite.model import Prediction
 from allscaip_lite.training import loop as training
 from allscaip_lite.training.loop import (
     Stage,
-    TrainingError,
     conservative_stage,
     direct_stage,
     fit_units,
@@ -474,10 +474,10 @@ def test_other_settings_do_not_mix_in_one_folder(data: Dataset, tmp_path: Path) 
     """Other stages, and another model, be it of the same shapes."""
     run(data, tmp_path, (2, 1))
     kept = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(TrainingError, match=r"other settings \(stages\): give another --out"):
+    with pytest.raises(RunError, match=r"other settings \(stages\): give another --out"):
         run(data, tmp_path, (3, 1))
     for changes in ({"k": 5}, {"num_layers": 1}):
-        with pytest.raises(TrainingError, match="other settings"):
+        with pytest.raises(RunError, match="other settings"):
             run(data, tmp_path, (2, 1), **changes)
     assert (tmp_path / "state.pt").read_bytes() == kept
 
@@ -487,12 +487,12 @@ def test_other_data_and_another_start_do_not_mix_in_one_folder(
 ) -> None:
     run(data, tmp_path, (2, 1))
     fewer = Subset(data, np.arange(len(data) - 1))
-    with pytest.raises(TrainingError, match=r"other settings \(data\)"):
+    with pytest.raises(RunError, match=r"other settings \(data\)"):
         run(fewer, tmp_path, (2, 1))
     stages = [direct_stage(2), conservative_stage(1)]
     options = {"max_atoms": 40, "validate_every": 100}
     train(small_model(data), stages, data, data, tmp_path / "a", start="one", **options)
-    with pytest.raises(TrainingError, match=r"other settings \(start\)"):
+    with pytest.raises(RunError, match=r"other settings \(start\)"):
         train(small_model(data), stages, data, data, tmp_path / "a", start="two", **options)
 
 
@@ -515,7 +515,7 @@ def test_the_gradient_is_clipped_as_a_whole_whoever_takes_the_step(
 
 
 def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"not finite at step \d+: lower the learning rate"):
+    with pytest.raises(RunError, match=r"not finite at step \d+: lower the learning rate"):
         train(
             small_model(data),
             [direct_stage(50, 1e30)],
