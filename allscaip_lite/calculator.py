@@ -21,7 +21,7 @@ from ase.calculators.calculator import (
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from allscaip_lite.checkpoints.native import load_model
+from allscaip_lite.checkpoints import load_model
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result

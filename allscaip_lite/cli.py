@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from allscaip_lite import __version__
+from allscaip_lite.errors import InputError
 
 
 class Command(NamedTuple):
@@ -153,7 +153,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from allscaip_lite.checkpoints.native import load_model, read_card
+    from allscaip_lite.checkpoints import load_model, read_card
 
     model = load_model(args.model)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -167,26 +167,28 @@ def _print_table(title: str, table: Mapping[str, Any], indent: str = "") -> None
         if isinstance(value, Mapping):
             _print_table(key, value, indent + "  ")
         else:
-            print(f"{indent}  {key}: {value}")
+            print(f"{indent}  {key}: {_shown(value)}")
+
+
+def _shown(value: object) -> object:
+    """A value as it is printed: numbers with at most six significant digits, in lists too."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(str(_shown(item)) for item in value)}]"
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _explanation(error: Exception) -> str | None:
-    """One line for an error that is the user's to mend, None for a fault of the package's own.
+    """The message of an error that the user can put right, None for a fault of the package's own.
 
-    The user's are: a missing file or right, a missing extra, an error of one of our own classes,
-    and a ValueError that our own code raised. One that a library raised stays a traceback.
+    The user's are an `InputError`, an `OSError` (a file that is missing, a full disk) and a missing
+    extra. Anything else, a ValueError of a library or of ours too, shows its traceback.
     """
     if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRA_OF:
             return None
         return f"{missing} is missing here: pip install 'allscaip-lite[{EXTRA_OF[missing]}]'"
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    raised_here = frame.f_globals.get("__name__", "").startswith("allscaip_lite")
-    ours = type(error).__module__.startswith("allscaip_lite")
-    if ours or isinstance(error, OSError) or (isinstance(error, ValueError) and raised_here):
-        return str(error)
-    return None
+    return str(error) if isinstance(error, (InputError, OSError)) else None
 
 
 if __name__ == "__main__":

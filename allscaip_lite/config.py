@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from allscaip_lite.errors import InputError
+
 DISTANCE_BASES = ("gaussian", "sigmoid", "linear_sigmoid", "silu")
 NORMALIZATIONS = ("rms", "layer", "none")
 SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
@@ -20,7 +22,7 @@ ACTIVATIONS = ("gelu", "squared_relu", "leaky_relu", "relu", "smelu", "star_relu
 class AllScAIPConfig:
     """Everything that fixes the shape and the formulas of a model; lengths in Å.
 
-    Raises `ValueError`, saying what to change, when the values contradict each other.
+    Raises `InputError`, saying what to change, when the values contradict each other.
     """
 
     hidden_size: int = 128
@@ -64,11 +66,11 @@ class AllScAIPConfig:
         if self.angular_channels is not None:
             object.__setattr__(self, "angular_channels", tuple(self.angular_channels))
         if self.hidden_size % self.num_heads:
-            raise ValueError(
+            raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             )
         if self.angular_channels is not None and sum(self.angular_channels) != self.head_size:
-            raise ValueError(
+            raise InputError(
                 f"angular_channels {self.angular_channels} add up to {sum(self.angular_channels)}, "
                 f"but a head has {self.head_size} channels: make them equal, or None for no LAE"
             )
@@ -78,9 +80,9 @@ class AllScAIPConfig:
             ("activation", ACTIVATIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {allowed}")
+                raise InputError(f"{name} {getattr(self, name)!r} is not one of {allowed}")
         if min(self.k, self.num_layers, self.num_heads, self.hidden_size) < 1 or self.cutoff <= 0:
-            raise ValueError("k, num_layers, num_heads, hidden_size and cutoff must be positive")
+            raise InputError("k, num_layers, num_heads, hidden_size and cutoff must be positive")
         if self.rotary and not self.node_attention:
             object.__setattr__(self, "rotary", False)  # ERoPE lives in the node attention
 
@@ -103,10 +105,10 @@ class AllScAIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AllScAIPConfig:
-        """Inverse of `to_dict`; unknown keys raise `ValueError`, missing ones take the default."""
+        """Inverse of `to_dict`; unknown keys raise `InputError`, missing ones take the default."""
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"unknown configuration keys {sorted(unknown)}")
+            raise InputError(f"unknown configuration keys {sorted(unknown)}")
         return cls(**values)
 
 

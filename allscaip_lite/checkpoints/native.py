@@ -21,25 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allscaip_lite.checkpoints.official import (
-    check_weights,
-    read_official,
-    save_official,
-)
+from allscaip_lite.checkpoints.official import check_weights, read_official
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import CheckpointError, InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.model import AllScAIP
-
-__all__ = [
-    "bundled_models",
-    "download_from_hub",
-    "download_official",
-    "load_model",
-    "read_card",
-    "save_model",
-    "save_official",
-]
 
 FORMAT = "allscaip-lite"
 FORMAT_VERSION = 1

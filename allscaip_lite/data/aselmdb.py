@@ -46,7 +46,10 @@ def write_aselmdb(
     if path.suffix != ".aselmdb":
         raise DataError(f"{path}: the name of a data file ends in .aselmdb")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name or pass overwrite=True")
+        raise FileExistsError(
+            f"{path} exists: choose another name (--out), or replace it (--overwrite, in Python "
+            "overwrite=True)"
+        )
     natoms: list[int] = []
     with (
         atomic_write(path) as partial,

@@ -21,6 +21,7 @@ from ase.data import atomic_numbers
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum
 from allscaip_lite.errors import DataError
+from allscaip_lite.tables import markdown_table
 
 
 @dataclass
@@ -87,10 +88,10 @@ def to_markdown(splits: dict[str, Summary]) -> str:
     several = len(columns) > 1
     names = [*splits, "all"] if several else list(splits)
 
-    def row(title: str, values: Iterable[int]) -> str:
+    def row(title: str, values: Iterable[int]) -> list[str]:
         values = list(values)
         shown = [*values, sum(values)] if several else values
-        return f"| {title} | " + " | ".join(f"{value:,}" for value in shown) + " |"
+        return [title, *(f"{value:,}" for value in shown)]
 
     def listed(counts: Counter[Any], order: Callable[[Any], Any]) -> str:
         return ", ".join(f"{key} {counts[key]:,}" for key in sorted(counts, key=order))
@@ -98,23 +99,23 @@ def to_markdown(splits: dict[str, Summary]) -> str:
     def summed(name: str) -> Counter[Any]:
         return sum((getattr(column, name) for column in columns), Counter())
 
-    lines = [
-        "| | " + " | ".join(names) + " |",
-        "|---|" + "---:|" * len(names),
+    amounts = [
         row("structures", (column.structures for column in columns)),
         row("systems", (len(column.systems) for column in columns)),
         row("atoms", (column.atoms for column in columns)),
-        "",
-        "| `data_id` | " + " | ".join(names) + " |",
-        "|---|" + "---:|" * len(names),
     ]
     domains = summed("domains")
-    for domain in sorted(domains, key=lambda domain: -domains[domain]):
-        lines.append(row(f"`{domain}`", (column.domains[domain] for column in columns)))
+    by_domain = [
+        row(f"`{domain}`", (column.domains[domain] for column in columns))
+        for domain in sorted(domains, key=lambda domain: -domains[domain])
+    ]
     elements, sizes = summed("elements"), summed("sizes")
     forces = np.concatenate([force for column in columns for force in column.forces])
     lengths = np.linalg.norm(forces, axis=1)
-    lines += [
+    lines = [
+        markdown_table(["", *names], amounts),
+        "",
+        markdown_table(["`data_id`", *names], by_domain),
         "",
         "Structures with each element: " + listed(elements, lambda e: -elements[e]) + ".",
         "Charges: " + listed(summed("charges"), int) + ".",

@@ -23,7 +23,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from tqdm import tqdm
 
-from allscaip_lite.checkpoints.native import load_model, read_card, save_model
+from allscaip_lite.checkpoints import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.errors import DataError, InputError
@@ -31,6 +31,7 @@ from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
+from allscaip_lite.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -255,33 +256,35 @@ COLUMNS = {
 
 
 def table(rows: Rows, head: str = "domain") -> str:
-    """A markdown table of `by_group`; a group without stresses has dashes there."""
+    """A Markdown table of `by_group`; a group without stresses has dashes there."""
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    lines = [
-        f"| {head} | structures | {' | '.join(COLUMNS[name] for name in columns)} |",
-        "|---|---:|" + "---:|" * len(columns),
-    ]
-    for name, row in rows.items():
-        numbers = [f"{row[column]:.1f}" if column in row else "–" for column in columns]
-        lines.append(f"| {name} | {row['structures']} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+    return markdown_table(
+        [head, "structures", *(COLUMNS[name] for name in columns)],
+        (
+            [name, row["structures"], *(_shown(row.get(column), 1) for column in columns)]
+            for name, row in rows.items()
+        ),
+    )
 
 
 def side_by_side(models: dict[str, Rows], head: str = "domain") -> str:
-    """A markdown table of the MAEs of several models, each with its rows of `by_group`; a dash
+    """A Markdown table of the MAEs of several models, each with its rows of `by_group`; a dash
     where there is none."""
-    first = next(iter(models.values()))
-    names = " | ".join(models)
-    lines = [
-        f"| {head} | structures | force MAE (meV/Å): {names} | energy MAE (meV/atom): {names} |",
-        "|---|---:|" + "---:|" * 2 * len(models),
-    ]
+    names, first = list(models), next(iter(models.values()))
+    lines = []
     for group, row in first.items():
-        kinds = ("force_mae", "energy_mae")
-        errors = [rows[group][kind] for kind in kinds for rows in models.values()]
-        numbers = ["–" if np.isnan(error) else f"{error:.0f}" for error in errors]
-        lines.append(f"| {group} | {row['structures']} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+        errors = [
+            rows[group][kind] for kind in ("force_mae", "energy_mae") for rows in models.values()
+        ]
+        lines.append([group, row["structures"], *(_shown(error, 0) for error in errors)])
+    forces, energies = list(names), list(names)
+    forces[0] = f"force MAE (meV/Å): {names[0]}"
+    energies[0] = f"energy MAE (meV/atom): {names[0]}"
+    return markdown_table([head, "structures", *forces, *energies], lines)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
 def plot_errors(described: Sequence[Description], found: Residuals) -> Figure:

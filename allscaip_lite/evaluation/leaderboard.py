@@ -28,7 +28,7 @@ from ase.optimize import LBFGS
 from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.checkpoints.native import load_model
+from allscaip_lite.checkpoints import load_model
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation.omol_errors import (
@@ -184,7 +184,7 @@ def predict(
         raise InputError(f"{out}: give the name of a .json file in a folder that exists")
     journal = out.with_name(out.name + ".journal")
     if out.exists() and not journal.exists():
-        raise FileExistsError(f"{out} exists: give another name, or move it away")
+        raise FileExistsError(f"{out} exists: give another name (--out), or move it away")
     todo = jobs(task, read(inputs), model.config.max_num_elements)
     digest = sha256_of(inputs)
     done = _resume(journal, {"task": task, "model": _fingerprint(model), "inputs": digest})

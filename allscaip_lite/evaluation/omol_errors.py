@@ -15,6 +15,7 @@ from ase.build import minimize_rotation_and_translation
 from scipy.optimize import linear_sum_assignment
 
 from allscaip_lite.errors import DataError
+from allscaip_lite.tables import markdown_table
 
 Keys = tuple[str, ...]  # that lead to a structure, from the outside in
 Tree = dict[str, Any]
@@ -154,7 +155,7 @@ def _ieea_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
         low, middle, high = sorted({int(charge) for charge, _ in errors})
         (base,) = (error for (charge, _), error in errors.items() if int(charge) == middle)
         if high - low != 2:
-            raise ValueError(f"charges {low}, {middle}, {high} of {name} do not differ by one")
+            raise DataError(f"charges {low}, {middle}, {high} of {name} do not differ by one")
         rest = [error for (charge, _), error in errors.items() if int(charge) != middle]
         systems.append((base, rest))
     return _state_errors(systems)
@@ -239,8 +240,8 @@ def _single_point_errors(reference: Tree, predicted: Tree) -> dict[str, float]:
 
 
 def table(found: dict[str, float]) -> str:
-    """A markdown table of `metrics`."""
-    lines = ["| error | value | unit |", "|---|---:|---|"]
+    """A Markdown table of `metrics`."""
+    rows = []
     for name, value in found.items():
         if "rmsd" in name:
             unit = "Å"
@@ -248,8 +249,8 @@ def table(found: dict[str, float]) -> str:
             unit = "meV/Å"
         else:
             unit = "meV/atom" if "per_atom" in name else "meV"
-        lines.append(f"| {name} | {value:.3f} | {unit} |")
-    return "\n".join(lines)
+        rows.append([name, f"{value:.3f}", unit])
+    return markdown_table(["error", "value", "unit"], rows, align="lrl")
 
 
 METRICS: dict[str, Callable[[Tree, Tree], dict[str, float]]] = {

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from allscaip_lite import attention
+from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import compiled, elementwise, fused_attention
 from allscaip_lite.kernels.compiled import CompileError
 from allscaip_lite.machine import processor_name
@@ -37,18 +38,18 @@ def choose(
     """The operations of a set for a device and a number type; see the table above.
 
     `cuda-graphs` records the operations of `torch`: what is recorded is a matter of the calculator
-    and of training. Raises `ValueError` for a name that is none or a set that the device cannot
+    and of training. Raises `InputError` for a name that is none or a set that the device cannot
     run, and `CompileError` where `c` is asked for by name and cannot be compiled.
     """
     if kernels not in KERNELS:
-        raise ValueError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
+        raise InputError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
     device = torch.device(device)
     if kernels == "plain":
         return PLAIN
     if kernels == "c" and device.type != "cpu":
-        raise ValueError(f'kernels="c" runs on a CPU, not on {device}: ask for kernels="auto"')
+        raise InputError(f'kernels="c" runs on a CPU, not on {device}: ask for kernels="auto"')
     if kernels == "cuda-graphs" and device.type != "cuda":
-        raise ValueError(f'kernels="cuda-graphs" needs a CUDA GPU, not {device}: ask for "auto"')
+        raise InputError(f'kernels="cuda-graphs" needs a CUDA GPU, not {device}: ask for "auto"')
     if kernels == "c" or (kernels == "auto" and device.type == "cpu" and dtype in compiled.TYPES):
         try:
             compiled.load_kernels(dtype)  # compiled now, not at the first step

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from allscaip_lite import attention, operations
 from allscaip_lite.attention import Neighborhoods
+from allscaip_lite.errors import InputError
 from allscaip_lite.graph import Graph
 from allscaip_lite.kernels.elementwise import RMSNormDerivative
 
@@ -43,7 +44,7 @@ FLAGS = (
 TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
-class CompileError(RuntimeError):
+class CompileError(InputError):
     """The kernels could not be compiled; the message says what to do."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from allscaip_lite.attention import SystemTable
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.errors import InputError
 from allscaip_lite.graph import (
     ABSENT,
     EXTRA_CANDIDATES,
@@ -35,7 +36,7 @@ from allscaip_lite.operations import Operations
 from allscaip_lite.structures import Structures
 
 
-class PaddingError(ValueError):
+class PaddingError(InputError):
     """A model or batch that cannot be padded to a fixed size; the message says why."""
 
 

@@ -24,7 +24,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from allscaip_lite.checkpoints.native import load_model, save_model
+from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.data.batches import Batch, Batches, collate

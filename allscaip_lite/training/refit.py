@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from allscaip_lite.checkpoints.native import load_model, read_card, save_model
+from allscaip_lite.checkpoints import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import add_kernels_option, choose
@@ -62,9 +62,23 @@ def refit(
 
     The loss is training's (`training.Stage`), of means of absolute errors: the linear problem is
     solved again with weights 1/|error| until it is that one (Schlossmacher, J. Am. Stat. Assoc. 68,
-    857, 1973). Forces are asked for along one random direction of all atoms a structure, drawn by
-    `seed`. `kernels`: see `training.train`. Raises InputError for a
-    direct model and for data with fewer structures than weights.
+    857, 1973). The forces of a structure count along one random direction of all its atoms.
+
+    Args:
+        model: conservative; it stays as it is.
+        data: labelled structures, more than the layer has weights.
+        energy_weight: of energies in the loss.
+        force_weight: of forces in the loss.
+        stress_weight: of stresses in the loss.
+        seed: of the directions of forces.
+        kernels: how the model computes, see `allscaip_lite.kernels`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The changed model, and errors before and after.
+
+    Raises:
+        InputError: for a direct model, and for fewer structures than weights.
     """
     if not model.config.conservative:
         raise InputError("a direct model's forces do not follow from its energy: train it")

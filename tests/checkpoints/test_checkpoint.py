@@ -27,16 +27,15 @@ import torch
 from ase.build import molecule
 from safetensors.torch import load_file, save_file
 
-from allscaip_lite.checkpoints import official
-from allscaip_lite.checkpoints.native import (
-    OFFICIAL_FILES,
+from allscaip_lite.checkpoints import (
+    official,
     bundled_models,
-    download_official,
     load_model,
     read_card,
     save_model,
     save_official,
 )
+from allscaip_lite.checkpoints.native import OFFICIAL_FILES, download_official
 from allscaip_lite.checkpoints.official import (
     config_from_official,
     config_to_official,
@@ -270,7 +269,7 @@ def test_official_files_need_no_fairchem(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.modules["fairchem"] = sys.modules["omegaconf"] = sys.modules["hydra"] = None
-from allscaip_lite.checkpoints.native import load_model, save_official
+from allscaip_lite.checkpoints import load_model, save_official
 save_official(load_model({str(ours)!r}), {str(theirs)!r})
 load_model({str(theirs)!r})
 """
@@ -767,7 +766,7 @@ def test_load_model_by_official_name(hub: Hub, tmp_path: Path) -> None:
     """The whole way in a fresh process, with progress on the terminal."""
     saved = tmp_path / "m.safetensors"
     program = f"""
-from allscaip_lite.checkpoints.native import load_model, save_model
+from allscaip_lite.checkpoints import load_model, save_model
 save_model(load_model({CONSERVING!r}), {str(saved)!r})
 """
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}

@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, save_model
-from allscaip_lite.checkpoints.native import read_card
+from allscaip_lite.checkpoints import read_card
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.evaluation import errors as evaluation
 from allscaip_lite.evaluation.errors import (

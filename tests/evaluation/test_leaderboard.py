@@ -28,7 +28,7 @@ from ase.optimize import LBFGS
 from ase.spacegroup import Spacegroup
 
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.checkpoints.native import save_model
+from allscaip_lite.checkpoints import save_model
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation import leaderboard

@@ -21,7 +21,7 @@ from ase.optimize import BFGS
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, StructureError
-from allscaip_lite.checkpoints.native import save_model
+from allscaip_lite.checkpoints import save_model
 from allscaip_lite.kernels import choose
 
 ModelMaker = Callable[..., AllScAIP]

@@ -25,7 +25,7 @@ from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, graphene, molecule
 from golden_models import ANSWERS, FOLDER, MODELS, OFFICIAL, STRUCTURES, golden_model
 
-from allscaip_lite.checkpoints.native import save_official
+from allscaip_lite.checkpoints import save_official
 
 
 def state(name: str, atoms: Atoms, charge: int = 0, spin: int = 1) -> Atoms:

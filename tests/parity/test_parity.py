@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, molecule
 
 from allscaip_lite import AllScAIP, AllScAIPConfig
-from allscaip_lite.checkpoints.native import load_model, save_official
+from allscaip_lite.checkpoints import load_model, save_official
 
 pytest.importorskip("fairchem.core", reason="the reference is the `parity` extra")
 import reference  # noqa: E402  (needs fairchem)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from allscaip_lite.errors import InputError
+
 PACKAGE = Path(__file__).resolve().parents[2] / "allscaip_lite"
 
 
@@ -42,7 +44,7 @@ def test_a_command_gets_its_arguments_and_gives_its_status(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (ValueError("the cutoff must be positive"), "allscaip-lite: the cutoff must be positive\n"),
+        (InputError("the cutoff must be positive"), "allscaip-lite: the cutoff must be positive\n"),
         (FileNotFoundError("no data set in x"), "allscaip-lite: no data set in x\n"),
         (ModuleNotFoundError("no tblite", name="tblite.interface"), "allscaip-lite[labels-xtb]"),
     ],
@@ -54,7 +56,10 @@ def test_a_mistake_is_one_clear_line(monkeypatch, capsys, error, words):
     assert text.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [KeyError("weight"), ModuleNotFoundError("x", name="ase.x")])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("weight"), ValueError("of an array"), ModuleNotFoundError("x", name="ase.x")],
+)
 def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch, capsys, error):
     with pytest.raises(type(error)):
         run_with(monkeypatch, capsys, raising(error))
@@ -94,15 +99,15 @@ def test_every_command_has_a_room_that_offers_it():
 
 def test_info_prints_configuration_size_and_card(tmp_path, capsys):
     from allscaip_lite import PRESETS, AllScAIP, cli
-    from allscaip_lite.checkpoints.native import save_model
+    from allscaip_lite.checkpoints import save_model
 
     model = AllScAIP(PRESETS["lite"])
-    save_model(model, tmp_path / "model.safetensors", card={"errors": {"energy": 1.5}})
+    save_model(model, tmp_path / "model.safetensors", card={"errors": {"energy": [1.5, 2 / 3]}})
     assert cli.main(["info", str(tmp_path / "model.safetensors")]) == 0
     text = capsys.readouterr().out
     assert f"parameters: {sum(p.numel() for p in model.parameters()):,}" in text
     assert f"  hidden_size: {model.config.hidden_size}\n" in text
-    assert "  errors:\n    energy: 1.5\n" in text
+    assert "  errors:\n    energy: [1.5, 0.666667]\n" in text
 
     assert cli.main(["info", str(tmp_path / "absent.safetensors")]) == 2
     assert "absent.safetensors" in capsys.readouterr().err

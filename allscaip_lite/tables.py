@@ -1,0 +1,27 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], align: str | None = None
+) -> str:
+    """A table in Markdown.
+
+    Args:
+        head: the names of the columns.
+        rows: the cells of each row.
+        align: "l" or "r" for each column; by default all but the first are aligned to the right.
+
+    Returns:
+        The lines of the table, without a line break at the end.
+    """
+    align = align or "l" + "r" * (len(head) - 1)
+    rule = "|" + "|".join("---:" if side == "r" else "---" for side in align) + "|"
+    head_line, *lines = (
+        " ".join(["|", *(f"{cell} |" if cell != "" else "|" for cell in cells)])
+        for cells in (head, *rows)
+    )
+    return "\n".join([head_line, rule, *lines])
