@@ -32,9 +32,9 @@ class AllScAIPCalculator(Calculator):
 
     `device` defaults to the model's own, or for a name to a CUDA GPU where there is one, else the
     CPU. The model that is given stays as it is, in training mode or not: the calculator's own
-    `model` is a copy on the same weights that takes no gradients of them (on a copy of them, where `device` or `dtype` ask
-    for another place). Results are kept until positions, cell, elements, charge or multiplicity
-    change; after a change of the weights, call `reset()`.
+    `model` is a copy on the same weights that takes no gradients of them (on a copy of them, where
+    `device` or `dtype` ask for another place). Results are kept until positions, cell, elements,
+    charge or multiplicity change; after a change of the weights, call `reset()`.
 
     `kernels` chooses how the model computes, see the table of `allscaip_lite.kernels`; the results
     are the same. "auto" takes what is fastest on the device: on a CPU kernels in C, where there is
@@ -69,7 +69,8 @@ class AllScAIPCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last call, of all that the model reads: ASE's own way takes longer
-        and leaves out charge and multiplicity in `atoms.info`."""
+        and leaves out charge and multiplicity in `atoms.info`.
+        """
         last = self.atoms
         if last is None:
             return [*all_changes, "charge", "spin"]

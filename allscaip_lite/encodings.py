@@ -68,7 +68,8 @@ def _harmonic_tables(
     degree: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What each Y_lm takes of y^k, (degree+1, (degree+1)²): the |m|-th derivative of P_l,
-    normalised; and of the circle's parts, (2(degree+1), (degree+1)²): one of them."""
+    normalised; and of the circle's parts, (2(degree+1), (degree+1)²): one of them.
+    """
     count = (degree + 1) ** 2
     polar, around = np.zeros((degree + 1, count)), np.zeros((2 * degree + 2, count))
     for l in range(degree + 1):

@@ -112,7 +112,7 @@ def soft_maximum(values: Tensor, temperature: float) -> Tensor:
 
 
 def log_envelope(envelope: Tensor) -> Tensor:
-    """log w = -env²/(1 - env²): 0 at env = 0, falling smoothly to -inf at env = 1."""
+    """Log w = -env²/(1 - env²): 0 at env = 0, falling smoothly to -inf at env = 1."""
     squared = envelope * envelope
     return -squared / (1 - squared)
 

@@ -1,4 +1,4 @@
-"""What is done to each state on its own: linear layers, activations, norms, the feed-forward network.
+"""What is done to each state on its own: linear layers, activations, norms, feed-forward network.
 
 In and out: states of any number of rows. The modules hold weights; what is done with them is asked
 of an `Operations`.

@@ -303,7 +303,7 @@ class AllScAIP(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AllScAIP:
         """Move or cast the weights, but keep the energy's scale and references in float64."""
         exact = {name: getattr(self, name) for name in UNITS}  # a cast would round them
         super()._apply(fn, recurse)

@@ -42,7 +42,7 @@ def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tenso
             squared = (positions[second] - positions[first]).square().sum(1)
             near = squared < reach * reach
             first, second, squared = first[near], second[near], squared[near]
-            if len(squared) and bool((squared.min() < COINCIDENT**2)):
+            if len(squared) and bool(squared.min() < COINCIDENT**2):
                 _raise_coincident(first, second, int(squared.argmin()))
             shift = first.new_zeros(len(first), 3)
         found.append((first + offset, second + offset, shift))
@@ -83,14 +83,13 @@ def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
     Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
     is among the 27 around it, and it is the difference itself where the lattice is orthogonal or
     the difference shorter than half of every lattice vector. Lattice vectors that are not periodic
-    give way to normals of the others, or a tilted one would lead to the wrong image. Where two images
-    are equally near, i and j take the same one: shift[j, i] = -shift[i, j].
+    give way to normals of the others, or a tilted one would lead to the wrong image. Where two
+    images are equally near, i and j take the same one: shift[j, i] = -shift[i, j].
     """
     lattice = complete_cell((cell.double() * pbc.unsqueeze(1)).cpu().numpy())
     reduced, operation = minkowski_reduce(lattice, pbc.cpu().numpy())
     reduced = torch.as_tensor(np.asarray(reduced), device=cell.device)
-    # reduced = operation @ lattice
-    operation = torch.as_tensor(operation, device=cell.device).double()
+    operation = torch.as_tensor(operation, device=cell.device).double()  # lattice to reduced
     difference = positions.double().unsqueeze(0) - positions.double().unsqueeze(1)  # (N, N, 3)
     shift = -(difference @ torch.linalg.inv(reduced)).round() * pbc  # (N, N, 3)
     products = reduced @ reduced.T

@@ -16,9 +16,9 @@ from allscaip_lite import cli
 PAGE = Path(__file__).with_name("commands.md")
 INTRODUCTION = """# Commands
 
-Every command of `allscaip-lite`, with its arguments. `python docs/make_commands.py` writes this page
-from what `--help` prints. The exit status is 0 when all is done, 2 for a mistake that the message
-explains, 130 after Ctrl-C.
+Every command of `allscaip-lite`, with its arguments. `python docs/make_commands.py` writes this
+page from what `--help` prints. The exit status is 0 when all is done, 2 for a mistake that the
+message explains, 130 after Ctrl-C.
 
 [Using the models](using.md) has examples. Scripts that make the data of this repository are in
 [`data/`](data.md), those of the studies in [`docs/studies/`](studies.md); each has `--help`.

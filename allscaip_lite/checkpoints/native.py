@@ -106,7 +106,7 @@ def _locate(name_or_path: str | Path) -> Path:
             )
     if path.is_dir():
         raise IsADirectoryError(f"{name} is a folder: give the path of the model file in it")
-    if path.suffix in (".pt", ".safetensors") or path.parent != Path("."):
+    if path.suffix in (".pt", ".safetensors") or path.parent != Path():
         raise FileNotFoundError(f"no file {name}; the models known by name are {', '.join(known)}")
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.3) or known
     raise InputError(
@@ -251,4 +251,4 @@ def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:
 def _read_safetensors(path: Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
     config, _ = _read_metadata(path)
     with safe_open(path, framework="pt") as file:
-        return config, {name: file.get_tensor(name) for name in file.keys()}
+        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)

@@ -171,7 +171,8 @@ class _DataUnpickler(pickle.Unpickler):
         if full_name in MENTIONED:
             return _Name(full_name)
         if full_name == "torch._utils._rebuild_tensor_v2":
-            return lambda *arguments: _tensor(*arguments)
+            # not the function itself, whose attributes a file could change
+            return lambda *arguments: _tensor(*arguments)  # noqa: PLW0108
         if full_name == "torch._utils._rebuild_parameter":
             return lambda data, requires_grad, hooks: _expect(data, Tensor)
         if module == "torch" and name in STORAGES:

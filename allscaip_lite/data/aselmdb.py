@@ -145,7 +145,8 @@ class Dataset:
     @property
     def natoms(self) -> np.ndarray:
         """Atoms of every structure, (len,) int64: from the metadata where that is consistent
-        (OMol25's `metadata.npz`, or what `write_aselmdb` left in the file), else by reading."""
+        (OMol25's `metadata.npz`, or what `write_aselmdb` left in the file), else by reading.
+        """
         if self._natoms is None:
             parts, shard = [], 0
             for group in self._groups:
@@ -232,7 +233,7 @@ def _natoms_in_metadata(group: list[Path]) -> np.ndarray | None:
     if not file.is_file():
         return None
     with np.load(file, allow_pickle=False) as metadata:
-        return metadata["natoms"] if "natoms" in metadata else None
+        return metadata.get("natoms")
 
 
 def split_by_molecule(

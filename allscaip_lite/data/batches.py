@@ -87,7 +87,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
     the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
-    of molecules come as `PaddedBatch` too, with the pairs of atoms within `reach` Å, where they fit.
+    of molecules come as `PaddedBatch` too, with the pairs of atoms within `reach` Å, if they fit.
     """
 
     def __init__(

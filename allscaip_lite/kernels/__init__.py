@@ -8,7 +8,7 @@ In: the name of a set, a device and a number type. Out: `Operations` for `AllScA
 | `torch` | PyTorch with derivatives written by hand (`elementwise`, `fused_attention`) | anywhere |
 | `c` | sums over pairs of edges, norm and GELU in C (`compiled`), the rest as `torch` | a CPU |
 | `cuda-graphs` | `torch`, a whole step recorded and repeated (`cuda_graphs`) | a CUDA GPU |
-| `auto` | on a CPU `c` if there is a C compiler, else `torch`; on a GPU `cuda-graphs` where it pays | |
+| `auto` | a CPU: `c` if there is a C compiler, else `torch`; a GPU: `cuda-graphs` if it pays | |
 """
 
 from __future__ import annotations

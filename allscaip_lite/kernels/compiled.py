@@ -1,6 +1,6 @@
 """Sums over pairs of edges, norm and GELU in C, compiled on the user's machine, on a CPU.
 
-In and out: what the plain functions of the same names in `operations` and `attention` take and give.
+In and out: what the functions of the same names in `operations` and `attention` take and give.
 PyTorch's own operators work on padded tables, which they write and read many times; `kernels.c`
 keeps what belongs to one atom in the nearest cache. Everything can be differentiated twice, so that
 it serves in training on forces. What the kernels are not made for (another device or number type,
@@ -94,7 +94,7 @@ def _compile(command: list[str], library: Path) -> None:
         made = Path(folder) / library.name
         command = [*command, "-o", str(made), str(SOURCE), "-lm"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             raise CompileError(f'kernels="c": {command[0]} does not run: {error}') from error
         if done.returncode:
@@ -168,7 +168,8 @@ class Rows:
 
 def neighborhoods(graph: Graph, degree: int) -> Rows | Neighborhoods:
     """The rows of a graph, or what the plain formulas read where these serve: of padded graphs too,
-    some of whose states are no edges."""
+    some of whose states are no edges.
+    """
     log_weight = graph.log_weight
     if _serves(log_weight) and bool(log_weight.flatten()[graph.source_slot].isfinite().all()):
         return Rows.make(graph, degree)
@@ -236,7 +237,7 @@ def _call(
 def _share(
     function: Callable[..., int],
     n: int,
-    *arguments: Tensor | int | float,
+    *arguments: Tensor | float,
     before: tuple[Any, ...] = (),
 ) -> None:
     """Call a kernel for n rows or numbers, a part of them on each thread PyTorch may use."""

@@ -97,8 +97,8 @@ class RecordedModel:
     have moved so far that a pair may be missing. A step that finds more neighbours than there is
     room for is recorded and done once more, with room.
 
-    patient: a composition is recorded only after PATIENCE calls, and a model or structures that have
-    no padded form are left to the model itself, where else `PaddingError` is raised.
+    patient: a composition is recorded only after PATIENCE calls, and a model or structures that
+    have no padded form are left to the model itself, where else `PaddingError` is raised.
     """
 
     def __init__(self, model: AllScAIP, *, patient: bool = False) -> None:

@@ -157,7 +157,8 @@ class _GELU(torch.autograd.Function):
 
 class _GELUDerivative(torch.autograd.Function):
     """g (Φ + x φ), φ the normal density; PyTorch's own, derived once more, takes thrice as many
-    steps."""
+    steps.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:

@@ -217,7 +217,8 @@ def node_attention(
 class _Attention(torch.autograd.Function):
     """One run of rows at a time, all heads together, so that their K × K matrices stay in the
     processor's cache. Queries of empty slots get zero weights, so what stands there never reaches a
-    gradient."""
+    gradient.
+    """
 
     @staticmethod
     def forward(
@@ -290,7 +291,7 @@ class _Attention(torch.autograd.Function):
 
 def _by_head(table: Tensor, run: Run) -> Tensor:
     """The rows of one run from (S, p, h, D), a batch of matrices for each part: (p, h·c, w, D)."""
-    _, parts, num_heads, size = table.shape
+    _, parts, _, size = table.shape
     heads = table[run.slots].permute(1, 2, 0, 3)  # (p, h, c·w, D)
     return heads.reshape(parts, -1, run.width, size)
 
@@ -313,8 +314,10 @@ def pair_sums(neighborhoods: PackedNeighborhoods, weights: Tensor, degree: int) 
 
 
 class _PairSums(torch.autograd.Function):
-    """A run of rows at a time and a degree after the other, so that of the Legendre matrices no more
-    than three are there at once. Slots without direction hold zero vectors."""
+    """A run of rows at a time and a degree after the other, for memory: three Legendre matrices.
+
+    Slots without direction hold zero vectors.
+    """
 
     @staticmethod
     def forward(

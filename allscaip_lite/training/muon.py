@@ -20,7 +20,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of all matrices that have a gradient; what the closure returns, if there is one."""
+        """One step of all matrices that have a gradient; what the closure returns, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

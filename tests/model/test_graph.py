@@ -272,7 +272,7 @@ def test_the_k_limit_bites(make_graph: GraphMaker, cluster: Atoms) -> None:
     assert (limited.counts <= 6).all() and limited.counts.max() >= 5
     assert free.counts.max() > 12
     assert inside.min() > 12
-    pairs = lambda graph: {edge[:2] for edge in edges_of(graph)}  # noqa: E731
+    pairs = lambda graph: {edge[:2] for edge in edges_of(graph)}
     assert pairs(limited) < pairs(free)
 
 
@@ -290,7 +290,7 @@ def test_a_fixed_number_of_slots_drops_the_weakest(make_graph: GraphMaker, clust
     assert 0 < fits.sum() < free.num_pairs
     expected = [edge for edge, keep in zip(edges_of(free), fits.repeat(2), strict=True) if keep]
     assert edges_of(fixed) == expected
-    weight = lambda g: g.log_weight.flatten()[g.source_slot[g.num_atoms :]]  # noqa: E731
+    weight = lambda g: g.log_weight.flatten()[g.source_slot[g.num_atoms :]]
     assert torch.equal(weight(fixed), weight(free)[fits.repeat(2)])
     # the weaker one of two edges never stays while the stronger one of the same row goes for it
     occupied = torch.arange(8) < fixed.counts.unsqueeze(1)
@@ -320,7 +320,7 @@ def test_graph_is_differentiable_in_positions_and_cell(
     config = small_config.replace(**RANKINGS[ranking], k=8)
     structures = structures_from_atoms(request.getfixturevalue(name), torch.float64)
     generator = torch.Generator().manual_seed(0)
-    random = lambda like: torch.randn(like.shape, generator=generator).double()  # noqa: E731
+    random = lambda like: torch.randn(like.shape, generator=generator).double()
     ways = random(structures.positions), random(structures.cell)
 
     def numbers(s: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,10 +21,9 @@ from allscaip_lite.structures import charge_and_spin
 
 
 @pytest.fixture
-def unwarned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: nothing has been said about charge and multiplicity yet."""
     monkeypatch.setattr(structures, "_warned_defaults", False)
-    yield
 
 
 def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:

@@ -1,4 +1,4 @@
-"""Two ways to the same numbers: the last block for its atoms alone and in full, inference and training.
+"""Two ways to the same numbers: the last block for its atoms or in full, inference and training.
 
 Weights are random in every term (`conftest.make_model`), and all is in float64 unless said.
 """

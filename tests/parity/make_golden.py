@@ -100,7 +100,7 @@ def structures() -> list[Atoms]:
     """Molecules, ions, radicals, atoms, dimers, fragments, crystals, slabs and a wire.
 
     Cells with more than a few atoms have heights that exceed the cutoff by the width of the soft
-    ranks: in smaller ones the reference can miss candidates, and is then not the model it describes.
+    ranks: in smaller ones the reference can miss candidates, and is not the model it describes.
     """
     corners = np.array([(0, 0, 0), (1, 1, 1), (-1, -1, 1), (-1, 1, -1), (1, -1, -1)])
     skewed = [(7.4, 0.0, 0.0), (2.1, 7.6, 0.0), (-1.3, 1.7, 7.9)]

@@ -20,7 +20,7 @@ from allscaip_lite import AllScAIP, AllScAIPConfig
 from allscaip_lite.checkpoints import load_model, save_official
 
 pytest.importorskip("fairchem.core", reason="the reference is the `parity` extra")
-import reference  # noqa: E402  (needs fairchem)
+import reference
 
 ENERGY_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-8}  # eV/atom
 FORCE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-8}  # of the largest component
