@@ -114,7 +114,7 @@ class Input(nn.Module):
         operations: Operations = PLAIN,
     ) -> Tensor:
         """→ (M, H) states of atoms and edges; order (N, 10): the bond-orientational order."""
-        config, ops = self.config, operations
+        ops = operations
 
         def act(x: Tensor) -> Tensor:
             return self.activation(x, ops)

@@ -261,6 +261,7 @@ def test_official_file_there_and_back(tmp_path: Path, variant: str) -> None:
     assert_same_model(model, loaded)
 
 
+@pytest.mark.slow
 def test_official_files_need_no_fairchem(tmp_path: Path) -> None:
     """Written and read in a process where fairchem and OmegaConf cannot be imported."""
     ours, theirs = tmp_path / "m.safetensors", tmp_path / "m.pt"
@@ -762,6 +763,7 @@ def test_connection_breaks_off(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
         download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_load_model_by_official_name(hub: Hub, tmp_path: Path) -> None:
     """The whole way in a fresh process, with progress on the terminal."""
     saved = tmp_path / "m.safetensors"

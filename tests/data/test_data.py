@@ -170,6 +170,7 @@ def test_natoms_of_files_that_others_wrote_is_counted(tmp_path):
     assert list(Dataset(tmp_path / "other.aselmdb").natoms) == [3, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_worker_processes_read_the_same(folder, context):
     dataset = Dataset(folder)
@@ -320,6 +321,7 @@ def test_the_committed_sample_is_small_labelled_and_split_by_molecule():
     assert size < 2e6
 
 
+@pytest.mark.slow
 def test_fairchem_reads_what_we_write(folder):
     datasets = pytest.importorskip("fairchem.core.datasets")
     options = {"r_energy": True, "r_forces": True, "r_data_keys": ["charge", "spin"]}

@@ -80,6 +80,7 @@ def test_answers_in_float32(make_model: ModelMaker, cluster: Atoms, kernels: str
     assert np.abs(found - forces).max() < 2e-5 * np.abs(forces).max()
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_any_width_of_registers(
@@ -160,6 +161,7 @@ def test_dynamics_of_a_fixed_composition(make_model: ModelMaker, cluster: Atoms)
     np.testing.assert_allclose(ends[1], ends[0], atol=1e-9)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_once_on_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second process finds the file, also where the compiler has gone since."""

@@ -141,6 +141,7 @@ class NoQuestions(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("periodic", [False, True])
 def test_nothing_is_asked_of_the_device(model: AllScAIP, periodic: bool) -> None:
     size = Size(70, 9, 36, 20_000, 24)
@@ -153,6 +154,7 @@ def test_nothing_is_asked_of_the_device(model: AllScAIP, periodic: bool) -> None
                 (prediction.energy.sum() + prediction.forces.square().sum()).backward()
 
 
+@pytest.mark.slow
 def test_dynamics_are_the_models(make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a short skin, so that lists are made anew, and a cell that breathes."""
     monkeypatch.setattr(cuda_graphs, "SKIN", 0.4)

@@ -130,6 +130,7 @@ def test_empty_slots_never_matter(graph: Graph) -> None:
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_neighborhood_attention_can_be_differentiated_twice(tiny_graph: Graph) -> None:
     graph = tiny_graph
     case = make_case(graph, (1, 2, 1), head_size=4)

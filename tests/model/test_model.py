@@ -510,6 +510,7 @@ def unread(model: AllScAIP) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(names)}
 
 
+@pytest.mark.slow
 def test_weights_learn_from_forces(make_model: ModelMaker) -> None:
     """d(energy + forces)/d(weights), the second derivative, against finite differences."""
     model = make_model().train()

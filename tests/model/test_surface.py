@@ -91,6 +91,7 @@ def test_neighbours_swap_rank_smoothly(
     assert steps(hard, cluster, places).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncated_rank", [True, False])
 def test_edges_come_and_go_smoothly_but_for_the_bond_order(
     make_model: ModelMaker, cluster: Atoms, truncated_rank: bool
@@ -108,6 +109,7 @@ def test_edges_come_and_go_smoothly_but_for_the_bond_order(
     assert steps(hard, cluster, changes(cluster, edges_of(hard), 4.0)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_smooth_bond_order_leaves_no_step(make_model: ModelMaker, cluster: Atoms) -> None:
     """With the whole model at work; the same weights make steps with the reference's order."""
     smooth, plain = make_model(smooth_bond_order=True), make_model()
@@ -117,6 +119,7 @@ def test_smooth_bond_order_leaves_no_step(make_model: ModelMaker, cluster: Atoms
     assert steps(plain, cluster, places).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_forces_are_right_on_both_sides_of_every_entry(
     make_model: ModelMaker, cluster: Atoms
 ) -> None:

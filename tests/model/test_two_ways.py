@@ -73,6 +73,7 @@ def test_inference_keeps_no_graph(make_model: ModelMaker, crystal: Atoms) -> Non
     assert not structures.positions.requires_grad
 
 
+@pytest.mark.slow
 def test_weights_learn_from_forces_and_stress(make_model: ModelMaker, crystal: Atoms) -> None:
     """Gradients of the weights in training, against differences of what inference gives."""
     model = make_model()

@@ -155,6 +155,7 @@ def test_everything_imported_is_a_declared_dependency():
     assert not missing
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_extra():
     # An extra's import name is its distribution's, or its first word (fairchem-core: fairchem).
     core = {r.name for r in requirements()}
