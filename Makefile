@@ -84,7 +84,7 @@ test-notebooks: $(TEST_READY)
 	$(ONE_THREAD) $(PYTEST) --nbmake --nbmake-timeout=900 --durations=5 $(NOTEBOOK_ARGS) notebooks/*.ipynb
 
 class: $(LAB_READY)
-	$(ONE_THREAD) $(PY) -m allscaip_lite.classroom $(CLASS_ARGS)
+	$(ONE_THREAD) $(PY) notebooks/tools/class_copies.py $(CLASS_ARGS)
 
 site: $(TEST_READY)
 	rm -rf site
@@ -92,7 +92,7 @@ site: $(TEST_READY)
 	@echo "open site/index.html"
 
 bench: $(TEST_READY)
-	$(PY) -m allscaip_lite.cli bench $(BENCH_ARGS)
+	$(PY) docs/studies/speed/run.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist class site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

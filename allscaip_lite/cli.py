@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -78,21 +78,6 @@ COMMANDS = {
         "predictions for an evaluation of OMol25's leaderboard, from its input file",
         "the same command goes on from here",
     ),
-    "stability": Command(
-        "stability",
-        "whether molecules hold together in dynamics, and keep their energy when they are turned",
-        "the same command goes on from here",
-    ),
-    "ablation": Command(
-        "ablation",
-        "train models that differ in one thing, and compare them",
-        "the same command goes on from the last cell that is done",
-    ),
-    "bench": Command(
-        "benchmark",
-        "time a model, beside fairchem where that is installed",
-        "nothing was kept; the same command starts again",
-    ),
 }
 
 # Import names of what the core does without, and the extra that brings them.
@@ -112,19 +97,52 @@ EXTRA_OF = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (`argv` defaults to the process's arguments) and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    return _exit_status("allscaip-lite", lambda: _parser(argv).parse_args(argv))
+
+
+def run_script(
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int | None],
+    script: str,
+    description: str | None,
+    stopped: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The command line of a script outside the package, with the errors and exit status of ours.
+
+    Args:
+        add_arguments: adds the script's arguments to a parser.
+        run: does the work, given the arguments; returns the exit status, None for 0.
+        script: path of the script in the repository, which names it in messages.
+        description: of the script, for --help. The first paragraph is shown.
+        stopped: what Ctrl-C leaves, for the message.
+        argv: arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0 done, 2 a mistake that the message explains, 130 stopped by Ctrl-C.
+    """
+    text = (description or "").partition("\n\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python {script}", description=text)
+    add_arguments(parser)
+    parser.set_defaults(run=run, stopped=stopped)
+    return _exit_status(script, lambda: parser.parse_args(argv))
+
+
+def _exit_status(program: str, parse: Callable[[], argparse.Namespace]) -> int:
+    """Parse the arguments and run what they name; messages for mistakes and for Ctrl-C."""
     stopped = "nothing was done"
     try:
-        args = _parser(argv).parse_args(argv)
+        args = parse()
         stopped = args.stopped
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print(f"\nallscaip-lite: stopped; {stopped}", file=sys.stderr)
+        print(f"\n{program}: stopped; {stopped}", file=sys.stderr)
         return 130
     except Exception as error:
         message = _explanation(error)
         if message is None:
             raise
-        print(f"allscaip-lite: {message}", file=sys.stderr)
+        print(f"{program}: {message}", file=sys.stderr)
         return 2
 
 

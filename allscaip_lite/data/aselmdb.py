@@ -203,6 +203,23 @@ class Subset:
         return self.data.natoms[self.indices]
 
 
+class InMemory:
+    """Structures by their indices (by default all), held in memory; reads like a `Dataset`."""
+
+    def __init__(
+        self, data: Dataset | Sequence[Atoms], chosen: Iterable[int] | None = None
+    ) -> None:
+        chosen = range(len(data)) if chosen is None else chosen
+        self.structures = [data[int(index)] for index in chosen]
+        self.natoms = np.array([len(atoms) for atoms in self.structures])
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def __getitem__(self, index: int) -> Atoms:
+        return self.structures[index]
+
+
 def _shards(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of .aselmdb data")

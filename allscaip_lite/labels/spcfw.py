@@ -10,6 +10,7 @@ box, its supercell and a cluster have one and the same potential.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -290,3 +291,33 @@ def water_box(waters: int, density: float = 1.0, seed: int = 0) -> Atoms:
     sites = grid[np.sort(rng.permutation(len(grid))[:waters])] * edge / per_edge
     positions = sites[:, None] + molecules(rng, waters)
     return Atoms("OH2" * waters, positions.reshape(-1, 3), cell=[edge] * 3, pbc=True)
+
+
+def water_cluster(waters: int, seed: int = 0) -> Atoms:
+    """A ball of water molecules at the density of the liquid, neutral singlet; positions in Å.
+
+    Molecules stand near the points of a cubic lattice nearest to its middle, turned at random;
+    hydrogens of neighbours stay more than 1 Å apart.
+    """
+    random = np.random.default_rng(seed)
+    spacing = 0.0334 ** (-1 / 3)  # Å between molecules at 0.997 g/cm³
+    side = math.ceil(1.5 * waters ** (1 / 3)) + 2
+    points = np.stack(np.meshgrid(*[np.arange(side) - side / 2] * 3), -1).reshape(-1, 3)
+    points = points[np.argsort(np.linalg.norm(points, axis=1), kind="stable")][:waters]
+    angle = math.radians(104.5) / 2
+    hydrogens = 0.96 * np.array(
+        [[math.sin(angle), 0, math.cos(angle)], [-math.sin(angle), 0, math.cos(angle)]]
+    )
+    positions: list[np.ndarray] = []
+    for point in points * spacing:
+        placed = np.reshape(positions, (-1, 3))
+        for _ in range(1000):
+            oxygen = point + random.normal(scale=0.1, size=3)
+            molecule = np.vstack([oxygen, oxygen + Rotation.random(rng=random).apply(hydrogens)])
+            gaps = np.linalg.norm(placed[:, None] - molecule, axis=-1)
+            if gaps.size == 0 or gaps.min() > 1.5:
+                break
+        positions.extend(molecule)
+    cluster = Atoms("OH2" * waters, positions=positions)
+    cluster.info.update(charge=0, spin=1)
+    return cluster

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ase.io
 import numpy as np
-from ase import units
+from ase import Atoms, units
 from ase.cell import Cell
 from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
@@ -128,25 +128,43 @@ def jackknife(
     return Estimate(value(parts), float(np.std(without) * np.sqrt(blocks - 1)))
 
 
-def less_reweighted(
+def average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Estimate:
+    """Mean of a series, its error the larger of two: from block means, and from the correlation.
+
+    In a run of few correlation times each of the two may by chance come out too small.
+    """
+    series = np.asarray(series, float)
+    by_blocks = block_average(series, blocks)
+    steps = max(0.5, correlation_time(series))
+    by_correlation = series.std() * np.sqrt(2 * steps / len(series))
+    return Estimate(by_blocks.value, float(max(by_blocks.error, by_correlation)))
+
+
+def reweighted_difference(
     series: Sequence[float] | np.ndarray,
     excess: Sequence[float] | np.ndarray,
     temperature: float,
     blocks: int = 10,
     reference: Sequence[float] | np.ndarray | None = None,
 ) -> Estimate:
-    """A model's mean less that of its reference, both from the model's run alone.
+    """A model's mean minus that of its reference, both from the model's run alone.
 
-    series (T,): any observable; reference (T,): what the reference says of it on the same
-    structures, where that is something else (a pressure), else `series` too; excess (T,): the
-    model's energy less the reference's of these structures, of the whole system in eV; temperature
-    in K. Structures that the model takes for better than they are occur too often by a factor
-    exp(-excess/kT), so with weights exp(excess/kT) the run is one of the reference (Torrie and
-    Valleau, J. Comput. Phys. 23, 187, 1977). What the two means have in common by chance cancels.
-    The error is `jackknife`'s.
+    The run visits a structure too often by a factor exp(-excess/kT), so with weights exp(excess/kT)
+    it is a run of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187, 1977). Chance
+    fluctuations that the two means have in common cancel.
 
-    Raises ObservableError for fewer values than blocks, and where the weights rest on less than a
-    twentieth of the structures: then the two do not visit the same ones.
+    Args:
+        series: any observable (T,).
+        excess: the model's energy minus the reference's of these structures (T,), of the whole
+            system in eV.
+        temperature: in K.
+        blocks: for the error, which is `jackknife`'s.
+        reference: what the reference says of the observable on the same structures (T,), where that
+            is something else (a pressure, say); by default `series`.
+
+    Raises:
+        ObservableError: for fewer values than blocks, and where less than a twentieth of the
+            structures carry all the weight: then the two ensembles overlap too little.
     """
     series, excess = np.asarray(series, float), np.asarray(excess, float)
     weights = np.exp((excess - excess.max()) / (units.kB * temperature))
@@ -265,28 +283,21 @@ def density(run: Run, blocks: int = 5) -> Estimate:
     return block_average(run.log["density_g_cm3"], blocks)
 
 
-def heat_of_vaporisation(
-    liquid: Sequence[float] | np.ndarray,
-    gas: Sequence[float] | np.ndarray | float,
-    temperature: float,
-    blocks: int = 5,
-) -> Estimate:
-    """ΔH_vap = ⟨E_gas⟩ - ⟨E_liquid⟩ + RT in kJ/mol, at `temperature` in K.
+def heat_of_vaporization(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
+    """ΔH_vap = ⟨E_gas⟩ - ⟨E_liquid⟩ + RT in kJ/mol.
 
-    liquid: potential energies of the box over its number of molecules, in eV, in time. gas: those
-    of one molecule in vacuum at the same temperature, or their mean. RT is the gas' pV; the
-    liquid's pV (0.002 kJ/mol) is left out, and kinetic energies are classical and cancel.
+    RT is the gas' pV; the liquid's pV (0.002 kJ/mol) is left out, and kinetic energies are
+    classical and cancel. No quantum correction is added.
 
-    ⟨E_gas⟩ counts: a flexible molecule's mean strain energy, for three classical vibrations 3/2 RT
-    or 3.7 kJ/mol. With `gas=0`, a vapour of molecules at rest, the result is lower by as much; the
-    value usually quoted for SPC/Fw is near that. No quantum correction is added.
+    ⟨E_gas⟩ contains a flexible molecule's mean strain energy, for three classical vibrations 3/2 RT
+    or 3.7 kJ/mol. With zero in its place, a vapour of molecules at rest, the result is lower by as
+    much; the value usually quoted for SPC/Fw is near that.
+
+    Args:
+        liquid: mean potential energy of the box over its number of molecules, in kJ/mol.
+        gas: mean potential energy of one molecule in vacuum at that temperature, in kJ/mol.
+        temperature: in K.
     """
-    vapour = Estimate(float(gas), 0.0) if np.ndim(gas) == 0 else block_average(gas, blocks)
-    return boil(per_mole(block_average(liquid, blocks)), per_mole(vapour), temperature)
-
-
-def boil(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
-    """`heat_of_vaporisation` from mean energies of a molecule, in kJ/mol too."""
     work = units.kB * temperature / KJ_PER_MOL  # RT
     error = float(np.hypot(gas.error, liquid.error))
     return Estimate(gas.value - liquid.value + work, error)
@@ -376,7 +387,7 @@ def pairs_by_structure(
     return _pairs(universe, first, second, None, width, each)
 
 
-def at_first_peak(g: np.ndarray) -> np.ndarray:
+def rdf_at_first_peak(g: np.ndarray) -> np.ndarray:
     """g(r) of every structure (T,) at the place where the mean of g (T, bins) has its first peak.
 
     By the parabola through three bins there, so that the mean is `first_peak`'s height.
@@ -594,11 +605,11 @@ def summarise(
     if np.isfinite(run.log["pressure_bar"]).all():
         found["pressure_bar"] = block_average(run.log["pressure_bar"], blocks)
     if gas is not None:
-        vapour = read_run(gas).log["potential_eV"]
-        found["vaporisation_kJ_mol"] = heat_of_vaporisation(potential, vapour, temperature, blocks)
-        found["vaporisation_unstrained_kJ_mol"] = heat_of_vaporisation(
-            potential, 0.0, temperature, blocks
-        )
+        liquid = per_mole(block_average(potential, blocks))
+        vapour = per_mole(block_average(read_run(gas).log["potential_eV"], blocks))
+        for name, energy in (("", vapour), ("_unstrained", Estimate(0.0, 0.0))):
+            heat = heat_of_vaporization(liquid, energy, temperature)
+            found[f"vaporisation{name}_kJ_mol"] = heat
     if run.universe.trajectory.ts.dimensions is not None:
         for first, second in ("OO", "OH", "HH"):
             pairs = radial_distribution(run.universe, first, second, blocks=blocks)

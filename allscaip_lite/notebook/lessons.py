@@ -21,6 +21,7 @@ from allscaip_lite.model import AllScAIP
 
 BUNDLED_MODEL = "lite-xtb"  # has all parts that a lesson may need
 BUNDLED_DATA = Path(__file__).parents[2] / "data" / "xtb"
+STUDIES = Path(__file__).parents[2] / "docs" / "studies"  # their results, where this is the source
 
 # parts that a lesson may need: the name in messages, and whether a configuration has the part
 NEEDS = {

@@ -134,6 +134,21 @@ def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tens
     return shifts
 
 
+def fresh_model(config: AllScAIPConfig, data: Dataset, seed: int | None = None) -> AllScAIP:
+    """A model with random weights, and with energies of elements and a force unit from the data.
+
+    `seed` None takes the random numbers from torch's present state.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = AllScAIP(config)
+    references, rms_force = fit_units(data, config.max_num_elements)
+    model.element_references.copy_(references)
+    model.energy_scale.fill_(rms_force)
+    model.force_scale.fill_(rms_force)
+    return model
+
+
 def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
     """A training and a validation part of one data set, drawn at random."""
     if len(data) < 2:
@@ -658,11 +673,7 @@ def run(args: argparse.Namespace) -> None:
         conservative = 5_000 if conservative is None else conservative
         rate = rate or 4e-4
         config = changed(PRESETS[args.preset], args.changes)
-        model = AllScAIP(config.replace(conservative=direct == 0))
-        references, rms_force = fit_units(training_data, model.config.max_num_elements)
-        model.element_references.copy_(references)
-        model.energy_scale.fill_(rms_force)
-        model.force_scale.fill_(rms_force)
+        model = fresh_model(config.replace(conservative=direct == 0), training_data)
     stages = []
     if direct:
         stages.append(direct_stage(direct, args.direct_rate))

@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.calculators.fd import calculate_numerical_forces
 
 from allscaip_lite import AllScAIP
-from allscaip_lite.ablation import MODELS
+from docs.studies.ablation.run import MODELS
 from allscaip_lite.labels import LabelError
 from allscaip_lite.labels.point_charges import (
     CHARGES,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from allscaip_lite.classroom import (
+from notebooks.tools.class_copies import (
     BESIDE,
     exercises,
     marks,

@@ -5,29 +5,32 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from allscaip_lite import ablation
-from allscaip_lite.ablation import (
-    MODELS,
-    STUDIES,
-    AblationError,
-    Cell,
-    Selection,
-    Study,
-    choose,
-    errors,
-    make_model,
-    pull,
-    run_study,
+from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.data.aselmdb import Dataset, InMemory
+from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.evaluation.long_range import (
+    errors_by_gap,
+    separation_curves,
     tail_exponent,
     tail_misfit,
 )
-from allscaip_lite.cli import main
-from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.training.loop import fresh_model
+from docs.studies.ablation import run as ablation
+from docs.studies.ablation.run import (
+    MODELS,
+    STUDIES,
+    Cell,
+    Study,
+    choose,
+    main,
+    run_study,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 20.0))
@@ -63,7 +66,7 @@ def test_a_study_has_every_variant_with_and_without_lae(name):
 @pytest.mark.parametrize("name", sorted(STUDIES))
 def test_the_tables_in_the_repository_are_of_these_studies(name):
     """What the command makes now is what lesson 08 reads."""
-    folder = ROOT / "data" / ("ablation" if name == "table" else "long-range")
+    folder = ROOT / "docs" / "studies" / "ablation" / "results"
     table, study = json.loads((folder / f"{name}.json").read_text()), STUDIES[name]
     models = {size: MODELS[size].to_dict() for size in study.sizes}
     now = json.loads(json.dumps({"study": dataclasses.asdict(study), "models": models}))
@@ -134,7 +137,7 @@ def test_tails_are_shown_steepest_first_and_only_where_they_reach(tmp_path, caps
     study = dataclasses.asdict(STUDIES["ions"])
     table = {"done": "2 of 18 cells", "study": study, "truth": curve, "cells": cells}
     ablation.write_table(table, tmp_path / "a.json")
-    assert main(["ablation", "ions", "--show", "--results", str(tmp_path / "a.json")]) == 0
+    assert main(["ions", "--show", "--results", str(tmp_path / "a.json")]) == 0
     text = capsys.readouterr().out
     lines = text[text.index("| curve") :].splitlines()
     assert lines[0] == "| curve | exponent | flat | local | rotary |"
@@ -145,13 +148,13 @@ def test_tails_are_shown_steepest_first_and_only_where_they_reach(tmp_path, caps
 
 
 def test_errors_of_a_model_without_knowledge_are_the_labels(data):
-    test = Selection(Dataset(data / "test.aselmdb"))
-    model = make_model(MODELS["small"], test, seed=0)
+    test = InMemory(Dataset(data / "test.aselmdb"))
+    model = fresh_model(MODELS["small"], test, seed=0)
     for name, parameter in model.energy_head.named_parameters():
         if name.startswith("contract"):
             parameter.data.zero_()
     model.element_references.zero_()
-    found = errors(model, test, (0.0, 8.0, 30.0))
+    found = errors_by_gap(model, test, (0.0, 8.0, 30.0))
     energies = np.array([atoms.get_potential_energy() for atoms in test.structures])
     gaps = np.array([atoms.info["gap"] for atoms in test.structures])
     assert found["all"]["energy_mae"] == pytest.approx(1e3 * np.abs(energies).mean(), rel=1e-4)
@@ -163,7 +166,7 @@ def test_errors_of_a_model_without_knowledge_are_the_labels(data):
 
 
 def test_the_push_on_a_pair_is_minus_the_slope_of_its_energy(data):
-    truth = pull(None, Selection(Dataset(data / "curves.aselmdb")))["Na...K"]
+    truth = separation_curves(None, InMemory(Dataset(data / "curves.aselmdb")))["Na...K"]
     slope = np.gradient(truth["energy"], truth["distance"])
     assert np.allclose(truth["force"][8:-1], -slope[8:-1], atol=5e-3)
     assert truth["distance"][0] == 2.0 and truth["distance"][-1] == 30.0
@@ -172,8 +175,8 @@ def test_the_push_on_a_pair_is_minus_the_slope_of_its_energy(data):
 def test_curves_without_an_axis_are_refused(data):
     plain = Dataset(data / "curves.aselmdb")[0]
     del plain.info["axis"]
-    with pytest.raises(AblationError, match="long-range/make.py"):
-        pull(None, Selection([plain]))
+    with pytest.raises(DataError, match="long-range/make.py"):
+        separation_curves(None, InMemory([plain]))
 
 
 # --- a study ------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def test_a_stopped_study_goes_on_to_the_same_table(data, tmp_path, monkeypatch):
     first = run_study(TINY, data, parts, cells=cells[:1])
     assert first["done"] == "1 of 6 cells"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ablation, "errors", interrupted)  # trained, not yet measured
+        patch.setattr(ablation, "errors_by_gap", interrupted)  # trained, not yet measured
         run_study(TINY, data, parts, cells=cells)
     trained = []
     monkeypatch.setattr(
@@ -211,7 +214,7 @@ def test_a_study_goes_on_from_a_table_alone(data, tmp_path):
     again = run_study(TINY, data, tmp_path / "elsewhere", table, cells=["local-*"], hours=0)
     assert timeless(again) == timeless(first)
     ablation.write_table({**old, "data": {}}, other)
-    with pytest.raises(AblationError, match="give another --results"):
+    with pytest.raises(InputError, match="give another --results"):
         run_study(TINY, data, tmp_path / "third", other, hours=0)
     assert json.loads(other.read_text())["cells"], "nothing is lost"
 
@@ -223,9 +226,9 @@ def test_no_hours_start_no_cell(data, tmp_path, capsys):
 
 def test_another_study_does_not_mix_with_the_first(data, tmp_path):
     run_study(TINY, data, tmp_path / "run", hours=0)
-    with pytest.raises(AblationError, match="another study"):
+    with pytest.raises(InputError, match="another study"):
         run_study(dataclasses.replace(TINY, steps=4), data, tmp_path / "run", hours=0)
-    with pytest.raises(AblationError, match="no cell is named"):
+    with pytest.raises(InputError, match="no cell is named"):
         run_study(TINY, data, tmp_path / "run", cells=["wide-*"])
 
 
@@ -259,11 +262,18 @@ def test_a_table_is_shown_by_variant_with_the_spread_of_its_seeds(tmp_path, caps
     cells = [row("local-lae-small-seed0", 10, 1), row("local-lae-small-seed1", 20, 3)]
     table = {"done": "3 of 18 cells", "cells": [*cells, row("rotary-lae-small-seed0", 4, 5)]}
     ablation.write_table(table, tmp_path / "a.json")
-    assert main(["ablation", "chain", "--show", "--results", str(tmp_path / "a.json")]) == 0
+    assert main(["chain", "--show", "--results", str(tmp_path / "a.json")]) == 0
     text = capsys.readouterr().out
     assert "3 of 18 cells" in text
     assert "| local | yes | small | 9 | 2 | 15 (10–20) / 2 |" in text
     assert "| rotary | yes | small | 9 | 1 | 4 / 5 |" in text
-    assert main(["ablation", "ions", "--show"]) == 2
-    assert main(["ablation", "ions"]) == 2
+    assert main(["ions", "--show"]) == 2
+    assert main(["ions"]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_the_lesson_trains_the_small_model_of_the_studies():
+    notebook = json.loads((ROOT / "notebooks" / "08_long_range.ipynb").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
+    (text,) = re.findall(r"(?ms)^SMALL = (AllScAIPConfig\(.*?^\))", code)
+    assert eval(text, {"AllScAIPConfig": AllScAIPConfig}) == MODELS["small"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from allscaip_lite import benchmark, cli
+from allscaip_lite.labels.spcfw import water_cluster
+from docs.studies.speed.run import main
 
 
 def test_water_clusters_have_the_density_of_the_liquid_and_no_contacts() -> None:
-    cluster = benchmark.water_cluster(200)
+    cluster = water_cluster(200)
     assert cluster.get_chemical_formula() == "H400O200"
     oxygens = cluster.positions[cluster.numbers == 8]
     inside = np.linalg.norm(oxygens - oxygens.mean(0), axis=1) < 8.0
@@ -30,7 +31,7 @@ def test_water_clusters_have_the_density_of_the_liquid_and_no_contacts() -> None
 
 
 def test_the_same_cluster_every_time() -> None:
-    first, second = benchmark.water_cluster(5), benchmark.water_cluster(5)
+    first, second = water_cluster(5), water_cluster(5)
     np.testing.assert_array_equal(first.positions, second.positions)
 
 
@@ -38,7 +39,7 @@ def test_bench_alone_writes_rows_and_the_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     rows = tmp_path / "rows.json"
-    assert cli.main(["bench", "--alone", "--atoms", "6", "--rounds", "2", "--json", str(rows)]) == 0
+    assert main(["--alone", "--atoms", "6", "--rounds", "2", "--json", str(rows)]) == 0
     written = json.loads(rows.read_text())
     (row,) = written["rows"]
     assert row["atoms"] == 6
@@ -50,7 +51,7 @@ def test_bench_alone_writes_rows_and_the_machine(
 @pytest.mark.skipif(importlib.util.find_spec("fairchem") is None, reason="needs fairchem-core")
 def test_bench_beside_fairchem_agrees_with_it(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
-    assert cli.main(["bench", "--atoms", "9", "--rounds", "1", "--json", str(rows)]) == 0
+    assert main(["--atoms", "9", "--rounds", "1", "--json", str(rows)]) == 0
     (row,) = json.loads(rows.read_text())["rows"]
     assert row["energy difference eV/atom"] < 2e-5
     assert row["force difference / largest force"] < 2e-4
@@ -61,8 +62,8 @@ def test_bench_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """Both sides of a batch of whole clusters, and how they compare."""
     sides = ["--compile"] if shutil.which("cc") else []
     rows = tmp_path / "rows.json"
-    asked = ["bench", "--training", "--atoms", "50", "--rounds", "2", "--json", str(rows), *sides]
-    assert cli.main(asked) == 0
+    asked = ["--training", "--atoms", "50", "--rounds", "2", "--json", str(rows), *sides]
+    assert main(asked) == 0
     (row,) = json.loads(rows.read_text())
     assert row["atoms"] == 42
     assert len(row) == 2 + len(sides)

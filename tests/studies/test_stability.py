@@ -15,14 +15,14 @@ from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
-from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.errors import InputError
 from allscaip_lite.labels.spcfw import SPCFw
-from allscaip_lite.stability import (
-    StabilityError,
+from docs.studies.stability.run import (
     Trial,
     choose,
     damage,
+    main,
     run_trial,
     table,
     try_molecule,
@@ -79,7 +79,7 @@ def test_single_closed_shell_molecules_are_chosen_by_size(data):
     chosen = choose(Dataset(data), dataclasses.replace(SHORT, molecules=5))
     assert [len(atoms) for atoms in chosen] == [3, 5, 6, 8, 9]
     assert [len(atoms) for atoms in choose(Dataset(data), SHORT)] == [3, 9]
-    with pytest.raises(StabilityError, match="5 molecules of 3 to 9 atoms, and 6"):
+    with pytest.raises(InputError, match="5 molecules of 3 to 9 atoms, and 6"):
         choose(Dataset(data), dataclasses.replace(SHORT, molecules=6))
 
 
@@ -145,7 +145,7 @@ def test_what_breaks_at_once_is_a_row_too(tmp_path, model, make_colliding):
 
 def test_the_command_goes_on_and_writes_its_rows(model, data, tmp_path, capsys):
     save_model(model, tmp_path / "tiny.safetensors")
-    command = ["stability", str(tmp_path / "tiny.safetensors"), str(data)]
+    command = [str(tmp_path / "tiny.safetensors"), str(data)]
     command += ["--out", str(tmp_path / "run"), "--molecules", "2", "--smallest", "3"]
     command += ["--largest", "9", "--warming", "20", "--duration", "100"]
     assert main(command) == 0
@@ -166,7 +166,7 @@ def test_the_command_goes_on_and_writes_its_rows(model, data, tmp_path, capsys):
         assert row["rotation_rms"] == pytest.approx(twin["rotation_rms"], rel=0.5)
     assert main([*command, "--timestep", "0.25"]) == 2
     assert "another folder" in capsys.readouterr().err
-    assert main([*command[:3], "--out", str(tmp_path / "b"), "--largest", "12"]) == 2
+    assert main([*command[:2], "--out", str(tmp_path / "b"), "--largest", "12"]) == 2
     assert "ask for fewer" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Which inductive bias helps whom: `allscaip-lite ablation` trains models that differ in one thing.
+"""Which inductive bias helps whom: `run.py` trains models that differ in one thing.
 
 In: a data set, and a `Study`: which models, how long they train, what is measured. Out: a table
 (JSON) of all its cells, with the machine and the versions, from which lesson 08 draws. Studies
@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,25 @@ from typing import Any
 import lightning_fabric
 import numpy as np
 import torch
-from ase import Atoms
-from scipy.optimize import minimize_scalar
 
 from allscaip_lite import __version__
+from allscaip_lite.cli import run_script
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.data.aselmdb import Dataset, checksum
+from allscaip_lite.data.aselmdb import Dataset, InMemory, checksum
 from allscaip_lite.data.batches import in_order
-from allscaip_lite.evaluation.errors import residuals
+from allscaip_lite.errors import InputError
+from allscaip_lite.evaluation.long_range import (
+    errors_by_gap,
+    rounded,
+    separation_curves,
+    tail_exponent,
+    tail_misfit,
+)
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.training.loop import Stage, fit_units, train
-
-
-class AblationError(ValueError):
-    """A study that cannot start or go on; the message says what to change."""
-
+from allscaip_lite.training.loop import Stage, fresh_model, train
 
 # --- What is compared ------------------------------------------------------------------------
 
@@ -136,9 +137,7 @@ class Study:
 
     def config(self, cell: Cell) -> AllScAIPConfig:
         config = MODELS[cell.size].replace(
-            node_attention=cell.node_attention,
-            rotary=cell.rotary,
-            conservative=self.conservative,
+            node_attention=cell.node_attention, rotary=cell.rotary, conservative=self.conservative
         )
         return config if cell.angular else config.replace(angular_channels=None)
 
@@ -173,40 +172,12 @@ STUDIES = {
 # --- One cell --------------------------------------------------------------------------------
 
 
-class Selection:
-    """Structures of a data set, read once and held in memory; by index, as `Dataset` does."""
-
-    def __init__(
-        self, data: Dataset | Sequence[Atoms], chosen: Iterable[int] | None = None
-    ) -> None:
-        chosen = range(len(data)) if chosen is None else chosen
-        self.structures = [data[int(index)] for index in chosen]
-        self.natoms = np.array([len(atoms) for atoms in self.structures])
-
-    def __len__(self) -> int:
-        return len(self.structures)
-
-    def __getitem__(self, index: int) -> Atoms:
-        return self.structures[index]
-
-
-def choose(data: Dataset, structures: int | None, seed: int) -> Selection:
+def choose(data: Dataset, structures: int | None, seed: int) -> InMemory:
     """That many structures, or all there are: the first of a shuffle, so a larger set of the same
     seed contains the smaller ones."""
     if structures is None or structures >= len(data):
-        return Selection(data)
-    return Selection(data, np.random.default_rng([seed, 88]).permutation(len(data))[:structures])
-
-
-def make_model(config: AllScAIPConfig, data: Dataset | Selection, seed: int) -> AllScAIP:
-    """A fresh model with random weights of that seed, and the data's energies and force unit."""
-    torch.manual_seed(seed)
-    model = AllScAIP(config)
-    references, rms_force = fit_units(data, config.max_num_elements)
-    model.element_references.copy_(references)
-    model.energy_scale.fill_(rms_force)
-    model.force_scale.fill_(rms_force)
-    return model
+        return InMemory(data)
+    return InMemory(data, np.random.default_rng([seed, 88]).permutation(len(data))[:structures])
 
 
 def run_cell(
@@ -218,8 +189,8 @@ def run_cell(
     """
     training_data = choose(Dataset(data / "train.aselmdb"), cell.structures, cell.seed)
     validation = Dataset(data / "val.aselmdb")
-    validation = Selection(validation, range(min(200, len(validation))))
-    model = make_model(study.config(cell), training_data, cell.seed)
+    validation = InMemory(validation, range(min(200, len(validation))))
+    model = fresh_model(study.config(cell), training_data, cell.seed)
     stage = study.stage()
     started = time.monotonic()
     model = train(
@@ -236,126 +207,22 @@ def run_cell(
         fabric=lightning_fabric.Fabric(accelerator="auto", devices=1),
     )
     seconds = time.monotonic() - started
-    test = Selection(Dataset(data / "test.aselmdb"))
+    test = InMemory(Dataset(data / "test.aselmdb"))
     row = {
         **asdict(cell),
         "structures": len(training_data),
         "parameters": model.num_parameters,
-        "errors": errors(model, test, study.bins),
+        "errors": errors_by_gap(model, test, study.bins),
     }
     curves = data / "curves.aselmdb"
     if curves.exists():
-        row["curves"] = pull(model, Selection(Dataset(curves)))
+        row["curves"] = separation_curves(model, InMemory(Dataset(curves)))
     row["seconds"] = round(seconds, 1)
     return row
 
 
-def errors(model: AllScAIP, test: Selection, bins: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Mean absolute errors of all, by `data_id`, and by gap: energies in meV a structure and
-    meV/atom, forces in meV/Å. A bin's name is its two ends, as in "4-8"."""
-    found = residuals(model, test)
-    natoms = test.natoms
-    energies = found.energies.abs().double().numpy()
-    forces = [force.abs().mean().item() for force in found.forces]
-    groups: dict[str, list[int]] = {"all": list(range(len(test)))}
-    for index, atoms in enumerate(test.structures):
-        groups.setdefault(str(atoms.info.get("data_id", "unknown")), []).append(index)
-        gap = atoms.info.get("gap")
-        bin_ = None if gap is None else int(np.searchsorted(bins, gap, side="right"))
-        if bin_ and bin_ < len(bins):
-            groups.setdefault(f"{bins[bin_ - 1]:g}-{bins[bin_]:g}", []).append(index)
-    rows = {}
-    for name, members in groups.items():
-        of_atoms = natoms[members]
-        rows[name] = {
-            "structures": len(members),
-            "energy_mae": _round(np.mean(energies[members] * of_atoms)),
-            "energy_mae_per_atom": _round(np.mean(energies[members])),
-            "force_mae": _round(np.average([forces[i] for i in members], weights=of_atoms)),
-        }
-    return rows
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-# --- Pulled apart ----------------------------------------------------------------------------
-
-
-def pull(model: AllScAIP | None, curves: Selection) -> dict[str, dict[str, list[float]]]:
-    """Of every curve: distance in Å, energy in eV, and in eV/Å the force along `info["axis"]` on
-    the atoms `info["probe"]`, which is what pushes the two groups apart.
-
-    `model` None gives the labels. Raises AblationError where a structure does not say what is
-    pulled.
-    """
-    found: dict[str, dict[str, list[float]]] = {}
-    structures = curves.structures
-    for atoms in structures:
-        if not {"axis", "probe", "distance", "source"} <= atoms.info.keys():
-            raise AblationError(
-                f"{atoms.symbols}: a curve needs info axis, probe, distance and source; make the "
-                "data with data/long-range/make.py"
-            )
-    if model is None:
-        values = [(atoms.get_potential_energy(), atoms.get_forces()) for atoms in structures]
-    else:
-        results = [
-            result
-            for first in range(0, len(structures), 64)
-            for result in model.predict(structures[first : first + 64])
-        ]
-        values = [(result.energy, result.forces) for result in results]
-    for atoms, (energy, forces) in zip(structures, values, strict=True):
-        push = float(forces[atoms.info["probe"]].sum(0) @ np.array(atoms.info["axis"]))
-        empty = {"distance": [], "energy": [], "force": []}
-        curve = found.setdefault(atoms.info["source"], empty)
-        curve["distance"].append(round(float(atoms.info["distance"]), 3))
-        curve["energy"].append(round(float(energy), 4))
-        curve["force"].append(round(push, 5))
-    return found
-
-
-def tail_exponent(
-    distance: Sequence[float], energy: Sequence[float], window: tuple[float, float]
-) -> float:
-    """n of the best a + b / rⁿ, by least squares inside `window` (Å), between 0.2 and 8.
-
-    Coulomb's law has 1, an ion and a dipole 2, two dipoles 3. Not a number where the energy does
-    not change inside the window, as of a model that does not see that far.
-    """
-    distance, energy = np.asarray(distance, float), np.asarray(energy, float)
-    inside = (distance >= window[0]) & (distance <= window[1])
-    r, e = distance[inside] / window[0], energy[inside]
-    if len(r) < 4 or np.ptp(e) < 1e-4:
-        return float("nan")
-
-    def misfit(n: float) -> float:
-        basis = np.stack([np.ones_like(r), r**-n], axis=1)
-        return float(((basis @ np.linalg.lstsq(basis, e)[0] - e) ** 2).sum())
-
-    grid = np.arange(0.2, 8.01, 0.1)
-    best = grid[np.argmin([misfit(n) for n in grid])]
-    bounds = max(0.2, best - 0.1), min(8.0, best + 0.1)
-    return float(minimize_scalar(misfit, bounds=bounds, method="bounded").x)
-
-
-def tail_misfit(
-    distance: Sequence[float],
-    energy: Sequence[float],
-    truth: Sequence[float],
-    window: tuple[float, float],
-) -> float:
-    """How far a curve's shape is from the truth's inside `window` (Å), in meV: the mean absolute
-    difference of the two, each less its mean there. A flat curve has the truth's own spread."""
-    distance, shape = np.asarray(distance, float), np.asarray(energy) - np.asarray(truth)
-    shape = shape[(distance >= window[0]) & (distance <= window[1])]
-    return float(1000 * np.abs(shape - shape.mean()).mean())
-
-
 @torch.no_grad()
-def throughput(study: Study, test: Selection, rounds: int = 9) -> dict[str, float]:
+def throughput(study: Study, test: InMemory, rounds: int = 9) -> dict[str, float]:
     """Atoms a second of every kind of model (`Cell.kind`): energies and forces of the first batch
     of the test set, the median of all rounds. Weights do not matter, so they are random. Models
     take turns, so that what else the machine does slows them all alike."""
@@ -370,7 +237,7 @@ def throughput(study: Study, test: Selection, rounds: int = 9) -> dict[str, floa
             model.to(device)(batch.structures, create_graph=False).forces.cpu()
             times[kind].append(time.perf_counter() - started)
     return {
-        kind: _round(len(batch.forces) / statistics.median(taken[1:]))
+        kind: rounded(len(batch.forces) / statistics.median(taken[1:]))
         for kind, taken in times.items()
     }
 
@@ -392,20 +259,20 @@ def run_study(
 
     `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
     was stopped goes on where it was. `kernels` is `train`'s. The table is written to `results`
-    after every cell; cells that it has already are taken from there. Raises AblationError where
+    after every cell; cells that it has already are taken from there. Raises InputError where
     `folder` or `results` holds another study or other data, or no cell has such a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"study": asdict(study), "models": _models(study), "data": _sums(data)})
     stored = folder / "plan.json"
     if stored.exists() and json.loads(stored.read_text()) != json.loads(plan):
-        raise AblationError(f"{folder} holds another study or other data: give another --out")
+        raise InputError(f"{folder} holds another study or other data: give another --out")
     store_text(stored, plan)
     if results is not None and results.exists():
         _take_over(results, json.loads(plan), folder)
     wanted = [c for c in study.cells() if any(fnmatch.fnmatch(c.name, p) for p in cells)]
     if not wanted:
-        raise AblationError(f"no cell is named {' or '.join(cells)}; {study.cells()[0].name} is")
+        raise InputError(f"no cell is named {' or '.join(cells)}; {study.cells()[0].name} is")
     waiting = [cell for cell in wanted if not (folder / f"{cell.name}.json").exists()]
     started, finished = time.monotonic(), 0
     for cell in waiting:
@@ -429,7 +296,7 @@ def run_study(
             write_table(collect(study, data, folder), results)
     if study.throughput:
         test = Dataset(data / "test.aselmdb")
-        speeds = throughput(study, Selection(test, range(min(200, len(test)))))
+        speeds = throughput(study, InMemory(test, range(min(200, len(test)))))
         store_text(folder / "throughput.json", json.dumps(speeds))
     table = collect(study, data, folder)
     if results is not None:
@@ -442,7 +309,7 @@ def _take_over(results: Path, plan: Mapping[str, Any], folder: Path) -> None:
     table = json.loads(results.read_text())
     settings = json.loads(json.dumps(asdict(Study()))) | table["study"]  # it may be older than one
     if plan != {"study": settings, "models": table["models"], "data": table["data"]}:
-        raise AblationError(f"{results} is of another study or other data: give another --results")
+        raise InputError(f"{results} is of another study or other data: give another --results")
     for row in table["cells"]:
         file = folder / f"{row['name']}.json"
         if not file.exists():
@@ -465,7 +332,7 @@ def collect(study: Study, data: Path, folder: Path) -> dict[str, Any]:
     }
     curves = data / "curves.aselmdb"
     if curves.exists():
-        table["truth"] = pull(None, Selection(Dataset(curves)))
+        table["truth"] = separation_curves(None, InMemory(Dataset(curves)))
     speeds = folder / "throughput.json"
     if speeds.exists():
         table["throughput"] = json.loads(speeds.read_text())  # atoms a second
@@ -598,11 +465,13 @@ def _by_amount(table: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `allscaip-lite ablation`."""
+    """Arguments of `run.py`."""
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--data", type=Path, help="folder of the data set")
     parser.add_argument("--out", type=Path, help="run folder")
-    parser.add_argument("--results", type=Path, help="the table, such as data/long-range/ions.json")
+    parser.add_argument(
+        "--results", type=Path, help="the table, such as docs/studies/ablation/results/ions.json"
+    )
     parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after")
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'rotary-*-seed0'"
@@ -613,18 +482,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`allscaip-lite ablation`: run a study, or go on with it; the exit status."""
+    """`run.py`: run a study, or go on with it; the exit status."""
     study = STUDIES[args.study]
     if args.show:
         if args.results is None or not args.results.is_file():
-            raise AblationError("--show: which table? As in --results data/long-range/ions.json")
+            raise InputError(
+                "--show: which table? As in --results docs/studies/ablation/results/ions.json"
+            )
         table = json.loads(args.results.read_text())
         print(f"{table['done']}\n\n{to_markdown(table)}")
         if args.study in ("ions", "pairs"):  # of a chain, longer means other atoms
             print(f"\n{tails_to_markdown(table)}")
         return 0
     if args.data is None or args.out is None:
-        raise AblationError("say where the data are, with --data, and the runs, with --out")
+        raise InputError("say where the data are, with --data, and the runs, with --out")
     if args.list:
         for cell in study.cells():
             done = (args.out / f"{cell.name}.json").exists()
@@ -643,7 +514,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="docs/studies/ablation/run.py",
+        description=__doc__,
+        stopped="the same command goes on from the last training that is done",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    command = argparse.ArgumentParser(prog="allscaip-lite ablation", description=__doc__)
-    add_arguments(command)
-    sys.exit(run(command.parse_args()))
+    sys.exit(main())

@@ -3,8 +3,8 @@
 In: the teacher (`spcfw`) or a model. Out: one small JSON file with what experiments measure, made
 in the same way whatever the model is, so that the files can be compared line by line:
 
-    python -m allscaip_lite.protocol run lite-water --out FILE.json
-    python -m allscaip_lite.protocol table FILE.json OTHER.json --out docs/water.md
+    python docs/studies/water/run.py run lite-water --out FILE.json
+    python docs/studies/water/run.py table FILE.json OTHER.json --out docs/studies/water/README.md
 
 A run has stages, each a folder of `allscaip_lite.md.dynamics`. The teacher prepares a box, always the same,
 and the model equilibrates it; from there start, apart from one another, constant pressure (density,
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from ase.io.trajectory import Trajectory
 from tqdm import tqdm
 
 from allscaip_lite import __version__
+from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import differing, store_text
@@ -56,28 +57,35 @@ from allscaip_lite.md.observables import (
     Estimate,
     ObservableError,
     Run,
-    at_first_peak,
-    block_average,
-    boil,
+    average,
     closest_contact,
     correlation_time,
     dielectric_constant,
     energy_drift,
     first_peak,
     jackknife,
-    less_reweighted,
     make_universe,
     make_whole,
     pairs_by_structure,
     per_mole,
     radial_distribution,
+    rdf_at_first_peak,
     read_run,
+    reweighted_difference,
     self_diffusion,
     size_correction,
     temperatures_by_motion,
 )
+from allscaip_lite.md.water_results import (
+    DIFFERENCES,
+    PRODUCTION,
+    TARGETS,
+    TEACHER,
+    add_vaporization,
+    read_results,
+    verdict,
+)
 
-TEACHER = "spcfw"
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
 DIFFUSION_BLOCK = 5.0  # ps
 POINTS = 300  # values kept of a series
@@ -141,8 +149,7 @@ class Protocol:
         return Settings(ensemble=stage, **common)
 
 
-PROLONGED = ("gas", "npt", "nvt", "nve")  # the stages that may grow, in the order they run in
-OPTIONS = ("waters", "seed", "prepare", "equilibrate", *PROLONGED)  # of the command
+OPTIONS = ("waters", "seed", "prepare", "equilibrate", *PRODUCTION)  # of the command
 
 
 # --- Running ---------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ def run_protocol(
     protocol: Protocol,
     folder: str | os.PathLike,
     name: str,
-    stages: Sequence[str] = PROLONGED,
+    stages: Sequence[str] = PRODUCTION,
     progress: bool = True,
 ) -> dict[str, str]:
     """Run `stages` in `folder`, or go on with them; what exploded, by stage, with the reason.
@@ -183,7 +190,7 @@ def run_protocol(
         single = Atoms("OH2", molecules(np.random.default_rng(protocol.seed), 1)[0])
         single.info |= {"charge": 0, "spin": 1}
         stage("gas", single, calculator, name)
-    boxed = [what for what in PROLONGED if what in stages and what != "gas"]
+    boxed = [what for what in PRODUCTION if what in stages and what != "gas"]
     if boxed:
         box = water_box(protocol.waters, protocol.density, protocol.seed)
         box.info |= {"charge": 0, "spin": 1}
@@ -199,7 +206,7 @@ def _claim(listing: Path, protocol: Protocol, name: str) -> None:
     plan = {"name": name, **dataclasses.asdict(protocol)}
     if listing.exists():
         known = json.loads(listing.read_text())
-        if changed := differing(plan, known, but=PROLONGED):
+        if changed := differing(plan, known, but=PRODUCTION):
             raise RunError(
                 f"{listing.parent} holds a protocol with another {', '.join(changed)}: choose "
                 "another folder"
@@ -220,18 +227,6 @@ def _note_machine(listing: Path, stage: str, calculator: Calculator) -> None:
 # --- Reading ---------------------------------------------------------------------------------
 
 
-def average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Estimate:
-    """Mean of a series, its error the larger of two: from block means, and from the correlation.
-
-    Of a run of few correlation times each of the two may by chance come out too small.
-    """
-    series = np.asarray(series, float)
-    scattered = block_average(series, blocks)
-    steps = max(0.5, correlation_time(series))
-    correlated = series.std() * np.sqrt(2 * steps / len(series))
-    return Estimate(scattered.value, float(max(scattered.error, correlated)))
-
-
 def collect(folder: str | os.PathLike) -> dict[str, Any]:
     """Every observable of the stages in `folder`, ready for JSON; estimates are [value, error].
 
@@ -246,7 +241,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
     found: dict[str, Estimate] = {}
     result: dict[str, Any] = {
         "name": name,
-        "protocol": {key: value for key, value in plan.items() if key not in PROLONGED},
+        "protocol": {key: value for key, value in plan.items() if key not in PRODUCTION},
         "lengths_ps": {},
         "hours": {},
         "observables": found,
@@ -255,7 +250,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         "series": {},
         "exploded": [
             stage
-            for stage in ("equilibrate", *PROLONGED)
+            for stage in ("equilibrate", *PRODUCTION)
             if (folder / stage / "exploded.extxyz").exists()
         ],
         "machine": machine(),
@@ -287,12 +282,12 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         keep("density_g_cm3", average, run.log["density_g_cm3"])
         keep("temperature_npt_K", average, run.log["temperature_K"])
         keep("liquid_energy_kJ_mol", lambda: per_mole(average(potential)))
-        _add_vaporisation(found, temperature)
+        add_vaporization(found, temperature)
         if name != TEACHER:
             beside = beside_teacher(folder / "npt")
             settled = beside["time_ps"] >= settle
             density, excess = (beside[key][settled] for key in ("density_g_cm3", "potential_eV"))
-            keep("density_beside_g_cm3", less_reweighted, density, excess, temperature)
+            keep("density_beside_g_cm3", reweighted_difference, density, excess, temperature)
             volume = beside["volume_A3"][settled]
             keep("excess_pressure_bar", jackknife, _as_pressure, volume, excess)
             result["series"]["beside"] = _at_points(
@@ -303,13 +298,21 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
     # Negative ones: this way round, the teacher's mean is taken from the model's.
     if asked := _read_asked(folder, "npt"):
         excess = asked["potential_eV"]
-        keep("density_asked_g_cm3", less_reweighted, -asked["density_g_cm3"], -excess, temperature)
+        keep(
+            "density_asked_g_cm3",
+            reweighted_difference,
+            -asked["density_g_cm3"],
+            -excess,
+            temperature,
+        )
     if asked := _read_asked(folder, "nvt"):
         excess, pressure = asked["potential_eV"], asked["pressure_bar"]
         options = {"reference": -(pressure + asked["excess_bar"])}
-        keep("pressure_asked_bar", less_reweighted, -pressure, -excess, temperature, **options)
-        heights = at_first_peak(asked["g_OO"])
-        keep("OO_height_asked", less_reweighted, -heights, -excess, temperature)
+        keep(
+            "pressure_asked_bar", reweighted_difference, -pressure, -excess, temperature, **options
+        )
+        heights = rdf_at_first_peak(asked["g_OO"])
+        keep("OO_height_asked", reweighted_difference, -heights, -excess, temperature)
     if "nvt" in runs:
         run = runs["nvt"]
         keep("temperature_nvt_K", average, run.log["temperature_K"])
@@ -326,11 +329,18 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
                 excess, ours = beside["potential_eV"], beside["model_bar"]
                 keep("energy_beside_kJ_mol", lambda: per_mole(average(excess / run.molecules)))
                 options = {"reference": ours - beside["pressure_bar"]}
-                keep("pressure_weighted_bar", less_reweighted, ours, excess, temperature, **options)
-                heights = at_first_peak(pairs_by_structure(run.universe)[1])
+                keep(
+                    "pressure_weighted_bar",
+                    reweighted_difference,
+                    ours,
+                    excess,
+                    temperature,
+                    **options,
+                )
+                heights = rdf_at_first_peak(pairs_by_structure(run.universe)[1])
                 read = beside["number"] < len(heights)  # the run may have gone on since
                 heights, excess = heights[beside["number"][read]], excess[read]
-                keep("OO_height_beside", less_reweighted, heights, excess, temperature)
+                keep("OO_height_beside", reweighted_difference, heights, excess, temperature)
         for first, second in ("OO", "OH", "HH"):
             try:
                 pairs = radial_distribution(run.universe, first, second)
@@ -417,7 +427,7 @@ def ask_model(
         plan = json.loads((teacher / "protocol.json").read_text())
         if plan["name"] != TEACHER:
             raise ObservableError(f"{teacher} is a run of {plan['name']}, not of {TEACHER}")
-        if changed := differing(plan, mine, but=["name", "seed", *PROLONGED]):
+        if changed := differing(plan, mine, but=["name", "seed", *PRODUCTION]):
             raise ObservableError(f"{teacher} is a run with another {', '.join(changed)}")
     answered = False
     for stage, settle in (("npt", mine["settle"] / 1000), ("nvt", 0.0)):
@@ -479,15 +489,6 @@ def _as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
     return float(-np.polyfit(volume, excess, 1)[0] / units.bar)
 
 
-def _add_vaporisation(found: dict[str, Estimate], temperature: float) -> None:
-    """The heats of vaporisation that follow from the energies that are there."""
-    liquid, gas = (found.get(f"{state}_energy_kJ_mol") for state in ("liquid", "gas"))
-    if liquid and gas:
-        found["vaporisation_kJ_mol"] = boil(liquid, gas, temperature)
-    if liquid:
-        found["vaporisation_unstrained_kJ_mol"] = boil(liquid, Estimate(0.0, 0.0), temperature)
-
-
 def _dipole(run: Run) -> np.ndarray:
     """One component of the box's dipole in e Å, (T,); molecules are whole."""
     positions = run.universe.trajectory.timeseries(order="fac")
@@ -530,7 +531,7 @@ def machine() -> dict[str, Any]:
 
 # --- Comparing -------------------------------------------------------------------------------
 
-MARKS = ("<!-- made by allscaip_lite.protocol table -->", "<!-- end -->")
+MARKS = ("<!-- made by docs/studies/water/run.py table -->", "<!-- end -->")
 ROWS = {  # observable: what the table calls it, with its unit
     "density_g_cm3": "density, g/cm³",
     "density_beside_g_cm3": "density less the teacher's, its own run weighted, g/cm³",
@@ -558,164 +559,6 @@ ROWS = {  # observable: what the table calls it, with its unit
     "temperature_centres_K": "temperature of the molecules' centres, K",
     "temperature_bonds_K": "temperature along the bonds, K",
 }
-STAGES = {  # the stage that an observable is from
-    **dict.fromkeys(ROWS, "nvt"),
-    "temperature_nvt_K": "nvt",
-    "temperature_npt_K": "npt",
-    "temperature_nve_K": "nve",
-    "density_g_cm3": "npt",
-    "density_beside_g_cm3": "npt",
-    "density_asked_g_cm3": "npt",
-    "excess_pressure_bar": "npt",
-    "liquid_energy_kJ_mol": "npt",
-    "vaporisation_kJ_mol": "npt",
-    "vaporisation_unstrained_kJ_mol": "npt",
-    "gas_energy_kJ_mol": "gas",
-    "drift_meV_atom_ps": "nve",
-    "pressure_nve_bar": "nve",
-}
-
-
-class Target(NamedTuple):
-    """How far a model may be from its teacher: a share of the teacher's value, or an amount.
-
-    A drift is measured from zero.
-    """
-
-    amount: float
-    relative: bool
-
-
-TARGETS = {
-    "density_g_cm3": Target(0.02, True),
-    "density_beside_g_cm3": Target(0.02, True),
-    "density_asked_g_cm3": Target(0.02, True),
-    "vaporisation_kJ_mol": Target(0.03, True),
-    "OO_peak_A": Target(0.05, False),
-    "OO_height": Target(0.05, True),
-    "OO_height_beside": Target(0.05, True),
-    "OO_height_asked": Target(0.05, True),
-    "drift_meV_atom_ps": Target(0.05, False),
-}
-
-# of which observable these are differences already
-BESIDE = {
-    **dict.fromkeys(("density_beside_g_cm3", "density_asked_g_cm3"), "density_g_cm3"),
-    **dict.fromkeys(("OO_height_beside", "OO_height_asked"), "OO_height"),
-}
-
-
-def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float, str]:
-    """How far `model` is from `teacher`, the standard error of that, and a word.
-
-    In the target's own measure (a share or an amount); the word is `met`, `missed`, or `open` where
-    one standard error reaches across the target. `model` may be a difference already, as the
-    density by weights is: then `teacher` gives the measure only.
-    """
-    target = TARGETS[key]
-    if key.startswith("drift"):
-        teacher = Estimate(0.0, 0.0)
-    away, error = model.value - teacher.value, math.hypot(model.error, teacher.error)
-    if key in BESIDE:
-        away, error = model
-    if target.relative:
-        away, error = away / teacher.value, error / abs(teacher.value)
-    if abs(abs(away) - target.amount) < error:
-        word = "open"
-    else:
-        word = "met" if abs(away) <= target.amount else "missed"
-    return away, error, word
-
-
-def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one model with different seeds as one result, of their lengths and hours together.
-
-    Estimates and distributions are means weighted by the lengths of the stage they are from, heats
-    of vaporisation follow from such means, series are those of the longest run. Raises
-    ObservableError for runs of different models or protocols, or with the same seed, which would
-    count one run twice.
-    """
-    if len(results) == 1:
-        return results[0]
-    plans = [{"name": result["name"], **result["protocol"]} for result in results]
-    seeds = [plan.pop("seed") for plan in plans]
-    if any(plan != plans[0] for plan in plans) or len({*seeds}) < len(seeds):
-        raise ObservableError(
-            f"runs of {plans[0]['name']} with seeds {', '.join(map(str, seeds))} cannot be taken "
-            "together: they need the same protocol and different seeds"
-        )
-
-    def weighted(having: Sequence[dict[str, Any]], stage: str, parts: Sequence[Any]) -> np.ndarray:
-        """Mean of what each result has; the last row of a part is its standard errors."""
-        lengths = np.array([result["lengths_ps"][stage] for result in having])
-        shares = (lengths / lengths.sum())[:, None, None]
-        values = np.array([np.reshape(part, (len(part), -1)) for part in parts])
-        mean = (shares * values).sum(0)
-        mean[-1] = np.sqrt(((shares * values)[:, -1] ** 2).sum(0))
-        return mean
-
-    pooled: dict[str, Any] = {**results[0], "observables": {}, "distributions": {}}
-    for name in ("lengths_ps", "hours"):
-        stages = [stage for stage in PROLONGED if any(stage in result[name] for result in results)]
-        pooled[name] = {
-            stage: round(sum(result[name].get(stage, 0) for result in results), 6)
-            for stage in stages
-        }
-    for key, stage in STAGES.items():
-        having = [result for result in results if key in result["observables"]]
-        if having:
-            mean = weighted(having, stage, [result["observables"][key] for result in having])
-            pooled["observables"][key] = Estimate(*map(float, mean[:, 0]))
-    if "liquid_energy_kJ_mol" in pooled["observables"]:  # of all runs, as the energies are
-        _add_vaporisation(pooled["observables"], results[0]["protocol"]["temperature"])
-    for pair in ("OO", "OH", "HH"):
-        having = [result for result in results if pair in result["distributions"]]
-        if having:
-            tables = [result["distributions"][pair] for result in having]
-            mean = weighted(having, "nvt", [list(table.values()) for table in tables])
-            pooled["distributions"][pair] = dict(zip(tables[0], mean.tolist(), strict=True))
-    for name, stages in (
-        ("series", {**{stage: stage for stage in PROLONGED}, "beside": "npt"}),
-        ("correlation_ps", {"density": "npt", "dipole": "nvt"}),
-    ):
-        pooled[name] = {}
-        for key, stage in stages.items():
-            having = [result for result in results if key in result[name]]
-            if having:
-                longest = max(having, key=lambda result: result["lengths_ps"][stage])
-                pooled[name][key] = longest[name][key]
-    pooled["exploded"] = sorted({stage for result in results for stage in result["exploded"]})
-    return pooled
-
-
-def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
-    """Files of `collect`, those of one model pooled; in the order of the names, teacher last.
-
-    Raises ObservableError for files of different protocols, which cannot be compared.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    results = [read_result(file) for file in files]
-    for file, result in zip(files, results, strict=True):
-        if changed := differing(result["protocol"], results[0]["protocol"], but=["seed"]):
-            raise ObservableError(
-                f"{file} is of a protocol with another {', '.join(changed)} than {files[0]}: "
-                "run one of them again, or leave it out"
-            )
-        found.setdefault(result["name"], []).append(result)
-    return [pool(found[name]) for name in sorted(found, key=lambda name: (name == TEACHER, name))]
-
-
-def read_result(file: str | os.PathLike) -> dict[str, Any]:
-    """A file of `collect`, its estimates as such. Raises ObservableError for another file."""
-    found = json.loads(Path(file).read_text())
-    try:
-        found["observables"] = {
-            key: Estimate(*(math.nan if x is None else x for x in pair))
-            for key, pair in found["observables"].items()
-        }
-    except (KeyError, TypeError) as error:
-        raise ObservableError(f"{file} was not written by the protocol") from error
-    return found
 
 
 def write_number(estimate: Estimate) -> str:
@@ -751,7 +594,7 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
             scale, unit = (100, " %") if target.relative else (1, "")
             cells = []
             for result in models:
-                if key in result["observables"] and (of := BESIDE.get(key, key)) in teacher:
+                if key in result["observables"] and (of := DIFFERENCES.get(key, key)) in teacher:
                     away, error, word = verdict(key, result["observables"][key], teacher[of])
                     number = write_number(Estimate(scale * away, scale * error))
                     cells.append(f"{number}{unit}: {word}")
@@ -760,7 +603,7 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
             lines.append(_row([ROWS[key], f"{scale * target.amount:g}{unit}", *cells]))
 
     lines += ["", _row(["picoseconds (hours)", *names]), _row(["---", *["---:"] * len(names)])]
-    for stage in PROLONGED:
+    for stage in PRODUCTION:
         cells = [
             f"{result['lengths_ps'][stage]:g} ({result['hours'][stage]:.2f})"
             if stage in result["lengths_ps"]
@@ -818,11 +661,7 @@ def _run(args: argparse.Namespace) -> int:
     exploded: dict[str, str] = {}
     if not args.collect:
         calculator = _make_calculator(args.model, args.kernels)
-        try:
-            exploded = run_protocol(calculator, protocol, folder, name, args.stages, not args.quiet)
-        except KeyboardInterrupt:
-            print("\nprotocol: stopped; the same command goes on from here", file=sys.stderr)
-            return 130
+        exploded = run_protocol(calculator, protocol, folder, name, args.stages, not args.quiet)
     if args.teacher:
         calculator = _make_calculator(args.model, args.kernels)
         ask_model(calculator, folder, args.teacher, not args.quiet)
@@ -857,27 +696,23 @@ def _compact(result: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m allscaip_lite.protocol",
-        description="Observables of liquid water, by one protocol for every model.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="run the protocol, or go on with it")
-    run.set_defaults(run=_run)
+    run.set_defaults(command=_run)
     run.add_argument("model", help=f"a name, a file, or {TEACHER}")
     run.add_argument("--out", type=Path, required=True, help="the .json to write")
     run.add_argument("--name", help="what the files call the model (default: from its name)")
     run.add_argument("--folder", type=Path, help="of the runs (default: runs/observables/NAME)")
     run.add_argument("--seed", type=int, help="another one, another run (default: 0)")
     run.add_argument("--waters", type=int, help="molecules in the box (default: 32)")
-    for stage in ("prepare", "equilibrate", *PROLONGED):
+    for stage in ("prepare", "equilibrate", *PRODUCTION):
         default = getattr(Protocol, stage) / 1000
         run.add_argument(
             f"--{stage}", type=femtoseconds, metavar="TIME", help=f"default: {default:g}ps"
         )
     run.add_argument(
-        "--stages", nargs="+", choices=PROLONGED, default=PROLONGED, help="default: all"
+        "--stages", nargs="+", choices=PRODUCTION, default=PRODUCTION, help="default: all"
     )
     add_kernels_option(run)
     run.add_argument(
@@ -892,15 +727,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run.add_argument("--quiet", action="store_true", help="without progress")
     table = commands.add_parser("table", help="compare what was run, in Markdown")
-    table.set_defaults(run=_table)
+    table.set_defaults(command=_table)
     table.add_argument("files", type=Path, nargs="+", help="what `run` wrote")
     table.add_argument("--out", type=Path, required=True, help="the page that has the table")
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except (RunError, ObservableError, OSError, ValueError) as error:
-        print(f"protocol: {error}", file=sys.stderr)
-        return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        lambda args: args.command(args),
+        script="docs/studies/water/run.py",
+        description=__doc__,
+        stopped="the same command goes on from here",
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from ase.calculators.calculator import Calculator, all_changes
 
 pytest.importorskip("MDAnalysis")
 
-from allscaip_lite import protocol as room  # noqa: E402
 from allscaip_lite.labels.spcfw import SPCFw  # noqa: E402
 from allscaip_lite.machine import processor_name  # noqa: E402
 from allscaip_lite.errors import RunError  # noqa: E402
@@ -22,24 +21,28 @@ from allscaip_lite.md.dynamics import read_log  # noqa: E402
 from allscaip_lite.md.observables import (  # noqa: E402
     Estimate,
     ObservableError,
-    jackknife,
-    less_reweighted,
-)
-from allscaip_lite.protocol import (  # noqa: E402
-    MARKS,
-    TARGETS,
-    Protocol,
     average,
+    jackknife,
+    reweighted_difference,
+)
+from allscaip_lite.md.water_results import (  # noqa: E402
+    STAGE_OF,
+    TARGETS,
+    pool,
+    read_result,
+    read_results,
+    verdict,
+)
+from docs.studies.water import run as water_study  # noqa: E402
+from docs.studies.water.run import (  # noqa: E402
+    MARKS,
+    Protocol,
     beside_teacher,
     collect,
     compare,
     insert_table,
     main,
-    pool,
-    read_result,
-    read_results,
     run_protocol,
-    verdict,
     write_number,
 )
 
@@ -159,8 +162,8 @@ def test_forces_without_an_energy_show_in_the_drift(teacher, tmp_path):
 
 
 def in_two_blocks(*given: np.ndarray, **options: np.ndarray) -> Estimate:
-    """`less_reweighted` for runs as short as these."""
-    return less_reweighted(*given, **options, blocks=2)
+    """`reweighted_difference` for runs as short as these."""
+    return reweighted_difference(*given, **options, blocks=2)
 
 
 class Swollen(SPCFw):
@@ -177,7 +180,7 @@ class Swollen(SPCFw):
 def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "less_reweighted", in_two_blocks)
+    monkeypatch.setattr(water_study, "reweighted_difference", in_two_blocks)
     run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("nvt",), progress=False)
     beside = beside_teacher(tmp_path / "nvt")
     assert beside["time_ps"] == pytest.approx(0.04 * np.arange(6))  # every 40 fs of 200
@@ -192,7 +195,7 @@ def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(
     # a run that goes on while it is collected has more structures when it is read again
     grown = {name: np.append(values, values[-1]) for name, values in beside.items()}
     grown["number"][-1] = len(beside["number"])
-    monkeypatch.setattr(room, "beside_teacher", lambda folder: grown)
+    monkeypatch.setattr(water_study, "beside_teacher", lambda folder: grown)
     assert collect(tmp_path)["observables"]["OO_height_beside"] == found["OO_height_beside"]
 
 
@@ -206,7 +209,7 @@ def test_the_density_by_weights_takes_the_settled_structures(
         asked.append((series, excess))
         return in_two_blocks(series, excess, temperature)
 
-    monkeypatch.setattr(room, "less_reweighted", weigh)
+    monkeypatch.setattr(water_study, "reweighted_difference", weigh)
     run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("npt",), progress=False)
     found = collect(tmp_path)
     assert found["observables"]["density_beside_g_cm3"] == pytest.approx((0, 0), abs=1e-9)
@@ -223,7 +226,7 @@ def test_the_density_by_weights_takes_the_settled_structures(
 def test_energies_that_change_with_the_volume_are_a_pressure() -> None:
     volume = np.linspace(900, 1000, 40)
     noise = np.random.default_rng(0).normal(size=40)
-    push = jackknife(room._as_pressure, volume, -300 * units.bar * volume + 1e-3 * noise)
+    push = jackknife(water_study._as_pressure, volume, -300 * units.bar * volume + 1e-3 * noise)
     assert abs(push.value - 300) < 3 * push.error < 60
 
 
@@ -231,7 +234,7 @@ def test_the_model_is_asked_about_the_teachers_structures(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that pulls boxes together is denser, both by its run and by the teacher's."""
-    monkeypatch.setattr(room, "ASKED_EVERY", 0.08)
+    monkeypatch.setattr(water_study, "ASKED_EVERY", 0.08)
 
     class Pulled(SPCFw):
         def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
@@ -243,29 +246,29 @@ def test_the_model_is_asked_about_the_teachers_structures(
 
     mine = tmp_path / "pulled"
     run_protocol(Pulled(), SHORT, mine, "pulled", ("gas",), progress=False)
-    room.ask_model(Pulled(), mine, [teacher], progress=False)
-    asked = {stage: room._read_asked(mine, stage) for stage in ("npt", "nvt")}
+    water_study.ask_model(Pulled(), mine, [teacher], progress=False)
+    asked = {stage: water_study._read_asked(mine, stage) for stage in ("npt", "nvt")}
     assert asked["npt"]["time_ps"] == pytest.approx([0.04, 0.12])
     assert asked["nvt"]["time_ps"] == pytest.approx([0.0, 0.08, 0.16])
     for answers in asked.values():
         volume = SHORT.waters * 18.01528 / 0.602214 / answers["density_g_cm3"]
         assert answers["potential_eV"] == pytest.approx(2000 * units.bar * volume, rel=1e-4)
         assert answers["excess_bar"] == pytest.approx(-2000 * np.ones(len(volume)), abs=1e-3)
-    monkeypatch.setattr(room, "less_reweighted", in_two_blocks)
+    monkeypatch.setattr(water_study, "reweighted_difference", in_two_blocks)
     found = collect(mine)["observables"]
     assert found["density_asked_g_cm3"].value > 0
     assert found["pressure_asked_bar"] == pytest.approx((-2000, 0), abs=1e-2)
     assert found["OO_height_asked"] == pytest.approx((0, 0), abs=1e-9)
 
     with pytest.raises(ObservableError, match="is a run of pulled, not of spcfw"):
-        room.ask_model(Pulled(), mine, [mine], progress=False)
+        water_study.ask_model(Pulled(), mine, [mine], progress=False)
     other = tmp_path / "other"
     run_protocol(Pulled(), replace(SHORT, waters=9), other, "pulled", ("gas",), progress=False)
     with pytest.raises(ObservableError, match="with another waters"):
-        room.ask_model(Pulled(), other, [teacher], progress=False)
+        water_study.ask_model(Pulled(), other, [teacher], progress=False)
     run_protocol(SPCFw(), SHORT, tmp_path / "gas", "spcfw", ("gas",), progress=False)
     with pytest.raises(ObservableError, match="no npt or nvt run in .*gas"):
-        room.ask_model(Pulled(), mine, [tmp_path / "gas"], progress=False)
+        water_study.ask_model(Pulled(), mine, [tmp_path / "gas"], progress=False)
 
 
 def test_a_model_that_likes_full_first_shells_has_a_higher_peak(teacher: Path, tmp_path: Path):
@@ -277,7 +280,7 @@ def test_a_model_that_likes_full_first_shells_has_a_higher_peak(teacher: Path, t
     g = np.stack([0 * peak, 0.9 * peak, peak, 0.9 * peak, 0 * peak], axis=1)
     steady = {"pressure_bar": peak, "excess_bar": 100 + 0 * peak, "time_ps": np.arange(4000)}
     np.savez(
-        tmp_path / room.ASKED.format("nvt"),
+        tmp_path / water_study.ASKED.format("nvt"),
         **{**steady, "g_OO": g, "potential_eV": -kT * peak},
     )
     found = collect(tmp_path)["observables"]
@@ -352,7 +355,7 @@ def test_runs_with_other_seeds_count_as_one():
     assert halved["error"] == pytest.approx([0.0, 0.3 / math.sqrt(2)])
 
     for other in ({"waters": 32, "seed": 0}, {"waters": 64, "seed": 1}):
-        with pytest.raises(ObservableError, match="same protocol and different seeds"):
+        with pytest.raises(ObservableError, match="same settings and different seeds"):
             pool([one, {**two, "protocol": other}])
 
 
@@ -363,13 +366,16 @@ def test_files_of_different_protocols_are_not_compared(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     files = [tmp_path / f"{name}.json" for name in "abc"]
     assert [result["name"] for result in read_results(files[:2])] == ["a", "b"]
-    with pytest.raises(ObservableError, match=r"c.json is of a protocol with another timestep"):
+    with pytest.raises(ObservableError, match=r"c.json was made with another timestep"):
         read_results(files)
 
 
-def test_every_row_of_the_table_has_a_stage(teacher):
-    assert set(room.ROWS) | set(collect(teacher)["observables"]) <= set(room.STAGES)
-    assert set(room.STAGES.values()) == set(room.PROLONGED)
+@pytest.mark.parametrize("stage", ["gas", "npt", "nvt", "nve"])
+def test_results_are_weighted_by_the_stage_that_they_are_measured_in(teacher, tmp_path, stage):
+    for name in ("protocol.json", stage):
+        (tmp_path / name).symlink_to(teacher / name)
+    found = collect(tmp_path)["observables"]
+    assert found and {STAGE_OF.get(key, "nvt") for key in found} == {stage}
 
 
 def test_a_verdict_knows_its_error():
@@ -382,7 +388,7 @@ def test_a_verdict_knows_its_error():
     assert beside == (pytest.approx(-0.02), pytest.approx(0.001 / 0.9), "open")
     # a drift is far from zero or not, whatever the teacher's
     assert verdict("drift_meV_atom_ps", Estimate(0.3, 0.01), Estimate(0.3, 0.01))[2] == "missed"
-    assert set(TARGETS) <= set(room.ROWS)
+    assert set(TARGETS) <= set(water_study.ROWS)
 
 
 def test_numbers_are_written_to_the_digits_of_their_error():
@@ -445,7 +451,7 @@ def test_the_command_writes_files_that_the_table_reads(tmp_path, capsys):
     assert "another waters" in capsys.readouterr().err
     out.write_text("{}")
     assert main(["table", str(out), "--out", str(page)]) == 2
-    assert "not written by the protocol" in capsys.readouterr().err
+    assert "no result of the water benchmark" in capsys.readouterr().err
 
 
 # --- what the lesson opens ------------------------------------------------------------------------
@@ -476,8 +482,8 @@ def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
 
 def test_the_page_s_table_is_that_of_the_files_beside_it(tmp_path):
     root = Path(__file__).resolve().parents[2]
-    written = root / "docs" / "water.md"
-    files = sorted((root / "data" / "water" / "observables").glob("*.json"))
+    written = root / "docs" / "studies" / "water" / "README.md"
+    files = sorted((written.parent / "results").glob("*.json"))
     page = tmp_path / "water.md"
     page.write_text(written.read_text())
     insert_table(page, compare(read_results(files)))

@@ -10,7 +10,7 @@ here its rules are followed for those who do without it:
   says what is wrong with the answer. What stands between `### BEGIN HIDDEN TESTS` and
   `### END HIDDEN TESTS` only the instructor has.
 
-`python -m allscaip_lite.classroom --check` runs both copies of each notebook as well: with its
+`python notebooks/tools/class_copies.py --check` runs both copies of each notebook as well: with its
 solution every check must pass, with the stub every check must fail, and nothing else may.
 Cell metadata: nbgrader's schema, version 3.
 """
@@ -30,7 +30,7 @@ from typing import Any
 CODE_STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # nbgrader's own
 TEXT_STUB = "YOUR ANSWER HERE"
 BESIDE = (".xyz", ".json", ".csv", ".png")  # files of the notebooks' folder that lessons read
-SOURCE = Path(__file__).parent.parent / "notebooks"
+COURSE = Path(__file__).parents[1]
 SECONDS_A_CELL = 600
 
 Notebook = dict[str, Any]  # as nbformat writes it
@@ -258,7 +258,7 @@ def check_class(out: Path, found: dict[str, list[Exercise]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write student and instructor copies of the course; with --check, run them too."""
     parser = argparse.ArgumentParser(
-        prog="python -m allscaip_lite.classroom", description=main.__doc__
+        prog="python notebooks/tools/class_copies.py", description=main.__doc__
     )
     parser.add_argument(
         "notebooks", nargs="*", type=Path, help="files or folders (default: the course)"
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         paths = []
-        for path in args.notebooks or [SOURCE]:
+        for path in args.notebooks or [COURSE]:
             paths += sorted(path.glob("*.ipynb")) if path.is_dir() else [path]
         found = write_class(paths, args.out)
         for stem, of_notebook in found.items():
@@ -276,10 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stem}: {len(of_notebook)} exercises, {points:g} points")
         wrong = check_class(args.out, found) if args.check else []
     except (ClassroomError, OSError) as error:
-        print(f"classroom: {error}", file=sys.stderr)
+        print(f"class_copies: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nclassroom: stopped; the same command starts again", file=sys.stderr)
+        print("\nclass_copies: stopped; the same command starts again", file=sys.stderr)
         return 130
     for line in wrong:
         print(line, file=sys.stderr)

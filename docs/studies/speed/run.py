@@ -1,4 +1,4 @@
-"""`allscaip-lite bench`: time and memory of the model, beside fairchem's calculator; of training.
+"""`python docs/studies/speed/run.py`: time and memory of the model, beside fairchem's calculator; of training.
 
 In: sizes of water clusters, a preset or the small benchmark model, a device. Out: a table. All
 sides read the same official-format file with random weights. Each has a process of its own for
@@ -21,22 +21,24 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from scipy.spatial.transform import Rotation
 
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoints.native import load_model
 from allscaip_lite.checkpoints.official import save_official
+from allscaip_lite.cli import run_script
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.batches import collate
+from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import choose
+from allscaip_lite.labels.spcfw import water_cluster
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.training.loop import (
@@ -47,40 +49,9 @@ from allscaip_lite.training.loop import (
     make_optimizers,
 )
 
-WATERS_PER_CUBIC_ANGSTROM = 0.0334  # 0.997 g/cm³
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
 OURS, COMPILED, THEIRS = SIDES = ("allscaip-lite", "compiled", "fairchem")
 WARM_UP = 2  # calls before timing
-
-
-def water_cluster(molecules: int, seed: int = 0) -> Atoms:
-    """A ball of water molecules at the density of the liquid, neutral singlet; positions in Å.
-
-    Molecules stand near the points of a cubic lattice nearest to its middle, turned at random;
-    hydrogens of neighbours stay more than 1 Å apart.
-    """
-    random = np.random.default_rng(seed)
-    spacing = WATERS_PER_CUBIC_ANGSTROM ** (-1 / 3)
-    side = math.ceil(1.5 * molecules ** (1 / 3)) + 2
-    points = np.stack(np.meshgrid(*[np.arange(side) - side / 2] * 3), -1).reshape(-1, 3)
-    points = points[np.argsort(np.linalg.norm(points, axis=1), kind="stable")][:molecules]
-    angle = math.radians(104.5) / 2
-    hydrogens = 0.96 * np.array(
-        [[math.sin(angle), 0, math.cos(angle)], [-math.sin(angle), 0, math.cos(angle)]]
-    )
-    positions: list[np.ndarray] = []
-    for point in points * spacing:
-        placed = np.reshape(positions, (-1, 3))
-        for _ in range(1000):
-            oxygen = point + random.normal(scale=0.1, size=3)
-            molecule = np.vstack([oxygen, oxygen + Rotation.random(rng=random).apply(hydrogens)])
-            gaps = np.linalg.norm(placed[:, None] - molecule, axis=-1)
-            if gaps.size == 0 or gaps.min() > 1.5:
-                break
-        positions.extend(molecule)
-    cluster = Atoms("OH2" * molecules, positions=positions)
-    cluster.info.update(charge=0, spin=1)
-    return cluster
 
 
 def random_model(config: AllScAIPConfig, seed: int = 0) -> AllScAIP:
@@ -161,7 +132,7 @@ class Side:
     """
 
     def __init__(self, side: str, checkpoint: Path, molecules: int, args: argparse.Namespace):
-        command = [sys.executable, "-m", "allscaip_lite.benchmark", "--serve", side]
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", side]
         command += ["--checkpoint", str(checkpoint), "--atoms", str(3 * molecules)]
         command += ["--device", args.device, "--threads", str(args.threads)]
         environment = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -506,20 +477,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the rows here, after each size")
     parser.add_argument("--markdown", type=Path, help="write the table here, after each size")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # a measured process
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises `ValueError` for what cannot be measured, before anything is."""
+    """Raises `InputError` for what cannot be measured, before anything is."""
     if min(args.atoms) < 3:
-        raise ValueError("--atoms: the smallest cluster is one water molecule, 3 atoms")
+        raise InputError("--atoms: the smallest cluster is one water molecule, 3 atoms")
     if args.rounds < 1 or args.threads < 1:
-        raise ValueError("--rounds and --threads must be at least 1")
+        raise InputError("--rounds and --threads must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here")
+        raise InputError("--device cuda: PyTorch sees no CUDA GPU here")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`allscaip-lite bench`; 1 if a measurement of this package's own failed."""
+    """`python docs/studies/speed/run.py`; 1 if a measurement of this package's own failed."""
+    if args.serve:
+        molecules = args.atoms[0] // 3
+        serve(args.serve, args.checkpoint, molecules, args.device, args.threads)
+        return 0
     check_arguments(args)
     args.sides = [OURS, COMPILED] if args.compile else [OURS]
     config = PRESETS[args.preset] if args.preset else BENCHMARK
@@ -552,14 +529,16 @@ def run(args: argparse.Namespace) -> int:
     return int(any(side != THEIRS for row in rows for side in row.get("failed", {})))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="docs/studies/speed/run.py",
+        description=__doc__,
+        stopped="what --json and --markdown wrote is kept; the same command starts again",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    parser.add_argument("--serve", choices=SIDES)
-    parser.add_argument("--checkpoint")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        molecules = arguments.atoms[0] // 3
-        serve(arguments.serve, arguments.checkpoint, molecules, arguments.device, arguments.threads)
-    else:
-        sys.exit(run(arguments))
+    sys.exit(main())

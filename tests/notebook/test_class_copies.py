@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from allscaip_lite import classroom
-from allscaip_lite.classroom import (
+from notebooks.tools import class_copies
+from notebooks.tools.class_copies import (
     ClassroomError,
     exercises,
     instructor_copy,
@@ -77,7 +77,7 @@ def run_plainly(path: Path) -> dict[int, str]:
         if made["cell_type"] != "code":
             continue
         try:
-            exec(classroom.source(made), scope)
+            exec(class_copies.source(made), scope)
         except Exception as error:
             errors[index] = f"{type(error).__name__}: {error}".strip()
     return errors
@@ -95,7 +95,7 @@ def test_students_get_a_stub_in_place_of_the_solution():
         'def double(x):\n    """Twice x."""\n    # YOUR CODE HERE\n    raise NotImplementedError()'
     )
     assert made[4]["source"] == 'assert double(2) == 4, "twice 2 is not that"\nprint("Right.")'
-    assert [classroom.source(one) for one in original["cells"][:3]] == [
+    assert [class_copies.source(one) for one in original["cells"][:3]] == [
         one["source"] for one in made[:3]
     ]
     assert all(one["outputs"] == [] and one["execution_count"] is None for one in made[3:])
@@ -148,8 +148,8 @@ def check_mark(**changes: Any) -> Callable[[dict], None]:
 def text(index: int, old: str, new: str) -> Callable[[dict], None]:
     def change(content: dict) -> None:
         made = content["cells"][index]
-        assert old in classroom.source(made)
-        made["source"] = classroom.source(made).replace(old, new)
+        assert old in class_copies.source(made)
+        made["source"] = class_copies.source(made).replace(old, new)
 
     return change
 
@@ -267,7 +267,7 @@ WRONG = {
 
 @pytest.mark.parametrize("change, words", WRONG.values(), ids=WRONG)
 def test_check_notices(tmp_path, capsys, monkeypatch, change, words):
-    monkeypatch.setattr(classroom, "run_notebook", run_plainly)
+    monkeypatch.setattr(class_copies, "run_notebook", run_plainly)
     path = save(notebook(**change), tmp_path / "lessons" / "01_twice.ipynb")
     assert main([str(path), "--out", str(tmp_path / "class"), "--check"]) == 1
     captured = capsys.readouterr()
@@ -277,12 +277,12 @@ def test_check_notices(tmp_path, capsys, monkeypatch, change, words):
 
 
 def test_check_notices_cells_that_fail_beside_the_exercises(tmp_path, monkeypatch):
-    monkeypatch.setattr(classroom, "run_notebook", run_plainly)
+    monkeypatch.setattr(class_copies, "run_notebook", run_plainly)
     content = notebook()
     content["cells"].append(cell("code", "twenty = double(ten)"))  # fails on the stub
     content["cells"].append(cell("code", "ten / 0"))  # fails in both
     path = save(content, tmp_path / "lessons" / "01_twice.ipynb")
-    wrong = classroom.check_class(tmp_path / "class", write_class([path], tmp_path / "class"))
+    wrong = class_copies.check_class(tmp_path / "class", write_class([path], tmp_path / "class"))
     assert [line.split(": ")[1] for line in wrong] == [
         "cell 6 fails with the solution",
         "cell 5 fails in the student copy",

@@ -1,4 +1,4 @@
-"""Does a model hold molecules together: `allscaip-lite stability MODEL DATA`.
+"""Does a model hold molecules together: `python docs/studies/stability/run.py MODEL DATA`.
 
 In: a model, and a data set from which molecules are taken, one structure each, of sizes spread
 evenly. Each is relaxed and warmed by the model, and then moves at constant energy. Out: whether a
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -27,7 +28,9 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
+from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.labels.queue import in_processes
@@ -40,10 +43,6 @@ from allscaip_lite.model import AllScAIP
 BONDED = 1.25  # times the sum of covalent radii: the bonds of the relaxed start
 BROKEN = 1.5  # times its length in the start: far beyond any vibration at 300 K
 MET = 0.9  # times the sum of covalent radii: atoms that were no bond this close have made one
-
-
-class StabilityError(ValueError):
-    """Data without the molecules that are asked for; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def choose(data: Dataset, trial: Trial) -> list[Atoms]:
     """Single molecules without unpaired electrons, sizes spread evenly between the two ends.
 
     One molecule is what its bonds hold together, and what its SMILES, where `info["molecule"]` has
-    one, calls one. Raises StabilityError where there are too few.
+    one, calls one. Raises InputError where there are too few.
     """
     sizes: dict[str, tuple[int, int]] = {}  # of each formula, the first structure: atoms, index
     for index in np.random.default_rng(trial.seed).permutation(len(data)):
@@ -93,7 +92,7 @@ def choose(data: Dataset, trial: Trial) -> list[Atoms]:
         if fits and not atoms.pbc.any() and _single(atoms):
             sizes.setdefault(atoms.get_chemical_formula(), (len(atoms), int(index)))
     if len(sizes) < trial.molecules:
-        raise StabilityError(
+        raise InputError(
             f"the data have {len(sizes)} molecules of {trial.smallest} to {trial.largest} atoms, "
             f"and {trial.molecules} are asked for: give other data, or ask for fewer (--molecules)"
         )
@@ -128,7 +127,7 @@ def _single(atoms: Atoms) -> bool:
 
 def damage(start: Atoms, frame: Atoms) -> str | None:
     """The first bond of `start` that is gone in `frame`, or the first that is new; else None."""
-    before, after, bonded = start.get_all_distances(), frame.get_all_distances(), bonds(start)
+    before, after, bonded = (start.get_all_distances(), frame.get_all_distances(), bonds(start))
     for what, wrong in (
         ("broken", bonded & (after > BROKEN * before)),
         ("made", ~bonded & (after < MET * _reach(start)) & (before > 0)),
@@ -243,9 +242,7 @@ def _steps_done(folder: Path, trial: Trial) -> int:
     return round(sum(1e3 * float(time[-1]) for time in times if len(time)) / trial.timestep)
 
 
-def _work(
-    task: tuple[str, bool, list[Atoms], Trial, Path, list[str], int],
-) -> list[dict[str, Any]]:
+def _work(task: tuple[str, bool, list[Atoms], Trial, Path, list[str], int]) -> list[dict[str, Any]]:
     from allscaip_lite.checkpoints.native import load_model
 
     name, kernels, molecules, trial, folder, names, line = task
@@ -277,7 +274,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `allscaip-lite stability`."""
+    """Arguments of `run.py`."""
     trial = Trial()
     parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
     parser.add_argument("data", type=Path, help="structures to choose molecules from (.aselmdb)")
@@ -300,7 +297,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`allscaip-lite stability`: run or go on; the exit status is 0 however it ends."""
+    """`run.py`: run or go on; the exit status is 0 however it ends."""
     given = vars(args).keys() & {field.name for field in fields(Trial)}
     trial = Trial(**{name: getattr(args, name) for name in given})
     molecules = choose(Dataset(args.data), trial)
@@ -319,3 +316,18 @@ def run(args: argparse.Namespace) -> int:
     store_text(args.out / "stability.json", json.dumps({**result, "rows": rows}, indent=1))
     print(table(rows))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="docs/studies/stability/run.py",
+        description=__doc__,
+        stopped="the same command goes on from here",
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
