@@ -112,7 +112,7 @@ def test_turning_is_measured_against_the_mean(model):
     assert changes.mean() == pytest.approx(0, abs=1e-6)
     assert np.abs(changes).max() > 0
     single = Atoms("Ne", info={"charge": 0, "spin": 1})
-    assert np.abs(turned(model, single, rotations=3)).max() < 1e-12
+    assert np.abs(turned(model, single, rotations=3)).max() < 1e-6  # rounding of float32
     shifted = atoms.copy()
     shifted.positions += 5.0
     assert turned(model, shifted, 6) == pytest.approx(changes, abs=1e-3)
