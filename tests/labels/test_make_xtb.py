@@ -181,7 +181,7 @@ def test_a_vertical_ion_has_the_geometry_of_the_neutral_molecule(jobs):
 
 def test_separated_molecules_have_all_distances_and_the_energy_of_two():
     (job,) = (job for job in plan(13_000, "apart") if job.system.molecule == "F.F")
-    structures = sample(replace(job, count=40))
+    structures = sample(replace(job, count=40, seed=0))
     gaps, bonds = [], []
     for atoms in structures:
         distances = atoms.get_all_distances()
@@ -199,7 +199,7 @@ def test_separated_molecules_have_all_distances_and_the_energy_of_two():
 def test_separated_molecules_keep_their_charges():
     """GFN2-xTB shares the charge of Mg²⁺ with a molecule 10 Å away, 20 eV below the two alone."""
     (job,) = (job for job in plan(13_000, "apart") if job.system.molecule == "[Mg+2].CO")
-    job = replace(job, count=8)
+    job = replace(job, count=8, seed=0)
     chloride = replace(job.system, parts=("[Cl-]", "CO"), charge=-1)
     widest = {}
     for name, one in {"Mg": job, "Cl": replace(job, system=chloride)}.items():
