@@ -1,7 +1,7 @@
 """The command `allscaip-lite`: comes in a command line, goes out an exit status.
 
-A command lives in the room that does its work, as `add_arguments(parser)` and `run(args)`; this
-room only finds it. Exit status: 0 done, 2 a mistake that the message explains, 130 stopped by
+A command lives in the module that does its work, as `add_arguments(parser)` and `run(args)`; this
+module only finds it. Exit status: 0 done, 2 a mistake that the message explains, 130 stopped by
 Ctrl-C. A traceback means a fault of the package's own.
 """
 
@@ -18,9 +18,9 @@ from allscaip_lite.errors import InputError
 
 
 class Command(NamedTuple):
-    """The room of a command, what the command is for, and what Ctrl-C leaves."""
+    """The module of a command, what the command is for, and what Ctrl-C leaves."""
 
-    room: str
+    module: str
     help: str
     stopped: str
 
@@ -158,10 +158,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for group, table in ((sources, DATA_COMMANDS), (commands, COMMANDS)):
         for name, command in table.items():
             sub = group.add_parser(name, help=command.help, description=command.help)
-            if name in argv:  # a room is imported, slowly, only where its command is called
-                room = import_module(f"allscaip_lite.{command.room}")
-                room.add_arguments(sub)
-                sub.set_defaults(run=room.run, stopped=command.stopped)
+            if name in argv:  # a module is imported, slowly, only where its command is called
+                module = import_module(f"allscaip_lite.{command.module}")
+                module.add_arguments(sub)
+                sub.set_defaults(run=module.run, stopped=command.stopped)
 
     text = "print a model's configuration, size and card"
     info = commands.add_parser("info", help=text, description=text)

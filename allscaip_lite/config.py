@@ -1,7 +1,7 @@
 """The model's configuration: one frozen dataclass, and presets that are values of it.
 
 In: numbers from the paper (arXiv 2603.06567) or from a checkpoint. Out: `AllScAIPConfig`, which
-every other room reads and none changes.
+every other module reads and none changes.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ def run_with(monkeypatch, capsys, behaviour, *arguments: str) -> tuple[int, str]
 
     from allscaip_lite import cli
 
-    room = ModuleType("allscaip_lite.training.loop")
-    room.add_arguments = lambda parser: parser.add_argument("--data")
-    room.run = behaviour
-    monkeypatch.setitem(sys.modules, room.__name__, room)
+    module = ModuleType("allscaip_lite.training.loop")
+    module.add_arguments = lambda parser: parser.add_argument("--data")
+    module.run = behaviour
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     status = cli.main(["train", *arguments])
     return status, capsys.readouterr().err
 
@@ -92,9 +92,9 @@ def test_every_command_has_a_room_that_offers_it():
     from allscaip_lite.cli import COMMANDS, DATA_COMMANDS
 
     for command in (*COMMANDS.values(), *DATA_COMMANDS.values()):
-        tree = ast.parse((PACKAGE / f"{command.room.replace('.', '/')}.py").read_text())
+        tree = ast.parse((PACKAGE / f"{command.module.replace('.', '/')}.py").read_text())
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert {"add_arguments", "run"} <= functions, command.room
+        assert {"add_arguments", "run"} <= functions, command.module
 
 
 def test_info_prints_configuration_size_and_card(tmp_path, capsys):
