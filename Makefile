@@ -32,10 +32,6 @@ VERSIONS := pyproject.toml constraints.txt
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --no-input --prefer-binary --constraint constraints.txt
 
-# py3Dmol draws without a network only when 3Dmol.js is at hand (see allscaip_lite/notebook/plots.py).
-VIEWER := 3dmol@2.5.5
-VIEWER_FOLDER := $(VENV)/share/allscaip-lite
-
 .PHONY: help lab check style types imports quick-tests test test-units test-notebooks class site bench clean
 
 help:
@@ -129,12 +125,8 @@ define prepare
 	$(PIP) torch
 endef
 
-# Neither line may fail the set-up: without npm py3Dmol draws from a CDN, and the other only spares
-# the reader a question about news.
+# This must not fail the set-up: it only spares the reader a question about news.
 define finish
-	@[ -f $(VIEWER_FOLDER)/3Dmol-min.js ] || { mkdir -p $(VIEWER_FOLDER) && cd $(VIEWER_FOLDER) && \
-		npm pack $(VIEWER) --silent --fetch-retries=0 --fetch-timeout=20000 >/dev/null 2>&1 && \
-		tar -xzf 3dmol-*.tgz --strip-components=2 package/build/3Dmol-min.js; rm -f 3dmol-*.tgz; } || true
 	@$(PY) -m jupyter labextension disable --level=sys_prefix \
 		"@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || true
 endef

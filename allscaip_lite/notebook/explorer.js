@@ -73,29 +73,10 @@ const RAMPS = { // from weight 0 to the largest; in the dark theme the largest i
   light: ["#fbf0f4", "#f4b8d2", "#df4596", "#9a1068", "#2e0636"],
   dark: ["#281c2c", "#6b2560", "#d93a8f", "#fb9a6b", "#fff4c9"],
 };
-const channels = text => [1, 3, 5].map(at => parseInt(text.slice(at, at + 2), 16) / 255);
-
 function rampColor(theme, fraction) { // fraction in 0..1 → [r, g, b] in 0..1
   const stops = RAMPS[theme].map(channels), at = Math.min(1, Math.max(0, fraction)) * 4;
   const i = Math.min(3, Math.floor(at));
   return stops[i].map((c, k) => c + (at - i) * (stops[i + 1][k] - c));
-}
-const css = color => `rgb(${color.map(c => Math.round(255 * c)).join(" ")})`;
-
-function backgroundTheme(root) { // from the first parent with an opaque background
-  const isBright = element => { // null where the background is transparent
-    const [r, g, b, a = 1] = getComputedStyle(element).backgroundColor.match(/[\d.]+/g).map(Number);
-    return a < 0.5 ? null : 0.3 * r + 0.6 * g + 0.1 * b > 128;
-  };
-  for (let element = root.parentElement; element; element = element.parentElement) {
-    const found = isBright(element);
-    if (found !== null) return found ? "light" : "dark";
-  }
-  const probe = document.body.appendChild(document.createElement("i"));
-  probe.style.background = "Canvas"; // the default background, by the preference of the reader
-  const found = isBright(probe);
-  probe.remove();
-  return found ? "light" : "dark";
 }
 
 // --- geometry ----------------------------------------------------------------------------------
@@ -235,7 +216,7 @@ function explore(root, data, maps) {
     for (const [i, j, ...image] of frame().imageBonds) {
       sticks.push({from: i, to: ballOf(j, image), pale: true});
     }
-    const links = [], rings = [], marks = [], dashed = [], accent = channels(cssColor("--accent"));
+    const links = [], rings = [], marks = [], dashed = [], accent = styleColor(root, "--accent");
     shown.entries.forEach((entry, column) => {
       const image = shown.node ? nearestImage(frame(), state.query, column) : entry.image;
       const value = weight(shown.row, column), strength = Math.min(1, value / shown.rowLargest);
@@ -259,13 +240,8 @@ function explore(root, data, maps) {
       marks.push({from: state.query, to: ball, color: accent});
       rings.push({ball, gap: 1, width: 3, color: accent});
     }
-    const [background, text] = ["--background", "--text"].map(name => channels(cssColor(name)));
+    const [background, text] = ["--background", "--text"].map(name => styleColor(root, name));
     return {balls, sticks, dashed, links, rings, marks, lines: frame().lines, background, text};
-  }
-
-  function cssColor(name) { // a colour of the style sheet, as #rrggbb
-    const text = getComputedStyle(root).getPropertyValue(name).trim();
-    return text.length === 4 ? text.replace(/[^#]/g, "$&$&") : text;
   }
 
   function columnOf(ball) { // the column of the atom or edge that a ball belongs to, or null
@@ -364,8 +340,8 @@ function explore(root, data, maps) {
     matrixLayout = {left, cell};
     context.imageSmoothingEnabled = cell < 1;
     context.drawImage(matrixImage(), left, left, cell * size, cell * size);
-    const text = cssColor("--text"), accent = cssColor("--accent");
-    context.strokeStyle = cssColor("--line");
+    const text = css(styleColor(root, "--text")), accent = css(styleColor(root, "--accent"));
+    context.strokeStyle = css(styleColor(root, "--line"));
     context.lineWidth = 1;
     context.strokeRect(left - 0.5, left - 0.5, cell * size + 1, cell * size + 1);
     const every = Math.ceil((font + 1) / cell), marked = [shown.row];
@@ -419,12 +395,12 @@ function explore(root, data, maps) {
       context.fill();
     };
     context.lineWidth = 2;
-    context.strokeStyle = context.fillStyle = cssColor("--muted");
+    context.strokeStyle = context.fillStyle = css(styleColor(root, "--muted"));
     context.beginPath();
     energies.forEach((_, i) => context.lineTo(...at(i)));
     context.stroke();
     if (side / last > 9) energies.forEach((_, i) => dot(i, 3));
-    context.fillStyle = cssColor("--accent");
+    context.fillStyle = css(styleColor(root, "--accent"));
     dot(state.frame, 7);
   }
 
@@ -567,9 +543,7 @@ function explore(root, data, maps) {
   }
 
   function redrawAll() { // when the theme or the width of the page may have changed
-    if (!root.isConnected) return;
-    theme = backgroundTheme(root);
-    root.dataset.theme = theme;
+    theme = root.dataset.theme;
     const ramp = part("ramp").getContext("2d");
     for (let i = 0; i < 256; i++) {
       ramp.fillStyle = css(rampColor(theme, i / 255));
@@ -692,15 +666,6 @@ function explore(root, data, maps) {
     },
   });
   if (data.edge) state.edge = maps.slots(state.frame, state.query)[data.edge];
-  redrawAll();
+  followPage(root, redrawAll);
   update({});
-  new ResizeObserver(redrawAll).observe(root);
-  const redrawLater = () => { // some styles are loaded with a delay
-    for (const delay of [0, 300, 1500]) setTimeout(redrawAll, delay);
-  };
-  const observer = new MutationObserver(redrawLater);
-  for (const element of [document.documentElement, document.body]) {
-    observer.observe(element, {attributes: true});
-  }
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawLater);
 }

@@ -11,34 +11,27 @@ from __future__ import annotations
 import base64
 import io
 import json
-import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from ase import Atoms
-from ase.data.colors import jmol_colors
 from tqdm import tqdm
 
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
 from allscaip_lite.notebook.plots import (
-    Page,
-    atom_labels,
     attention_matrix,
-    ball_radii,
-    bonds,
-    cell_lines,
     check_same_atoms,
     front,
     image_bonds,
     plot_attention,
     plot_links,
 )
+from allscaip_lite.notebook.viewer import Page, check_frames, frames_scene, page_html, resource
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +40,6 @@ SCALES = ("matrix", "row", "one")
 SIXTEEN_BIT_LIMIT = 5_000_000  # bytes; a page with more weights than this stores them in 8 bits
 LIMIT = 30_000_000  # bytes; larger pages make notebooks and browsers slow
 FRAME_TIME = 450  # ms
-IMAGE_BORDER = 1.5  # Å around a cell, for the periodic images
 
 
 @dataclass(frozen=True)
@@ -164,10 +156,13 @@ def explore_attention(
     if isinstance(model, AllScAIP):
         progress = tqdm(frames, desc="attention maps", disable=len(frames) < 10)
         each: Iterable[AttentionMaps] = (attention_maps(model, one) for one in progress)
-        _check_frames(frames, None, names)
+        check_frames(frames)
     else:
         each = [model] if isinstance(model, AttentionMaps) else list(model)
-        _check_frames(frames, each, names)
+        check_frames(frames)
+        _check_maps(each, frames)
+    if names is not None and len(names) != len(frames):
+        raise ValueError(f"{len(names)} names for {len(frames)} frames: give one for each frame")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} must be a fraction, 0 to 1")
     if scale not in SCALES:
@@ -221,67 +216,64 @@ def explore_attention(
         "graphs": packed.graphs,
         **weights,
     }
-    script = "".join(_resource(name) for name in ("molecule_view.js", "explorer.js"))
+    script = resource("explorer.js")
     width, aspect = ("1100", "5/4") if size is None else (str(size[0]), f"{size[0]}/{size[1]}")
-    data["markup"] = _resource("explorer.html").replace("@ASPECT@", aspect)
-    total = len(script) + len(json.dumps(data))
+    data["markup"] = resource("explorer.html").replace("@ASPECT@", aspect)
+    total = len(resource("molecule_view.js")) + len(script) + len(json.dumps(data))
     note = f"{counts}, weights to ±{precision}"
     data["note"] = f"{formula}: {note}; {total / 1e6:.1f} MB."
-    html = _SHELL
-    for mark, value in {
-        "SCRIPT": script,
-        "DATA": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
-        "NAME": f"allscaip-{uuid.uuid4().hex[:12]}",
-        "TITLE": title,
-        "WIDTH": width,
-    }.items():
-        html = html.replace(f"@{mark}@", value)
+    html = page_html("attentionView", title, width, script, data)
     return Explorer(html, title, selected, frames[frame], choice, note)
 
 
-# A notebook that is not trusted shows only the message, because it does not run the script.
-_SHELL = """<div class="allscaip-view" data-view="@NAME@" role="group" aria-label="@TITLE@"
- style="max-width: @WIDTH@px">
-<p data-part="message">This is the place of an attention explorer, but its script has not run. In
-JupyterLab: run the cell, or trust the notebook (File, Trust Notebook).</p>
-</div>
-<script>
-(() => {
-@SCRIPT@
-// a notebook may show the same output twice: start each copy once
-for (const root of document.querySelectorAll('[data-view="@NAME@"]')) {
-  if (!root.dataset.started) { root.dataset.started = "1"; attentionView(root, @DATA@); }
-}
-})();
-</script>"""
+def show_attention(
+    model_or_maps: AllScAIP | AttentionMaps,
+    atoms: Atoms,
+    query: int = 0,
+    block: int = -1,
+    head: int | None = None,
+    size: tuple[int, int] = (600, 400),
+) -> Page:
+    """The node attention of one atom, on the molecule: `explore_attention` without the matrix.
+
+    Links go from the query atom to the atoms that it attends to. Their width and colour show the
+    weight, on a scale up to the widest link of this atom. The ring around the query is its weight
+    on itself.
+
+    Args:
+        model_or_maps: A model, or the maps of this structure.
+        atoms: The structure.
+        query: The query atom at the start.
+        block: The block at the start.
+        head: The head at the start; None is the mean over heads.
+        size: Width and height in pixels.
+
+    Raises:
+        ValueError: The maps belong to another structure; and all errors of `attention_maps` and
+            `attention_matrix`.
+    """
+    return explore_attention(
+        model_or_maps,
+        atoms,
+        kind="node",
+        kinds=["node"],
+        query=query,
+        block=block,
+        head=head,
+        scale="row",
+        threshold=0.02,
+        matrix=False,
+        size=size,
+    )
 
 
-def _resource(name: str) -> str:
-    return resources.files("allscaip_lite.notebook").joinpath(name).read_text("utf-8")
-
-
-def _check_frames(
-    frames: list[Atoms], maps: list[AttentionMaps] | None, names: Sequence[str] | None
-) -> None:
-    if not frames:
-        raise ValueError("no frames: give one ase.Atoms or a non-empty list of them")
-    for index, atoms in enumerate(frames):
-        if not isinstance(atoms, Atoms):
-            raise TypeError(f"frame {index} is a {type(atoms).__name__}, not an ase.Atoms")
-        if atoms.numbers.tolist() != frames[0].numbers.tolist():
-            raise ValueError(
-                f"frame {index} ({atoms.get_chemical_formula()}) has other atoms than frame 0 "
-                f"({frames[0].get_chemical_formula()}), or another order: use one explorer for each"
-            )
-    for what, given in (("maps", maps), ("names", names)):
-        if given is not None and len(given) != len(frames):
-            raise ValueError(
-                f"{len(given)} {what} for {len(frames)} frames: give one for each frame"
-            )
-    for index, one in enumerate(maps or []):
+def _check_maps(maps: Sequence[AttentionMaps], frames: Sequence[Atoms]) -> None:
+    if len(maps) != len(frames):
+        raise ValueError(f"{len(maps)} maps for {len(frames)} frames: give one for each frame")
+    for one, atoms in zip(maps, frames, strict=True):
         if not isinstance(one, AttentionMaps):
             raise TypeError(f"a model or AttentionMaps is needed, not a {type(one).__name__}")
-        check_same_atoms(one, frames[index])
+        check_same_atoms(one, atoms)
 
 
 def _kinds(maps: AttentionMaps, kinds: Sequence[str] | None, kind: str) -> list[str]:
@@ -302,60 +294,22 @@ def _kinds(maps: AttentionMaps, kinds: Sequence[str] | None, kind: str) -> list[
     return [name for name in KINDS if name in wanted]
 
 
-# --- positions and bonds ------------------------------------------------------------------------
-
-
 def _scene(
-    frames: list[Atoms], energies: list[float], names: Sequence[str] | None
+    frames: Sequence[Atoms], energies: Sequence[float], names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Positions, bonds and cells of all frames, in the frame of the first view, centred at 0.
-
-    The frames of a molecule are aligned at the mean of their positions.
-    """
-    first = frames[0]
-    shared = set(bonds(first)).intersection(*map(bonds, frames[1:]))
-    rotation = front(first)
-    placed, corners = [], []
-    for atoms in frames:
-        center = 0.0 if atoms.pbc.any() else atoms.positions.mean(0)
-        placed.append((atoms.positions - center) @ rotation)  # (N, 3)
-        corners.append(cell_lines(atoms).reshape(-1, 3) @ rotation)
-    points = np.concatenate([*placed, *corners])
-    middle = (points.min(0) + points.max(0)) / 2
-    points, radii = points - middle, ball_radii(first)
-    border = IMAGE_BORDER if first.pbc.any() else 0.0
-    drawn = []
-    for index, atoms in enumerate(frames):
-        entry = {
-            "positions": (placed[index] - middle).round(3).tolist(),
-            "bonds": sorted(set(bonds(atoms)) - shared),
-            "imageBonds": image_bonds(atoms),
-            "lines": (corners[index] - middle).round(3).reshape(-1, 2, 3).tolist(),
-            "energy": round(energies[index], 5),
-            "name": str(names[index]) if names is not None else "",
-            "cell": None,
-        }
+    """`frames_scene` with energies, names, cells and the bonds to periodic images."""
+    scene = frames_scene(frames)
+    for index, (atoms, entry) in enumerate(zip(frames, scene["frames"], strict=True)):
+        entry["imageBonds"] = image_bonds(atoms)
+        entry["energy"] = round(energies[index], 5)
+        entry["name"] = str(names[index]) if names is not None else ""
+        entry["cell"] = None
         if atoms.pbc.any():
-            cell = atoms.cell.complete().array @ rotation
+            cell = atoms.cell.complete().array @ front(frames[0])
             entry["cell"] = cell.round(4).tolist()
             entry["inverse"] = np.linalg.inv(cell).round(6).tolist()
             entry["pbc"] = atoms.pbc.tolist()
-        drawn.append(entry)
-    reach = max(1.5, float(np.linalg.norm(points, axis=1).max() + radii.max()))
-    nearer = 6 * reach / (6 * reach - points[:, 2:])  # viewer of molecule_view.js: at 6 reach
-    across = (np.abs(points[:, :2]) * nearer).max(0) + radii.max() + border
-    return {
-        "labels": atom_labels(first),
-        "radii": radii.round(3).tolist(),
-        "colors": jmol_colors[first.numbers].round(3).tolist(),
-        "bonds": sorted(shared),
-        "frames": drawn,
-        "size": {
-            "reach": round(reach, 3),
-            "width": round(max(1.5, float(across[0])), 3),
-            "height": round(max(1.5, float(across[1])), 3),
-        },
-    }
+    return scene
 
 
 # --- weights as integers ------------------------------------------------------------------------

@@ -1,11 +1,61 @@
 // Atoms, bonds and links in three dimensions, drawn on a 2D canvas. Mouse, touch and keys rotate,
-// move and zoom the view. explorer.js says what is drawn. No library and no network is needed.
+// move and zoom the view. explorer.js and viewer.js say what is drawn. No library and no network is
+// needed.
+
+// --- colours and the theme of the page -----------------------------------------------------------
+
+const channels = text => [1, 3, 5].map(at => parseInt(text.slice(at, at + 2), 16) / 255);
+const css = color => `rgb(${color.map(c => Math.round(255 * c)).join(" ")})`;
+
+function styleColor(root, name) { // a #rgb or #rrggbb colour of the style sheet → channels in 0..1
+  const text = getComputedStyle(root).getPropertyValue(name).trim();
+  return channels(text.length === 4 ? text.replace(/[^#]/g, "$&$&") : text);
+}
+
+function backgroundTheme(root) { // from the first parent with an opaque background
+  const isBright = element => { // null where the background is transparent
+    const [r, g, b, a = 1] = getComputedStyle(element).backgroundColor.match(/[\d.]+/g).map(Number);
+    return a < 0.5 ? null : 0.3 * r + 0.6 * g + 0.1 * b > 128;
+  };
+  for (let element = root.parentElement; element; element = element.parentElement) {
+    const found = isBright(element);
+    if (found !== null) return found ? "light" : "dark";
+  }
+  const probe = document.body.appendChild(document.createElement("i"));
+  probe.style.background = "Canvas"; // the default background, by the preference of the reader
+  const found = isBright(probe);
+  probe.remove();
+  return found ? "light" : "dark";
+}
+
+// Call `redraw` now, and when the theme or the width of the page may have changed.
+function followPage(root, redraw) {
+  const redrawNow = () => {
+    if (!root.isConnected) return;
+    root.dataset.theme = backgroundTheme(root);
+    redraw();
+  };
+  const redrawLater = () => { // some styles are loaded with a delay
+    for (const delay of [0, 300, 1500]) setTimeout(redrawNow, delay);
+  };
+  redrawNow();
+  new ResizeObserver(redrawNow).observe(root);
+  const observer = new MutationObserver(redrawLater);
+  for (const element of [document.documentElement, document.body]) {
+    observer.observe(element, {attributes: true});
+  }
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawLater);
+}
+
+// --- the view ------------------------------------------------------------------------------------
+
+const ARROW_COLOR = "#d6217f";
 
 // `size()` returns the size of the scene, in Å from the origin: {reach, width, height}.
 // `clicked(ball, event)` and `hovered(ball or null, event)` are called with the index of a ball.
 // Returns {draw, turn, zoom, move, aim, reset}.
 //
-// draw(scene), with the scene
+// draw(scene), with the scene; all but balls, background and text may be missing
 //   balls   [{at: [x, y, z], radius, color: [r, g, b], label, pale, labelled}]; Å, colours in 0..1
 //   sticks  [{from, to, pale}] between balls, each half in the colour of its ball
 //   lines   [[from, to]] between points: the cell
@@ -13,8 +63,9 @@
 //   links   [{from, to, width, color}] between balls, thin at `from`; width in pixels
 //   marks   [{from, to, color}] thick lines that mark a pair of balls
 //   rings   [{ball, gap, width, color}] around balls
+//   arrows  [[from, to]] between points, in the colour of the weights
 //   background, text  colours of the background, and of labels and lines
-function moleculeView(canvas, {size, clicked, hovered}) {
+function moleculeView(canvas, {size, clicked = () => {}, hovered = () => {}}) {
   const context = canvas.getContext("2d");
   let scene = null, screen = [], width = 0, height = 0, scale = 1, pixelRatio = 1, sceneSize = null;
   let camera = {};
@@ -64,7 +115,6 @@ function moleculeView(canvas, {size, clicked, hovered}) {
   }
 
   const mix = (a, b, fraction) => a.map((c, i) => c + fraction * (b[i] - c));
-  const css = color => `rgb(${color.map(c => Math.round(255 * c))})`;
 
   function fading(ball, z) { // fraction of the background colour: larger for far atoms and images
     const depth = 0.3 * Math.min(1, Math.max(0, 0.5 - z / (2 * sceneSize.reach)));
@@ -155,8 +205,24 @@ function moleculeView(canvas, {size, clicked, hovered}) {
     });
   }
 
+  function drawArrow(from, to, color) { // with a head of at most 9 pixels
+    const [dx, dy] = [to.x - from.x, to.y - from.y], length = Math.hypot(dx, dy) || 1;
+    const head = Math.min(9, length), [ux, uy] = [dx / length, dy / length];
+    const [baseX, baseY] = [to.x - head * ux, to.y - head * uy];
+    drawLine(from, {x: baseX, y: baseY}, 3, color);
+    context.beginPath();
+    context.moveTo(to.x, to.y);
+    context.lineTo(baseX - 0.5 * head * uy, baseY + 0.5 * head * ux);
+    context.lineTo(baseX + 0.5 * head * uy, baseY - 0.5 * head * ux);
+    context.closePath();
+    context.fillStyle = color;
+    context.fill();
+  }
+
+  const EMPTY = {sticks: [], lines: [], dashed: [], links: [], marks: [], rings: [], arrows: []};
+
   function draw(next) { // from back to front (painter's algorithm)
-    scene = next || scene;
+    if (next) scene = {...EMPTY, ...next};
     if (!scene) return;
     fit();
     if (!width || !height) return; // not displayed yet
@@ -181,6 +247,9 @@ function moleculeView(canvas, {size, clicked, hovered}) {
     for (const mark of scene.marks) {
       const {ends, z} = between(mark), lineWidth = 0.3 * ends[0].zoom;
       items.push({z: z - 0.02, paint: () => drawLine(...ends, lineWidth, css(mark.color))});
+    }
+    for (const [from, to] of scene.arrows.map(ends => ends.map(project))) {
+      items.push({z: Math.max(from.z, to.z), paint: () => drawArrow(from, to, ARROW_COLOR)});
     }
     for (const link of scene.links) {
       items.push({z: between(link).z, paint: () => drawLink(link)});

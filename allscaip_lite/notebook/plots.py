@@ -1,26 +1,21 @@
-"""Figures and interactive views of molecules, trajectories and attention weights.
+"""Figures of molecules and of attention weights, with matplotlib.
 
-Input: `ase.Atoms`, and attention weights from `attention_maps`. Output: objects that a notebook
-displays. `plot_attention`, `plot_links` and `plot_molecule` draw matplotlib figures.
-`show_attention` is a small attention explorer (`explorer`), which also works in exported HTML and
-without a network. `view_molecule` uses py3Dmol and `view_trajectory` nglview; both need the
-`notebooks` extra.
+Input: `ase.Atoms`, and attention weights from `attention_maps`. Output: matplotlib axes, which need
+the `notebooks` extra. `viewer` and `explorer` make interactive views.
 
-`python -m allscaip_lite.notebook.plots molecule.xyz picture.png` draws the picture of the README.
+`python -m allscaip_lite.notebook.plots molecule.xyz docs/tour.png` draws a molecule with the
+attention of one atom, and the matrix.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import importlib
 import itertools
 import sys
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
@@ -29,7 +24,6 @@ from ase.data.colors import jmol_colors
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from allscaip_lite.model import AllScAIP
 from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
 
 if TYPE_CHECKING:
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
 LINK_COLOR = "#d6217f"
 MARK_COLOR = "#00807d"
 TILT = np.deg2rad((-24.0, 16.0))  # view of a cell: about the vertical axis, then from above
-VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
 
 
 def _import(module: str, purpose: str) -> Any:
@@ -184,77 +177,6 @@ def edge_labels(maps: AttentionMaps, query: int, kind: str = "source") -> list[s
         ends = [labels[query], end]
         names.append("→".join(reversed(ends) if kind == "destination" else ends))
     return ["self", *names[1:]]
-
-
-# --- attention in an HTML page ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Page:
-    """A piece of HTML with its script. A notebook displays it; `save` writes it as a page."""
-
-    html: str
-    title: str
-    head: ClassVar[str] = ""  # added to the <head> of a saved page
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def __repr__(self) -> str:
-        return f"<{self.title}: display it in a notebook, or save('page.html')>"
-
-    def save(self, path: str | Path) -> Path:
-        """Write a page that any browser opens, without a network."""
-        view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        head = f'<html lang="en"><meta charset="utf-8">{view}<title>{self.title}</title>{self.head}'
-        page = f"<!doctype html>\n{head}\n<body>\n{self.html}\n</body></html>\n"
-        path = Path(path)
-        path.write_text(page, encoding="utf-8")
-        return path
-
-
-def show_attention(
-    model_or_maps: AllScAIP | AttentionMaps,
-    atoms: Atoms,
-    query: int = 0,
-    block: int = -1,
-    head: int | None = None,
-    size: tuple[int, int] = (600, 400),
-) -> Page:
-    """The node attention of one atom, on the molecule: `explore_attention` without the matrix.
-
-    Links go from the query atom to the atoms that it attends to. Their width and colour show the
-    weight, on a scale up to the widest link of this atom. The ring around the query is its weight
-    on itself.
-
-    Args:
-        model_or_maps: A model, or the maps of this structure.
-        atoms: The structure.
-        query: The query atom at the start.
-        block: The block at the start.
-        head: The head at the start; None is the mean over heads.
-        size: Width and height in pixels.
-
-    Raises:
-        ValueError: The maps belong to another structure; and all errors of `attention_maps` and
-            `attention_matrix`.
-    """
-    # imported here because the explorer itself imports this module
-    from allscaip_lite.notebook.explorer import explore_attention
-
-    return explore_attention(
-        model_or_maps,
-        atoms,
-        kind="node",
-        kinds=["node"],
-        query=query,
-        block=block,
-        head=head,
-        scale="row",
-        threshold=0.02,
-        matrix=False,
-        size=size,
-    )
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -453,7 +375,7 @@ def plot_molecule(
                 )
             axes.add_patch(shape)
     if arrows is not None:
-        flat_arrows = (np.asarray(arrows) @ front(atoms))[:, :2] * _arrow_scale(arrows)
+        flat_arrows = (np.asarray(arrows) @ front(atoms))[:, :2] * arrow_scale(arrows)
         style = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
         axes.quiver(*flat[:n].T, *flat_arrows.T, angles="xy", scale_units="xy", scale=1, **style)
     shown, margin = np.concatenate([flat, corners.reshape(-1, 3)[:, :2]]), 0.9
@@ -464,68 +386,13 @@ def plot_molecule(
     return axes
 
 
-def _arrow_scale(arrows: np.ndarray) -> float:
+def arrow_scale(arrows: np.ndarray) -> float:
     """The factor that makes the longest arrow 1.5 Å long."""
     longest = np.linalg.norm(arrows, axis=1).max()
     return 1.5 / longest if longest > 0 else 0.0
 
 
-# --- py3Dmol and nglview ------------------------------------------------------------------------
-
-
-def view_molecule(
-    atoms: Atoms, arrows: np.ndarray | None = None, size: tuple[int, int] = (600, 400)
-) -> Page | Axes:
-    """The molecule as balls and sticks in py3Dmol, which can be rotated with the mouse.
-
-    If the installation has put 3Dmol.js at `VIEWER_SCRIPT`, it is embedded in the page, and no
-    network is needed. Otherwise the browser downloads it. Without py3Dmol the result is that of
-    `plot_molecule`, whose `arrows` this function also takes.
-    """
-    try:
-        import py3Dmol
-    except ImportError:
-        return plot_molecule(atoms, arrows)
-    options = {}
-    if VIEWER_SCRIPT.is_file():
-        script = base64.b64encode(VIEWER_SCRIPT.read_bytes()).decode()
-        options["js"] = f"data:text/javascript;base64,{script}"
-    view = py3Dmol.view(width=size[0], height=size[1], **options)
-    positions = seen_from_front(atoms)
-    lines = [
-        f"{symbol} {x:.4f} {y:.4f} {z:.4f}"
-        for symbol, (x, y, z) in zip(atoms.symbols, positions, strict=True)
-    ]
-    view.addModel("\n".join([str(len(atoms)), "", *lines]), "xyz")
-    view.setStyle({"stick": {"radius": 0.12}, "sphere": {"scale": 0.25}})
-    if arrows is not None:
-        ends = positions + np.asarray(arrows) @ front(atoms) * _arrow_scale(arrows)
-        for start, end in zip(positions.tolist(), ends.tolist(), strict=True):
-            spec = {"start": dict(zip("xyz", start, strict=True))}
-            spec |= {"end": dict(zip("xyz", end, strict=True))}
-            view.addArrow({**spec, "radius": 0.07, "color": LINK_COLOR})
-    view.zoomTo()
-    return Page(view.write_html(), f"Molecule {atoms.get_chemical_formula()}")
-
-
-def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Any:
-    """A trajectory as a movie in nglview. It needs a running kernel.
-
-    Raises:
-        ImportError: nglview is not installed.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nglview imports deprecated modules
-        nglview = _import("nglview", "view_trajectory")
-    view = nglview.show_asetraj(list(frames))
-    view.clear_representations()
-    view.add_representation("ball+stick")
-    view.layout.width, view.layout.height = f"{size[0]}px", f"{size[1]}px"
-    view.center()
-    return view
-
-
-# --- the picture of the README ------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

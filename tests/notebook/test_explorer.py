@@ -1,4 +1,4 @@
-"""The explorer's Python side: what is in the page is what the maps hold, and errors that help."""
+"""The Python part of the explorer: the page contains the numbers of the maps; clear errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from allscaip_lite.kernels import choose
 from allscaip_lite.notebook import explorer, plots
 from allscaip_lite.notebook.attention_maps import KINDS, attention_maps
 from allscaip_lite.notebook.explorer import explore_attention
+from allscaip_lite.notebook.viewer import Page
 from allscaip_lite.structures import structures_from_atoms
 
 
@@ -47,7 +48,7 @@ def model_of_atoms_alone(make_model):
     return make_model(node_attention=False)
 
 
-def page_data(page: plots.Page) -> dict:
+def page_data(page: Page) -> dict:
     return json.loads(re.search(r"attentionView\(root, (\{.*\})\);", page.html)[1])
 
 
@@ -63,7 +64,7 @@ def weights_of(data: dict, kind: str) -> np.ndarray:
 
 
 def read_page(data: dict) -> list[dict]:
-    """What the page holds of each frame: node (L, h, N, N); edges and a (L, h, c, c) an atom."""
+    """The data of each frame of a page: node (L, h, N, N), edges, and (L, h, c, c) for each atom."""
     n, layers = len(data["scene"]["labels"]), (data["blocks"], data["heads"])
     flat = {kind: weights_of(data, kind) for kind in data["kinds"]}
     frames = []

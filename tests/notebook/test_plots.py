@@ -1,4 +1,4 @@
-"""Attention maps are what the model computes, and the views show what the maps say."""
+"""Attention maps are what the model computes, and figures and pages show these numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from importlib import resources
 
@@ -22,13 +21,15 @@ from allscaip_lite.graph import build_graph
 from allscaip_lite.kernels import choose
 from allscaip_lite.notebook import plots
 from allscaip_lite.notebook.attention_maps import attention_maps
+from allscaip_lite.notebook.explorer import show_attention
+from allscaip_lite.notebook.viewer import view_molecule, view_trajectory
 from allscaip_lite.structures import structures_from_atoms
 
 SMALL = AllScAIPConfig(hidden_size=32, num_heads=2, num_layers=2, angular_channels=(6, 4, 2, 2, 2))
 
 
 def random_model(**changes) -> AllScAIP:
-    """A small model whose every part has a say: random biases, scales and rotary weights."""
+    """A small model in which every part has an effect: random biases, scales, rotary weights."""
     torch.manual_seed(0)
     model = AllScAIP(SMALL.replace(**changes)).double().eval()
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_a_model_without_node_attention_says_so():
     maps = attention_maps(random_model(node_attention=False), ETHANOL)
     assert maps.node is None and maps.source.shape[0] == 2
     with pytest.raises(ValueError, match="no node attention"):
-        plots.show_attention(maps, ETHANOL)
+        show_attention(maps, ETHANOL)
 
 
 # --- geometry of the pictures -------------------------------------------------------------------
@@ -198,7 +199,7 @@ def page_data(html: str) -> dict:
 
 
 def test_the_page_holds_the_maps_and_needs_nothing_else(model, maps, tmp_path):
-    page = plots.show_attention(maps, ETHANOL, query=-1, block=0, head=1)
+    page = show_attention(maps, ETHANOL, query=-1, block=0, head=1)
     data = page_data(page.html)
     assert (data["query"], data["block"], data["head"]) == (len(ETHANOL) - 1, 0, 1)
     weights = np.frombuffer(base64.b64decode(data["weights"]), "<u2").reshape(maps.node.shape)
@@ -207,11 +208,11 @@ def test_the_page_holds_the_maps_and_needs_nothing_else(model, maps, tmp_path):
     text = page.save(tmp_path / "view.html").read_text()
     assert page.html in text and page._repr_html_() == page.html
     assert not re.search(r"https?:|<link|\bsrc=|\bimport\b|\brequire\b|@[A-Z]+@", text)
-    assert page_data(plots.show_attention(model, ETHANOL, -1, 0, 1).html) == data
+    assert page_data(show_attention(model, ETHANOL, -1, 0, 1).html) == data
 
 
 def test_two_views_on_one_page_do_not_share_a_name(maps):
-    pages = [plots.show_attention(maps, ETHANOL).html for _ in range(2)]
+    pages = [show_attention(maps, ETHANOL).html for _ in range(2)]
     names = [set(re.findall(r'data-view="([^"]+)"', html)) for html in pages]
     assert all(len(found) == 1 for found in names) and names[0] != names[1]
 
@@ -226,12 +227,12 @@ def test_two_views_on_one_page_do_not_share_a_name(maps):
 )
 def test_what_is_not_there_cannot_be_shown(maps, choice, error, words):
     with pytest.raises(error, match=words):
-        plots.show_attention(maps, ETHANOL, **choice)
+        show_attention(maps, ETHANOL, **choice)
 
 
 def test_maps_of_another_structure_are_refused(maps):
     with pytest.raises(ValueError, match="another structure"):
-        plots.show_attention(maps, SALT)
+        show_attention(maps, SALT)
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -266,7 +267,7 @@ tell("turned");
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_draws_and_follows_the_mouse(maps, tmp_path):
-    page = plots.show_attention(maps, ETHANOL, query=2, block=1, head=0)
+    page = show_attention(maps, ETHANOL, query=2, block=1, head=0)
     path = tmp_path / "view.html"
     path.write_text(f"<!doctype html><meta charset=utf-8><body>{page.html}{PLAY}</body>")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dump-dom"]
@@ -312,39 +313,39 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     assert arrows.N == len(ETHANOL)
 
 
-def test_without_py3dmol_the_molecule_is_a_flat_picture(monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    monkeypatch.setitem(sys.modules, "py3Dmol", None)
-    axes = plots.view_molecule(ETHANOL)
-    assert len(axes.patches) == len(ETHANOL)
+def viewer_data(html: str) -> dict:
+    return json.loads(re.search(r"framesView\(root, (\{.*\})\);", html)[1])
 
 
-def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
-    pytest.importorskip("py3Dmol")
-    script = tmp_path / "3Dmol-min.js"
-    script.write_text("/* the library */")
-    monkeypatch.setattr(plots, "VIEWER_SCRIPT", script)
-    html = plots.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).html
-    assert base64.b64encode(script.read_bytes()).decode() in html
-    assert not re.search(r"https?://[^\s'\"]*3Dmol", html)
-    assert html.count("addArrow") == len(ETHANOL)
-    monkeypatch.setattr(plots, "VIEWER_SCRIPT", tmp_path / "absent.js")
-    assert re.search(r"https?://[^\s'\"]*3Dmol", plots.view_molecule(ETHANOL).html)
-
-
-def test_a_missing_viewer_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nglview", None)
-    with pytest.raises(ImportError, match=r"allscaip-lite\[notebooks\]"):
-        plots.view_trajectory([ETHANOL])
+def test_the_viewer_holds_the_molecule_and_needs_nothing_else(tmp_path):
+    forces = np.random.default_rng(0).normal(size=(len(ETHANOL), 3))
+    page = view_molecule(ETHANOL, forces, size=(500, 300))
+    data = viewer_data(page.html)
+    (frame,) = data["scene"]["frames"]
+    positions, arrows = np.array(frame["positions"]), np.array(data["arrows"])
+    distances = np.linalg.norm(positions[:, None] - positions, axis=-1)
+    assert np.abs(distances - ETHANOL.get_all_distances()).max() < 3e-3
+    assert np.allclose(arrows[:, 0], positions)
+    lengths = np.linalg.norm(arrows[:, 1] - arrows[:, 0], axis=1)
+    sizes = np.linalg.norm(forces, axis=1)
+    assert np.abs(lengths - 1.5 * sizes / sizes.max()).max() < 3e-3
+    text = page.save(tmp_path / "view.html").read_text()
+    assert not re.search(r"https?:|<link|\bsrc=|\bimport\b|\brequire\b|@[A-Z]+@", text)
 
 
 def test_a_trajectory_keeps_its_frames():
-    pytest.importorskip("nglview")
     frames = [ETHANOL.copy() for _ in range(3)]
-    frames[2].positions += 1
-    view = plots.view_trajectory(frames)
-    assert view.max_frame == 2
+    frames[2].positions[3:] += 1
+    drawn = viewer_data(view_trajectory(frames).html)["scene"]["frames"]
+    distances = [
+        np.linalg.norm(np.array(frame["positions"])[0] - np.array(frame["positions"])[3])
+        for frame in drawn
+    ]
+    assert distances == pytest.approx([atoms.get_distance(0, 3) for atoms in frames], abs=3e-3)
+    with pytest.raises(ValueError, match="no frames"):
+        view_trajectory([])
+    with pytest.raises(ValueError, match=r"frame 1 \(H2O\) has other atoms"):
+        view_trajectory([ETHANOL, molecule("H2O")])
 
 
 def test_the_readme_picture_is_made_by_a_command(model, tmp_path):
