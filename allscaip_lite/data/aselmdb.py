@@ -220,6 +220,9 @@ class InMemory:
         return self.structures[index]
 
 
+LabelledData = Dataset | Subset | InMemory  # what training and evaluation read
+
+
 def _shards(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of .aselmdb data")

@@ -1,7 +1,7 @@
 """Batches of labelled structures, filled by atom count.
 
-In: a `Dataset`. Out: `Batch`, structures as the model reads them with energies and forces; either
-an endless, seeded shuffle to train on, or the whole data set once.
+In: a `Dataset` or a part of one. Out: `Batch`, structures as the model reads them with energies and
+forces; either an endless, seeded shuffle to train on, or the whole data set once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.data.aselmdb import LabelledData
 from allscaip_lite.errors import DataError
 from allscaip_lite.kernels.padded import PaddedBatch, PaddingError, Size, pad
 from allscaip_lite.neighbors import candidate_pairs
@@ -92,7 +92,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def __init__(
         self,
-        data: Dataset,
+        data: LabelledData,
         max_atoms: int,
         seed: int,
         first: int = 0,
@@ -170,7 +170,7 @@ def fill_batches(
         yield members
 
 
-def in_order(data: Dataset, max_atoms: int) -> Iterator[Batch]:
+def in_order(data: LabelledData, max_atoms: int) -> Iterator[Batch]:
     """The whole data set once, in batches of at most `max_atoms` atoms (one structure at least)."""
     for members in fill_batches(data.natoms, max_atoms):
         yield collate([data[index] for index in members])

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from allscaip_lite.checkpoints import load_model, read_card, save_model
-from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.data.aselmdb import Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
@@ -48,7 +48,7 @@ class Residuals(NamedTuple):
 
 @torch.no_grad()
 def residuals(
-    model: AllScAIP, data: Dataset, max_atoms: int = 400, progress: bool = False
+    model: AllScAIP, data: LabelledData, max_atoms: int = 400, progress: bool = False
 ) -> Residuals:
     """Of a whole data set, in its order."""
     model.eval()

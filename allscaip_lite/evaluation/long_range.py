@@ -6,6 +6,7 @@ between the groups, curves of energy and force along the distance, and how the e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,9 +40,9 @@ def errors_by_gap(
     for index, atoms in enumerate(test.structures):
         groups.setdefault(str(atoms.info.get("data_id", "unknown")), []).append(index)
         gap = atoms.info.get("gap")
-        bin_ = None if gap is None else int(np.searchsorted(bins, gap, side="right"))
-        if bin_ and bin_ < len(bins):
-            groups.setdefault(f"{bins[bin_ - 1]:g}-{bins[bin_]:g}", []).append(index)
+        for low, high in itertools.pairwise(bins):
+            if gap is not None and low <= gap < high:
+                groups.setdefault(f"{low:g}-{high:g}", []).append(index)
     rows = {}
     for name, members in groups.items():
         of_atoms = natoms[members]
@@ -91,7 +92,7 @@ def separation_curves(
         values = [(result.energy, result.forces) for result in results]
     for atoms, (energy, forces) in zip(structures, values, strict=True):
         push = float(forces[atoms.info["probe"]].sum(0) @ np.array(atoms.info["axis"]))
-        empty = {"distance": [], "energy": [], "force": []}
+        empty: dict[str, list[float]] = {"distance": [], "energy": [], "force": []}
         curve = found.setdefault(atoms.info["source"], empty)
         curve["distance"].append(round(float(atoms.info["distance"]), 3))
         curve["energy"].append(round(float(energy), 4))
@@ -107,9 +108,8 @@ def tail_exponent(
     Coulomb's law has 1, an ion and a dipole 2, two dipoles 3. Not a number where the energy does
     not change inside the window, as in a model whose cutoff is shorter.
     """
-    distance, energy = np.asarray(distance, float), np.asarray(energy, float)
-    inside = (distance >= window[0]) & (distance <= window[1])
-    r, e = distance[inside] / window[0], energy[inside]
+    inside = _inside(distance, window)
+    r, e = np.asarray(distance, float)[inside] / window[0], np.asarray(energy, float)[inside]
     if len(r) < 4 or np.ptp(e) < 1e-4:
         return float("nan")
 
@@ -134,9 +134,13 @@ def tail_misfit(
     The mean absolute difference of the two, each minus its mean there. A constant has the mean
     absolute deviation of the truth itself.
     """
-    distance, shape = (np.asarray(distance, float), np.asarray(energy) - np.asarray(truth))
-    shape = shape[(distance >= window[0]) & (distance <= window[1])]
+    shape = (np.asarray(energy) - np.asarray(truth))[_inside(distance, window)]
     return float(1000 * np.abs(shape - shape.mean()).mean())
+
+
+def _inside(distance: Sequence[float], window: tuple[float, float]) -> np.ndarray:
+    """Which distances lie inside the window, both ends included."""
+    return (np.asarray(distance) >= window[0]) & (np.asarray(distance) <= window[1])
 
 
 def rounded(value: float) -> float:
