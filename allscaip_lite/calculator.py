@@ -25,6 +25,7 @@ from allscaip_lite.checkpoints import load_model
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result
+from allscaip_lite.structures import CHARGE_NAMES, SPIN_NAMES
 
 
 class AllScAIPCalculator(Calculator):
@@ -74,7 +75,8 @@ class AllScAIPCalculator(Calculator):
         last = self.atoms
         if last is None:
             return [*all_changes, "charge", "spin"]
-        changes = [key for key in ("charge", "spin") if atoms.info.get(key) != last.info.get(key)]
+        names = (*CHARGE_NAMES, *SPIN_NAMES)
+        changes = [name for name in names if atoms.info.get(name) != last.info.get(name)]
         for name, old, new in (
             ("positions", last.positions, atoms.positions),
             ("numbers", last.numbers, atoms.numbers),

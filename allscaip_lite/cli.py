@@ -1,4 +1,4 @@
-"""The command `allscaip-lite`: comes in a command line, goes out an exit status.
+"""The command `allscaip-lite`. In: a command line. Out: an exit status.
 
 A command lives in the module that does its work, as `add_arguments(parser)` and `run(args)`; this
 module only finds it. Exit status: 0 done, 2 a mistake that the message explains, 130 stopped by

@@ -1,4 +1,4 @@
-"""Writing files so that nobody meets half of one, locks between processes, and fingerprints.
+"""Files that are written whole or not at all, locks between processes, and fingerprints.
 
 In: a path and what belongs there. Out: a file that is either whole or not there.
 """
@@ -20,7 +20,7 @@ import numpy as np
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` when the block ends without an error.
 
-    That path has the name of `path`, in a hidden folder beside it: libraries that choose a format
+    That path has the name of `path`, in a hidden folder next to it: libraries that choose a format
     by its suffix see the right one, and whoever lists the folder sees no unfinished file. A process
     that is killed leaves the hidden folder behind; the next writer of `path` removes it.
     """

@@ -184,7 +184,7 @@ def download_from_hub(
     except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"the hub does not show {repository} to you: your token is missing, wrong or "
-            f"expired. To mend it, {login}."
+            f"expired: {login}."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise InputError(

@@ -241,7 +241,7 @@ def config_from_official(backbone: Mapping[str, Any]) -> AllScAIPConfig:
     try:
         return AllScAIPConfig(**values)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"its configuration does not hold together: {error}") from error
+        raise CheckpointError(f"its configuration is not possible: {error}") from error
 
 
 def config_to_official(config: AllScAIPConfig) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class _DataUnpickler(pickle.Unpickler):
         super().__init__(file)
         self.archive, self.folder = archive, folder
         self.storages: dict[str, Tensor] = {}
-        # Classes made for this one file: what it does to them, it does to nobody else's.
+        # Classes made for this one file: changes that it makes to them stay in it.
         self.records = {
             name: type(name.rpartition(".")[2], (Record,), {"class_name": name}) for name in RECORDS
         }

@@ -24,7 +24,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.errors import DataError, InputError
-from allscaip_lite.files import atomic_write, differing, fingerprint, store_text  # noqa: F401
+from allscaip_lite.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 _LABELS = ("energy", "forces", "stress")

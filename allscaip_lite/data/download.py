@@ -1,7 +1,7 @@
 """Public data sets, fetched: `allscaip-lite data fetch`.
 
 In: a name of the table below, an address, or a file of the model hub. Out: a folder of
-`.aselmdb` files that `Dataset` reads. A download that stops, or is stopped, goes on where it was.
+`.aselmdb` files that `Dataset` reads. A download that was stopped continues where it was.
 
 Names, sizes and addresses of OMol25 are those of its own list (DATASET.md of facebook/OMol25 on the
 model hub); licence CC BY 4.0; D. S. Levine et al., arXiv:2505.08762.
@@ -182,11 +182,11 @@ def download(
             complete = False
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise InputError(f"the disk is full: make room; {part} is kept") from error
+                raise InputError(f"the disk is full: free some space; {part} is kept") from error
             if failures >= ATTEMPTS:
                 raise InputError(
                     f"{address} does not answer ({error}). Check the network, or name a mirror "
-                    "with --server; the same command goes on where this one was"
+                    "with --server; the same command continues from there"
                 ) from error
             complete = False
         if complete:
@@ -287,7 +287,7 @@ def _unpack(archive: Path, done: Path, progress: bool) -> None:
         raise InputError(f"{archive} would write outside its folder: {error}") from error
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise InputError(f"the disk is full: make room; {archive} is kept") from error
+            raise InputError(f"the disk is full: free some space; {archive} is kept") from error
         raise InputError(f"{archive} is broken ({error}): remove it and fetch again") from error
 
 
@@ -308,8 +308,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name, source in SOURCES.items()
     )
     parser.description = (
-        f"Fetch a public data set. Names: {listed}. The same command goes on with a download that "
-        "stopped. OMol25 is licensed CC BY 4.0 (arXiv:2505.08762)."
+        f"Fetch a public data set. Names: {listed}. The same command continues a download that "
+        "was stopped. OMol25 is licensed CC BY 4.0 (arXiv:2505.08762)."
     )
     parser.add_argument(
         "name", help="a name, an http address, or hub:OWNER/REPOSITORY/FILE on the model hub"

@@ -387,7 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one table more: structures with this molecule, and without it",
     )
     parser.add_argument(
-        "--beside",
+        "--compare",
         nargs="+",
         default=[],
         metavar="MODEL",
@@ -434,7 +434,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _tables(
     args: argparse.Namespace, described: Sequence[Description]
 ) -> list[tuple[str, Callable[[Residuals], Rows]]]:
-    """What was asked for: the head of each table, and what makes its rows."""
+    """The head of each table that the arguments ask for, and the function that makes its rows."""
     tables: list[tuple[str, Callable[[Residuals], Rows]]] = []
     for group in args.by:
         if group == "element":
@@ -467,8 +467,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "--save writes the errors of the model as it is: leave out --fit-references"
         )
-    if args.beside and (args.physics or args.unlabelled):
-        raise InputError("--beside compares errors: leave out --physics and --unlabelled")
+    if args.compare and (args.physics or args.unlabelled):
+        raise InputError("--compare is for errors: leave out --physics and --unlabelled")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(name: str) -> AllScAIP:
@@ -477,7 +477,7 @@ def run(args: argparse.Namespace) -> None:
         return model
 
     model = load(args.model)
-    others = {name: load(name) for name in args.beside}
+    others = {name: load(name) for name in args.compare}
     if args.unlabelled:
         if not args.predictions:
             raise InputError("--unlabelled: say where to, with --predictions FILE.npz")
@@ -497,7 +497,7 @@ def run(args: argparse.Namespace) -> None:
     found = residuals(model, data, progress=True)
     if args.fit_references:
         found = fit_references(described, found)
-    if args.beside:
+    if args.compare:
         models = {args.model: (found, args.fit_references)}
         for name, other in others.items():
             models[name] = _on_one_zero(described, residuals(other, data, progress=True))

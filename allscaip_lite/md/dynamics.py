@@ -145,15 +145,26 @@ def run_md(
     label: str = "",
     progress: bool = True,
 ) -> Atoms:
-    """Run, or go on with, molecular dynamics in `folder`, and return the structure at its end.
+    """Run molecular dynamics in a folder, or continue the run that it holds.
 
-    `atoms` is the start and stays as it is; where the folder holds a state, the run goes on from
-    there instead, and trajectory and log become what an uninterrupted run writes. A longer
-    `duration` prolongs a finished run. `label` names the calculator; a folder with another label,
-    structure or other settings is refused.
+    Where the folder holds a state, the run continues from there, and trajectory and log become what
+    an uninterrupted run writes. A longer `duration` prolongs a finished run.
 
-    Raises RunError for a run that cannot start, Explosion for one that flies apart: energy or forces
-    not finite, a temperature above `settings.hottest`, a volume that has changed threefold.
+    Args:
+        atoms: the start; it stays as it is.
+        calculator: gives energy and forces, and the stress for npt.
+        settings: what fixes the run.
+        folder: of the run; one with another label, structure or other settings is refused.
+        label: the calculator's name.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The structure at the end of the run.
+
+    Raises:
+        RunError: for a run that cannot start.
+        Explosion: for energy or forces that are not finite, a temperature above `settings.hottest`,
+            or a volume that has changed threefold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -559,10 +570,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite md`."""
     defaults = Settings()
     parser.description = (
-        "Molecular dynamics. The same command goes on with a run that was stopped, or prolongs it "
+        "Molecular dynamics. The same command continues a run that was stopped, or prolongs it "
         "to a longer --time. An input file (TOML) has these options as its keys, for example: "
         'structure = "box.extxyz", model = "lite", ensemble = "npt", temperature = 300, '
-        'time = "100ps". Options given beside it count more.'
+        'time = "100ps". Options of the command line have precedence.'
     )
     parser.add_argument("structure", help="a structure file that ASE reads, or an input (.toml)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/md)")
@@ -612,12 +623,12 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`allscaip-lite md`: run or go on with a run; the exit status."""
+    """`allscaip-lite md`: start a run or continue it; the exit status."""
     names = [*_TIMES, *_PLAIN, *_OTHERS]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    beside = Path()
+    start_folder = Path()
     if str(args.structure).endswith(".toml"):
-        beside = Path(args.structure).parent
+        start_folder = Path(args.structure).parent
         with open(args.structure, "rb") as stream:
             try:
                 given = tomllib.load(stream) | {k: v for k, v in given.items() if k != "structure"}
@@ -626,7 +637,7 @@ def run(args: argparse.Namespace) -> int:
     settings, others = read_options(given)
     if "structure" not in others:
         raise RunError(f'{args.structure} names no structure: add structure = "box.extxyz"')
-    atoms = _read_structure(beside / others["structure"])
+    atoms = _read_structure(start_folder / others["structure"])
     for key in ("charge", "spin"):
         if key in others:
             atoms.info[key] = others[key]

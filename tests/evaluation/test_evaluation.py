@@ -214,7 +214,7 @@ def test_models_side_by_side(
     save_model(model, names["one"])
     save_model(other, names["two"])
     command = ["evaluate", names["one"], str(tmp_path / "other.aselmdb"), "--device", "cpu"]
-    command += ["--fit-references", "--beside", names["two"], "--containing", "H2O"]
+    command += ["--fit-references", "--compare", names["two"], "--containing", "H2O"]
 
     def printed() -> tuple[list[str], dict[str, list[str]]]:
         assert cli.main(command) == 0

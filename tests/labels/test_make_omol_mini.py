@@ -167,7 +167,7 @@ def test_the_tables_of_the_accuracy_page_are_those_of_the_command(
         return {row[0]: [np.nan if n == "–" else float(n) for n in row[1:]] for row in rows}
 
     larger = str(root / "data" / "omol-mini" / "larger.aselmdb")
-    command = ["evaluate", "lite", larger, "--beside", "lite-local", "lite-xtb"]
+    command = ["evaluate", "lite", larger, "--compare", "lite-local", "lite-xtb"]
     assert cli.main([*command, "--by", "molecule", "--device", "cpu"]) == 0
     printed = columns(capsys.readouterr().out, "| molecule |")
     written = columns(page, "| molecule |")

@@ -140,6 +140,19 @@ def test_a_change_is_computed_anew(
     assert after == model.predict(atoms)[0].energy
 
 
+def test_charge_and_multiplicity_change_under_other_names(
+    calculator: AllScAIPCalculator, counted: list[Atoms]
+) -> None:
+    atoms = water()
+    atoms.info = {"total_charge": 0, "multiplicity": 1}
+    atoms.calc = calculator
+    energies = [atoms.get_potential_energy()]
+    for change in ({"multiplicity": 3}, {"total_charge": 2}):
+        atoms.info.update(change)
+        energies.append(atoms.get_potential_energy())
+    assert len(counted) == len(set(energies)) == 3
+
+
 def test_other_notes_in_info_cost_nothing(
     calculator: AllScAIPCalculator, counted: list[Atoms]
 ) -> None:

@@ -100,6 +100,8 @@ def test_a_periodic_cell_is_completed() -> None:
         ("O2", {"charge": 0, "spin": 0}, (0, 0)),  # 0 says: not given
         ("H2O", {"charge": np.int64(2), "spin": 3.0}, (2, 3)),
         ("H2O", {"charge": np.array(1), "spin": "2"}, (1, 2)),
+        ("O2", {"total_charge": 1, "multiplicity": 4}, (1, 4)),
+        ("O2", {"charge": -0.9999, "total_charge": 1, "mult": 2}, (-1, 2)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:no atoms.info")

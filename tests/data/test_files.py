@@ -1,0 +1,71 @@
+"""Files are whole or not there, and a lock has one holder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from allscaip_lite.data.batches import fill_batches
+from allscaip_lite.files import atomic_write, differing, store_text, try_lock
+from allscaip_lite.tables import markdown_table
+
+
+def test_a_write_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    store_text(file, "before")
+    with pytest.raises(KeyboardInterrupt), atomic_write(file) as partial:
+        assert (partial.name, partial.exists()) == (file.name, False)
+        partial.write_text("half")
+        assert file.read_text() == "before"
+        raise KeyboardInterrupt
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "a.txt"
+    program = (
+        "import os, sys\n"
+        "from allscaip_lite.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as partial:\n"
+        "    partial.write_text('half')\n"
+        "    os._exit(1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(file)], check=False)
+    assert not file.exists() and list(file.parent.iterdir())
+    store_text(file, "whole")
+    assert file.read_text() == "whole"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    with try_lock(tmp_path / "lock") as first:
+        with try_lock(tmp_path / "lock") as second:
+            assert (first, second) == (True, False)
+        with try_lock(tmp_path / "other") as other:
+            assert other
+    with try_lock(tmp_path / "lock") as again:
+        assert again
+
+
+def test_plans_differ_in_what_one_lacks_too() -> None:
+    one, other = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3, "d": 4}
+    assert differing(one, other) == ["b", "c", "d"]
+    assert differing(one, other, but=["c"]) == ["b", "d"]
+
+
+def test_batches_are_filled_in_order_and_a_large_structure_is_alone() -> None:
+    natoms = [3, 4, 3, 20, 1, 9, 1]
+    assert list(fill_batches(natoms, 10)) == [[0, 1, 2], [3], [4, 5], [6]]
+    assert list(fill_batches(natoms, 10, [6, 5, 0])) == [[6, 5], [0]]
+    assert list(fill_batches([20, 1], 10)) == [[0], [1]]
+    assert list(fill_batches([], 10)) == []
+
+
+def test_a_table_in_markdown() -> None:
+    text = "| | n |\n|---|---:|\n| a | 1 |\n| b | 2 |"
+    assert markdown_table(["", "n"], [["a", 1], ["b", 2]]) == text
+    assert markdown_table(["x", "y"], [], align="rl") == "| x | y |\n|---:|---|"
