@@ -30,6 +30,7 @@ from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.batches import in_order
 from allscaip_lite.errors import DataError
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.tables import markdown_table
 
 CUTOFF = 6.0  # Å between closest atoms: beyond it, `long_range`
 # eV, a bare proton's energy in GFN2-xTB, η/2 + Γ/3 of hydrogen (Bannwarth et al., 2019); without
@@ -116,11 +117,11 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     with_xtb = any("xtb_mae" in row for row in rows.values())
     head = ["task", "groups", "differences", "mean size (meV)", "MAE (meV)"]
     head += ["GFN2-xTB's MAE (meV)"] if with_xtb else []
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for task, row in rows.items():
-        cells = [task, str(row["groups"]), str(row["differences"])]
-        cells += [f"{row['size']:.0f}", f"{row['mae']:.0f}"]
-        if with_xtb:
-            cells.append(f"{row['xtb_mae']:.0f}" if "xtb_mae" in row else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    names = ["groups", "differences", "size", "mae", *(["xtb_mae"] if with_xtb else [])]
+    return markdown_table(
+        head,
+        [
+            [task, *(f"{row[name]:.0f}" if name in row else "–" for name in names)]
+            for task, row in rows.items()
+        ],
+    )

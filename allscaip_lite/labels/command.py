@@ -30,7 +30,7 @@ METHODS = {
 LIBRARIES = {"gfn2-xtb": ["tblite"], "wb97m-v": ["pyscf", "numba"], "spc-fw": []}
 
 
-def read_structures(files: Sequence[str | os.PathLike], method: str) -> list[Atoms]:
+def read_structures(files: Sequence[str | os.PathLike[str]], method: str) -> list[Atoms]:
     """The structures of files, without the labels they may have.
 
     Charge and multiplicity are those of `info`, else neutral and the lowest.
@@ -67,11 +67,12 @@ def read_structures(files: Sequence[str | os.PathLike], method: str) -> list[Ato
     return found
 
 
-def _read(file: Path) -> Sequence[Atoms]:
+def _read(file: Path) -> list[Atoms]:
     if file.suffix == ".aselmdb":
-        return Dataset(file, labelled=False)
+        data = Dataset(file, labelled=False)
+        return [data[index] for index in range(len(data))]
     try:
-        return ase.io.read(file, index=":")
+        return list(ase.io.iread(file, index=":"))
     except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
         raise LabelError(f"{file} is not a file that ASE can read: {error}") from error
 
@@ -95,7 +96,10 @@ def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
 
 
 def label_files(
-    files: Sequence[str | os.PathLike], method: str, out: str | os.PathLike, workers: int = 1
+    files: Sequence[str | os.PathLike[str]],
+    method: str,
+    out: str | os.PathLike[str],
+    workers: int = 1,
 ) -> int:
     """Label the structures of files, or go on with it, and write them to one `.aselmdb` file.
 

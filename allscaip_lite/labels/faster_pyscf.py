@@ -58,7 +58,7 @@ def _product(
     return c
 
 
-class SmallBlocks(numint.NumInt):
+class SmallBlocks(numint.NumInt):  # type: ignore[misc]
     """PySCF's integrator, a few hundred points of the grid at a time: what is made of them, some
     megabytes, stays in the processor's cache. PySCF itself takes as many as memory allows."""
 
@@ -72,7 +72,7 @@ class SmallBlocks(numint.NumInt):
         non0tab: np.ndarray | None = None,
         blksize: int | None = None,
         buf: np.ndarray | None = None,
-    ) -> Iterator[tuple]:
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """PySCF's loop over blocks of points: basis functions, mask, weights, coordinates."""
         blksize = blksize or POINTS
         return super().block_loop(mol, grids, nao, deriv, max_memory, non0tab, blksize, buf)

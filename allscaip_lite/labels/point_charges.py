@@ -11,7 +11,6 @@ Two structures that differ only in a gap wider than what a local model sees look
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 from ase import Atoms, units
@@ -50,7 +49,7 @@ def point_charges(symbols: Sequence[str], positions: np.ndarray) -> tuple[float,
 class PointCharges(Calculator):
     """ASE calculator of `point_charges`: energy (eV) and forces (eV/Å), without periodicity."""
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces"]
+    implemented_properties = ["energy", "free_energy", "forces"]
 
     def calculate(
         self,
@@ -59,9 +58,11 @@ class PointCharges(Calculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         super().calculate(atoms, properties, system_changes)
-        if self.atoms.pbc.any():
+        atoms = self.atoms
+        assert atoms is not None
+        if atoms.pbc.any():
             raise LabelError("point charges are summed in vacuum: set pbc to False")
-        energy, forces = point_charges(list(self.atoms.symbols), self.atoms.positions)
+        energy, forces = point_charges(list(atoms.symbols), atoms.positions)
         self.results = {"energy": energy, "free_energy": energy, "forces": forces}
 
 
@@ -168,10 +169,11 @@ def ions(count: int, seed: int) -> Iterator[Atoms]:
     for index in range(count):
         share = index % 10
         if share < 3:
-            kind, parts = "ions_pair", rng.choice(IONS, (2, 1), replace=False)
+            kind = "ions_pair"
+            parts = list(rng.choice(IONS, (2, 1), replace=False))
         elif share < 6:
             kind = "ions_dipole"
-            parts = [["HF"], rng.choice(PARTICLES, 1)]
+            parts = [np.array(["HF"]), rng.choice(PARTICLES, 1)]
         else:
             kind = "ions_cluster"
             parts = [rng.choice(PARTICLES, rng.integers(2, 4)) for _ in range(2)]
@@ -197,7 +199,7 @@ def ion_pair(first: str, second: str, distance: float) -> Atoms:
         group.positions[:, 0] += place
         group.info["charge"] = round(sum(CHARGES[symbol] for symbol in group.symbols))
         groups.append(group)
-    return join(*groups, "curve", f"{first}...{second}", PointCharges())
+    return join(groups[0], groups[1], "curve", f"{first}...{second}", PointCharges())
 
 
 ION_CURVES = (

@@ -29,6 +29,7 @@ from ase import Atoms
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum, write_aselmdb
+from allscaip_lite.errors import RunError
 from allscaip_lite.files import store_text, try_lock, unfinished_folder
 from allscaip_lite.labels import LabelError
 
@@ -55,7 +56,9 @@ class Job:
     task: Any
 
 
-def run_jobs(folder: str | os.PathLike, jobs: Sequence[Job], work: Work, workers: int = 1) -> None:
+def run_jobs(
+    folder: str | os.PathLike[str], jobs: Sequence[Job], work: Work, workers: int = 1
+) -> None:
     """Do all jobs that are not done yet, and show how many are.
 
     `work(job.task)` returns the labelled structures, which go to `{job.file}.aselmdb`. A job that
@@ -73,7 +76,7 @@ def run_jobs(folder: str | os.PathLike, jobs: Sequence[Job], work: Work, workers
         workers: Number of processes.
 
     Raises:
-        RuntimeError: A worker died.
+        RunError: A worker died.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ def run_jobs(folder: str | os.PathLike, jobs: Sequence[Job], work: Work, workers
                     process.join()
     if any(process.exitcode for process in crew):
         codes = ", ".join(str(process.exitcode) for process in crew)
-        raise RuntimeError(
+        raise RunError(
             f"a worker died (exit status {codes}; -9 is often too little memory); "
             "the same command goes on from here"
         )
@@ -164,9 +167,9 @@ def _do(job: Job, stem: Path, work: Work) -> None:
 
 
 def collect(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     jobs: Sequence[Job],
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     splits: Sequence[str] = SPLITS,
 ) -> dict[str, list[Atoms]]:
     """Write `{split}.aselmdb` of the jobs that are done so far, and print how many structures.
@@ -209,16 +212,21 @@ def collect(
     return found
 
 
-def stored(folder: str | os.PathLike, job: Job) -> list[Atoms]:
+def stored(folder: str | os.PathLike[str], job: Job) -> list[Atoms]:
     """The structures of one job; none if it is not done or has failed."""
     path = Path(folder) / f"{job.file}.aselmdb"
-    return list(Dataset(path)) if path.exists() else []
+    return _all_of(path) if path.exists() else []
+
+
+def _all_of(path: Path) -> list[Atoms]:
+    data = Dataset(path)
+    return [data[index] for index in range(len(data))]
 
 
 def take_over(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     jobs: Sequence[Job],
-    known: str | os.PathLike,
+    known: str | os.PathLike[str],
     method: str,
     others: Mapping[str, list[Atoms]] = MappingProxyType({}),
 ) -> int:
@@ -243,7 +251,7 @@ def take_over(
     folder, known = Path(folder), Path(known)
     found: dict[str, list[Atoms]] = {}
     for path in (known / f"{split}.aselmdb" for split in SPLITS):
-        for atoms in Dataset(path) if path.exists() else ():
+        for atoms in _all_of(path) if path.exists() else ():
             theirs = atoms.info.get("label", "an unknown method")
             if not theirs.startswith(method):
                 raise LabelError(f"{path} is labelled by {theirs}: no labels for this queue")
@@ -261,7 +269,7 @@ def take_over(
     return len(missing)
 
 
-def store_plan(folder: str | os.PathLike, plan: Mapping[str, Any]) -> None:
+def store_plan(folder: str | os.PathLike[str], plan: Mapping[str, Any]) -> None:
     """Record in `plan.json` which data set a folder holds; LabelError where it holds another."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -299,7 +299,7 @@ def take_share(jobs: Sequence[Job], share: float) -> list[Job]:
 
 
 def make_set(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     jobs: Sequence[Job],
     sample: Callable[[Job], list[Atoms]],
     workers: int = 1,
@@ -326,5 +326,5 @@ def make_set(
     queue.run_jobs(folder / "jobs", queued, sample, workers)
     found = queue.collect(folder / "jobs", queued, folder)
     elements = {symbol for split in found.values() for atoms in split for symbol in atoms.symbols}
-    references = free_atom_energies(sorted(elements, key=atomic_numbers.get))
+    references = free_atom_energies(sorted(elements, key=lambda element: atomic_numbers[element]))
     store_text(folder / "references.json", json.dumps(references, indent=1))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from ase import Atoms, units
@@ -62,7 +61,7 @@ class SPCFw(Calculator):
     analytic, in double precision. Raises LabelError for other structures.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
     def calculate(
         self,
@@ -72,6 +71,7 @@ class SPCFw(Calculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
+        assert atoms is not None
         if not are_waters(atoms.numbers):
             raise LabelError(
                 f"{atoms.symbols}: SPC/Fw takes whole waters, atoms in the order O, H, H"

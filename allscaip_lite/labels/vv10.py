@@ -112,7 +112,15 @@ def _local(rho: np.ndarray, b: float, c: float) -> tuple[np.ndarray, ...]:
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True)
-def _pair_sums(r, omega, kappa, inner_r, inner_omega, inner_kappa, charges):
+def _pair_sums(
+    r: np.ndarray,
+    omega: np.ndarray,
+    kappa: np.ndarray,
+    inner_r: np.ndarray,
+    inner_omega: np.ndarray,
+    inner_kappa: np.ndarray,
+    charges: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Σ_r' w' ρ' Φ, and the sums U and W of VV10 eqs. 14–15; r (3, P), all others (P,) or (Q,)."""
     phi = np.empty(r.shape[1])
     u = np.empty(r.shape[1])
@@ -136,7 +144,15 @@ def _pair_sums(r, omega, kappa, inner_r, inner_omega, inner_kappa, charges):
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True)
-def _pair_forces(r, omega, kappa, inner_r, inner_omega, inner_kappa, charges):
+def _pair_forces(
+    r: np.ndarray,
+    omega: np.ndarray,
+    kappa: np.ndarray,
+    inner_r: np.ndarray,
+    inner_omega: np.ndarray,
+    inner_kappa: np.ndarray,
+    charges: np.ndarray,
+) -> np.ndarray:
     """Σ_r' w' ρ' ∂Φ/∂r, (P, 3)."""
     forces = np.empty((r.shape[1], 3))
     for i in range(r.shape[1]):

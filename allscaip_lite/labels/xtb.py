@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from ase import Atoms, units
@@ -37,12 +37,14 @@ class GFN2xTB(Calculator):
     does not converge.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
     def __init__(self, accuracy: float = 1.0) -> None:
         super().__init__()
         self.accuracy = accuracy
-        self._key, self._tblite, self._state = None, None, None
+        self._key: tuple[Any, ...] | None = None
+        self._tblite: Any = None
+        self._state: Any = None
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last call; charge and spin in `atoms.info` count too."""
@@ -66,6 +68,7 @@ class GFN2xTB(Calculator):
 
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
+        assert atoms is not None
         charge, spin = _charge_and_spin(atoms)
         positions = atoms.positions / units.Bohr
         lattice = atoms.cell.array / units.Bohr if atoms.pbc.any() else None
@@ -108,7 +111,7 @@ def _charge_and_spin(atoms: Atoms) -> tuple[int, int]:
     return charge, spin or lowest_multiplicity(atoms, charge)
 
 
-def _gaps(state, spin: int) -> list[float]:
+def _gaps(state: Any, spin: int) -> list[float]:
     """HOMO–LUMO gaps in eV: one of a singlet, of alpha and beta spins else."""
     levels = np.atleast_2d(state["orbital-energies"]) * units.Hartree
     filled = np.atleast_2d(state["orbital-occupations"]) > 0.5

@@ -30,6 +30,7 @@ from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, write_aselmdb
 from allscaip_lite.labels import LabelError
 from allscaip_lite.labels.point_charges import ion_curves, ions, join, labelled
@@ -335,27 +336,36 @@ SOURCES: dict[str, Writer] = {
 SIZES = {"ions": 5000, "pairs": 3000, "chain": 2000}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(
-        description="Make data whose energy reaches far: ions, pairs and chains."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=sorted(SOURCES), help="which of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--structures", type=int, help="about how many (each set has a default)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier data set")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
     files = [args.out / f"{name}.aselmdb" for name in FILES]
     if any(file.exists() for file in files) and not args.overwrite:
-        parser.error(f"{args.out} holds a data set: choose another --out or --overwrite")
+        raise LabelError(f"{args.out} holds a data set: choose another --out or --overwrite")
     structures = SIZES[args.kind] if args.structures is None else args.structures
     if structures < 20:
-        parser.error(f"--structures {structures}: give 20 or more, so that all splits fill")
+        raise LabelError(f"--structures {structures}: give 20 or more, so that all splits fill")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, count in SOURCES[args.kind](args.out, structures, args.seed).items():
         print(f"{name}: {count} structures")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/long-range/make.py",
+        description=__doc__,
+        stopped="nothing was kept; the same command starts again",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

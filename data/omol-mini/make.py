@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,6 +32,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from scipy.spatial.transform import Rotation
 
+from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, queue, xtb
@@ -676,11 +678,7 @@ def _with_energy(element: str, energy: float) -> Atoms:
     return atom
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(
-        description="Sample small systems of OMol25's domains, and label them."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument(
         "--method",
@@ -706,10 +704,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="with wb97m-v: label nothing, write the data set of what is labelled so far",
     )
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
     if args.method == "gfn2-xtb":
         if args.known or args.collect:
-            parser.error("--known and --collect go with --method wb97m-v")
+            raise LabelError("--known and --collect go with --method wb97m-v")
         jobs = take_share(reactive_plan(args.structures, args.seed), args.share)
         make_set(args.out, jobs, sample_reactive, args.workers)
         return
@@ -717,5 +717,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     make(args.out, entries, args.workers, args.known, args.collect)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/omol-mini/make.py",
+        description=__doc__,
+        stopped="the same command goes on from here",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ measures a model on them.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.optimize import BFGS
 from tqdm import tqdm
 
+from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import checksum, write_aselmdb
 from allscaip_lite.evaluation.physics import CUTOFF
 from allscaip_lite.labels import LabelError, queue, xtb
@@ -269,12 +271,7 @@ def make_dft(
     queue.collect(store, jobs, folder, ["test"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(
-        description="Make groups of structures that differ in a proton, a charge, a spin, a "
-        "distance or a conformer."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--groups", type=int, default=GROUPS, help="of each task, at most")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
@@ -293,9 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="with --dft: label nothing, write the groups that are labelled so far",
     )
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
     if (args.collect or args.known) and not args.dft:
-        parser.error("--collect and --known go with --dft: GFN2-xTB takes two minutes")
+        raise LabelError("--collect and --known go with --dft: GFN2-xTB takes two minutes")
     groups = plan(args.seed, args.groups, progress=True, tasks=args.tasks or ())
     if args.dft:
         make_dft(args.out, groups, args.workers, args.known, args.collect)
@@ -306,5 +305,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(structures)} structures, checksum {checksum(structures)[:16]}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/physics/make.py",
+        description=__doc__,
+        stopped="with --dft the same command goes on from here",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase import Atoms, units
 
+from allscaip_lite.cli import run_script
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, queue
 from allscaip_lite.labels.spcfw import (
@@ -373,11 +375,7 @@ def _sample(task: tuple[Trajectory, int]) -> list[Atoms]:
     return sample(*task)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(
-        description="Sample liquid water, clusters and molecules, and label them with SPC/Fw."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument(
         "--set",
@@ -388,9 +386,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--structures", type=int, default=4600, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
     make(args.out, plan(args.structures, args.set), args.seed, args.workers)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/water/make.py",
+        description=__doc__,
+        stopped="the same command goes on from here",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ase.calculators.calculator import CalculatorError
 from ase.data import covalent_radii
 from scipy.spatial.transform import Rotation
 
+from allscaip_lite.cli import run_script
 from allscaip_lite.labels import LabelError, xtb
 from allscaip_lite.labels.sampling import (
     CAFFEINE,
@@ -621,11 +623,7 @@ def _rotate(atoms: Atoms, i: int, j: int, side: np.ndarray, angle: float) -> Non
 # --- The command -----------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` defaults to the arguments of the process."""
-    parser = argparse.ArgumentParser(
-        description="Sample molecules, ions, radicals and complexes, and label them with GFN2-xTB."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument(
         "--set",
@@ -643,10 +641,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
     jobs = take_share(plan(args.structures, args.set, args.seed), args.share)
     make_set(args.out, jobs, sample, args.workers)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/xtb/make.py",
+        description=__doc__,
+        stopped="the same command goes on from here",
+        argv=argv,
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -128,6 +128,14 @@ def test_the_set_reactive_holds_every_system_and_draws_anew(items):
             assert all(np.abs(atoms.positions - o.positions).max() > 1e-3 for o in others)
 
 
+def test_the_set_in_the_repository_is_of_the_plan(tmp_path):
+    """Its labels are those of entries of the plan, and give the data set with its checksums."""
+    folder = Path(__file__).resolve().parents[2] / "data" / "omol-mini"
+    assert make.main(["--out", str(tmp_path), "--known", str(folder), "--collect"]) == 0
+    for name in ("checksums.json", "references.json"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
+
+
 def test_an_ion_of_two_parts_is_whole(items):
     item = next(i for i in items if i.domain == "ions" and i.system.parts == ("[F-]", "F"))
     [atoms] = item.structures()

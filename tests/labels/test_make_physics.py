@@ -106,10 +106,10 @@ def test_a_molecule_that_cannot_be_made_gives_no_group():
 def test_the_command_makes_the_same_groups_again(tmp_path, capsys, monkeypatch):
     candidates = {"molecule": ["O=CO", "CCSC"], "complex": ["C.F"]}
     monkeypatch.setattr(make, "_candidates", lambda seed: candidates)
-    main(["--out", str(tmp_path), "--groups", "1"])
+    assert main(["--out", str(tmp_path), "--groups", "1"]) == 0
     first = capsys.readouterr().out
     make._structures.cache_clear()
-    main(["--out", str(tmp_path), "--groups", "1"])
+    assert main(["--out", str(tmp_path), "--groups", "1"]) == 0
     assert capsys.readouterr().out == first
     assert allscaip_lite(["evaluate", "lite", str(tmp_path / "test.aselmdb"), "--physics"]) == 0
     text = capsys.readouterr().out
@@ -117,14 +117,13 @@ def test_the_command_makes_the_same_groups_again(tmp_path, capsys, monkeypatch):
         assert f"| {task} | 1 |" in text
     assert "GFN2-xTB" not in text  # its own error against itself is none
     some = ["--groups", "1", "--tasks", "spin_gap", "conformers"]
-    main(["--out", str(tmp_path / "some"), *some])
+    assert main(["--out", str(tmp_path / "some"), *some]) == 0
     found = [atoms.info["data_id"] for atoms in Dataset(tmp_path / "some" / "test.aselmdb")]
     assert found == ["spin_gap"] * 2 + ["conformers"] * (len(found) - 2)
 
 
 def test_nothing_to_collect_without_dft(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path), "--collect"])
+    assert main(["--out", str(tmp_path), "--collect"]) == 2
     assert "--collect and --known go with --dft" in capsys.readouterr().err
 
 
@@ -135,9 +134,11 @@ def test_dft_labels_the_same_structures_and_keeps_gfn2_xtb_s_energies(
     pytest.importorskip("numba")
     candidates = {"molecule": ["[H][H]"], "complex": []}
     monkeypatch.setattr(make, "_candidates", lambda seed: candidates)
-    main(["--out", str(tmp_path), "--groups", "1", "--dft"])
+    assert main(["--out", str(tmp_path), "--groups", "1", "--dft"]) == 0
     data = Dataset(tmp_path / "test.aselmdb")
-    main(["--out", str(tmp_path), "--groups", "2", "--dft", "--collect"])  # some of more groups
+    assert (
+        main(["--out", str(tmp_path), "--groups", "2", "--dft", "--collect"]) == 0
+    )  # some of more groups
     assert "test: 5 structures" in capsys.readouterr().out
     tasks = [atoms.info["data_id"] for atoms in data]
     assert sorted(tasks) == ["ionisation"] * 3 + ["spin_gap"] * 2

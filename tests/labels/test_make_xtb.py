@@ -286,7 +286,8 @@ def test_the_command_makes_a_share_of_the_same_set(monkeypatch, tmp_path):
     monkeypatch.setattr(make, "make_set", lambda folder, jobs, *rest: calls.append((jobs, rest)))
     command = ["--out", str(tmp_path), "--structures", "60000"]
     for share in ("0.1", "0.3", "1"):
-        make.main([*command, "--share", share])
+        assert make.main([*command, "--share", share]) == 0
+    assert make.main([*command, "--share", "0"]) == 2
     tenth, third, whole = (set(jobs) for jobs, _ in calls)
     assert tenth < third < whole == set(plan(60_000))
     assert len(third) / len(whole) == pytest.approx(0.3, abs=0.03)

@@ -17,6 +17,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.data.aselmdb import Dataset, checksum
+from allscaip_lite.errors import RunError
 from allscaip_lite.files import unfinished_folder
 from allscaip_lite.labels import LabelError, queue
 from allscaip_lite.labels.queue import Job, collect, in_processes, run_jobs, stored, take_over
@@ -138,7 +139,7 @@ def test_a_job_without_structures_has_failed(tmp_path):
 
 
 def test_a_worker_that_is_killed_loses_one_job(tmp_path):
-    with pytest.raises(RuntimeError, match="exit status -9"):
+    with pytest.raises(RunError, match="exit status -9"):
         run_jobs(tmp_path, JOBS[:4], kill_itself)
     assert {path.stem for path in tmp_path.glob("*.aselmdb")} == {"job0.6", "job0.7"}
     run_jobs(tmp_path, JOBS[:4], label)
@@ -160,7 +161,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path, monkeypatch):
 
 
 def test_an_error_that_is_no_job_s_own_ends_the_run(tmp_path, capfd):
-    with pytest.raises(RuntimeError, match="a worker died"):
+    with pytest.raises(RunError, match="a worker died"):
         run_jobs(tmp_path, JOBS[:2], no_disk)
     assert "no space left" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.failed"))
