@@ -16,6 +16,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 
 # Parallel test processes, one thread each: more threads a process would fight over the cores.
 JOBS ?= 2
+# Jupyter refuses to run as root unless told.
+JUPYTERLAB = $(PY) -m jupyterlab $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 UNIT_ARGS ?=
@@ -23,6 +25,9 @@ NOTEBOOK_ARGS ?=
 LAB_ARGS ?=
 BENCH_ARGS ?=
 CLASS_ARGS ?=
+
+# The lessons run as copies with solutions, so that the sources stay as they are.
+EXECUTED := build/lessons
 
 # A stamp says which extras are in .venv; it is older than the files that decide the versions when
 # these have changed, and make then installs again.
@@ -32,11 +37,14 @@ VERSIONS := pyproject.toml constraints.txt
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install --no-input --prefer-binary --constraint constraints.txt
 
-.PHONY: help lab check style types imports quick-tests test test-units test-notebooks class site bench clean
+.PHONY: help lab lab-teacher check style types imports quick-tests test test-units test-notebooks
+.PHONY: class site bench clean
 
 help:
-	@echo "make lab     install what the notebooks need into $(VENV), open JupyterLab on the tour"
+	@echo "make lab     install what the notebooks need into $(VENV), open JupyterLab on the tour, in"
+	@echo "             lab/, where your own copies of the lessons are; they are never written over"
 	@echo "             LAB_ARGS='--no-browser --port 8899' is passed on to JupyterLab"
+	@echo "make lab-teacher  the same with the lessons' sources, which hold the solutions"
 	@echo "make check   install everything the tests need into $(VENV); style, types, import rules and"
 	@echo "             the quick tests, in less than three minutes"
 	@echo "make test    the same, and then the slow tests and all notebooks"
@@ -49,10 +57,13 @@ help:
 	@echo "make clean   remove $(VENV), caches and build products (data and runs stay)"
 	@echo "PYTHON=python3.12 in front of any of them picks the Python (3.11 or newer)"
 
+# Students work in lab/, on copies without solutions; work in them is never written over.
 lab: $(LAB_READY)
-	@# Jupyter refuses to run as root unless told.
-	@$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
-		$$([ "$$(id -u)" = 0 ] && echo --allow-root) $(LAB_ARGS)
+	@$(PY) -m notebooks.tools.lab_copies --out lab
+	@$(JUPYTERLAB) --ServerApp.root_dir=lab --LabApp.default_url=/lab/tree/00_tour.ipynb $(LAB_ARGS)
+
+lab-teacher: $(LAB_READY)
+	@$(JUPYTERLAB) --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(LAB_ARGS)
 
 # Style, types and import rules are those of pyproject.toml; tests/conftest.py says which are slow.
 check: style types imports quick-tests
@@ -77,7 +88,11 @@ test-units: $(TEST_READY)
 	$(ONE_THREAD) $(PYTEST) -m slow $(COVERAGE) --cov-append $(UNIT_ARGS) tests
 
 test-notebooks: $(TEST_READY)
-	$(ONE_THREAD) $(PYTEST) --nbmake --nbmake-timeout=900 --durations=5 $(NOTEBOOK_ARGS) notebooks/*.ipynb
+	rm -rf $(EXECUTED)
+	$(PY) notebooks/tools/class_copies.py --out $(EXECUTED) >/dev/null
+	@$(ONE_THREAD) $(PYTEST) --nbmake --overwrite --nbmake-timeout=900 $(NOTEBOOK_ARGS) \
+		$(EXECUTED)/instructor/*.ipynb; status=$$?; \
+		$(PY) -m notebooks.tools.slowest_cells $(EXECUTED)/instructor; exit $$status
 
 class: $(LAB_READY)
 	$(ONE_THREAD) $(PY) notebooks/tools/class_copies.py $(CLASS_ARGS)
