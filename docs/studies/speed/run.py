@@ -1,9 +1,10 @@
-"""`python docs/studies/speed/run.py`: time and memory of the model, beside fairchem's calculator; of training.
+"""Time and memory of the model's sets of kernels and of fairchem, in one run; steps of training.
 
-In: sizes of water clusters, a preset or the small benchmark model, a device. Out: a table. All
-sides read the same official-format file with random weights. Each has a process of its own for
-each size, so that peak memory is its own, and they take turns, so that a noisy machine disturbs
-all alike.
+In: sizes of water clusters, a preset or the default configuration, a device, the sides to compare
+(`plain`, `torch`, `c`, `cuda-graphs`, `fairchem`). Out: a table. All sides read the same file with
+random weights, in the official format. Each side has a process of its own for each size, so that
+peak memory is its own. The sides take turns, call by call, so that other load on the machine slows
+all of them alike.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.batches import collate
 from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import choose
+from allscaip_lite.kernels.compiled import CompileError, load_kernels
 from allscaip_lite.labels.spcfw import water_cluster
+from allscaip_lite.files import store_text
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.tables import insert_table, markdown_table
 from allscaip_lite.training.loop import (
     RecordedLoss,
     batch_size,
@@ -50,7 +54,8 @@ from allscaip_lite.training.loop import (
 )
 
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
-OURS, COMPILED, THEIRS = SIDES = ("allscaip-lite", "compiled", "fairchem")
+FAIRCHEM = "fairchem"
+SIDES = ("plain", "torch", "c", "cuda-graphs", FAIRCHEM)  # ours are called as `kernels` are
 WARM_UP = 2  # calls before timing
 
 
@@ -69,20 +74,13 @@ def random_model(config: AllScAIPConfig, seed: int = 0) -> AllScAIP:
 
 def calculator(side: str, checkpoint: str, device: str) -> Any:
     """The ASE calculator that is measured as `side`."""
-    if side == THEIRS:
+    if side == FAIRCHEM:
         from fairchem.core import FAIRChemCalculator
         from fairchem.core.units.mlip_unit import load_predict_unit
 
         unit = load_predict_unit(checkpoint, device=device)
         return FAIRChemCalculator(unit, task_name="omol")
-    return AllScAIPCalculator(load_model(checkpoint), device, kernels=kernels_of(side, device))
-
-
-def kernels_of(side: str, device: str) -> str:
-    """What `kernels` is called for the two sides of this package."""
-    if side == COMPILED:
-        return "c" if device == "cpu" else "cuda-graphs"
-    return "torch"
+    return AllScAIPCalculator(load_model(checkpoint), device, kernels=side)
 
 
 def peak_memory(device: str) -> float:
@@ -136,8 +134,8 @@ class Side:
         command += ["--checkpoint", str(checkpoint), "--atoms", str(3 * molecules)]
         command += ["--device", args.device, "--threads", str(args.threads)]
         environment = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        if side == COMPILED:  # an empty cache, so that start-up time is that of a first start
-            cache = tempfile.mkdtemp(prefix="compiled-", dir=checkpoint.parent)
+        if side == "c":  # an empty cache, so that start-up time is that of a first start
+            cache = tempfile.mkdtemp(prefix="kernels-", dir=checkpoint.parent)
             environment["XDG_CACHE_HOME"] = cache
         # a file, for a pipe that nobody reads would fill and block
         self.printed = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
@@ -171,10 +169,12 @@ class Side:
         self.printed.close()
 
 
-def measure(molecules: int, sides: list[str], checkpoint: Path, args: argparse.Namespace) -> dict:
-    """One row of the table: seconds (median of the rounds), GiB, ratios, largest differences.
+def measure(
+    molecules: int, sides: Sequence[str], checkpoint: Path, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each side at one size, see `compare`.
 
-    A side that fails, for lack of memory say, leaves its columns out and its reason in `failed`.
+    A side that fails, for lack of memory say, has a row with the reason in `failed`.
     """
     running: dict[str, Side] = {}
     calls: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -198,94 +198,77 @@ def measure(molecules: int, sides: list[str], checkpoint: Path, args: argparse.N
     finally:
         for process in running.values():
             process.close()
-    row = {"atoms": 3 * molecules, **compare({s: calls[s] for s in sides if s not in failed})}
-    return row | {"failed": failed} if failed else row
+    found = compare({side: calls[side] for side in sides if side not in failed})
+    reasons = [{"side": side, "failed": reason} for side, reason in failed.items()]
+    return [{"atoms": 3 * molecules, **row} for row in (*found, *reasons)]
 
 
-def compare(calls: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The numbers of a row from the answers of each side, warm-up first."""
-    row: dict[str, Any] = {}
-    times = {side: [c["seconds"] for c in calls[side][WARM_UP:]] for side in calls}
+def compare(calls: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each side, from the answers of all sides to the same calls, warm-up first.
+
+    Times are in s, memory in GiB. `times_as_fast_as` has the median ratio to each other side, of
+    calls in the same round. Differences are the largest ones to fairchem, or without it to the
+    first side: energy in eV/atom, force as a share of the largest force.
+    """
+    reference = FAIRCHEM if FAIRCHEM in calls else next(iter(calls), None)
+    times = {side: [c["seconds"] for c in answers[WARM_UP:]] for side, answers in calls.items()}
+    rows = []
     for side, answers in calls.items():
-        row[f"{side} s"] = statistics.median(times[side])
-        row[f"{side} spread s"] = max(times[side]) - min(times[side])
-        row[f"{side} GiB"] = answers[-1]["memory"]
-        row[f"{side} GiB before the first call"] = answers[0]["loaded"]
-    if COMPILED in calls:
-        first = calls[COMPILED][0]
-        row["compiled start s"] = first["start up"] + first["seconds"]
-    if THEIRS in calls:
-        for side, prefix in ((OURS, ""), (COMPILED, "compiled ")):
-            if side in calls:
-                ratios = [b / a for a, b in zip(times[side], times[THEIRS], strict=True)]
-                row[f"{prefix}speed ratio"] = statistics.median(ratios)
-                row[f"{prefix}memory ratio"] = row[f"{side} GiB"] / row[f"{THEIRS} GiB"]
-    if len(calls) > 1:
-        *sides, reference = calls  # fairchem is last, if it is there; else compiled against eager
-        energies, forces = [], []
-        for side in sides:
-            for ours, theirs in zip(calls[side], calls[reference], strict=True):
+        row: dict[str, Any] = {
+            "side": side,
+            "seconds": statistics.median(times[side]),
+            "spread": max(times[side]) - min(times[side]),
+            "start": answers[0]["start up"] + answers[0]["seconds"],
+            "memory": answers[-1]["memory"],
+            "memory_before": answers[0]["loaded"],
+            "times_as_fast_as": {
+                other: statistics.median(
+                    b / a for a, b in zip(times[side], times[other], strict=True)
+                )
+                for other in calls
+                if other != side
+            },
+        }
+        if side != reference:
+            energies, forces = [], []
+            for ours, theirs in zip(answers, calls[reference], strict=True):
                 expected = np.array(theirs["forces"])  # (N, 3)
                 difference = np.abs(np.array(ours["forces"]) - expected).max()
                 forces.append(difference / np.abs(expected).max())
                 energies.append(abs(ours["energy"] - theirs["energy"]) / len(expected))
-        row["energy difference eV/atom"] = max(energies)
-        row["force difference / largest force"] = max(forces)
-    return row
+            row |= {"energy_difference": max(energies), "force_difference": max(forces)}
+        rows.append(row)
+    return rows
 
 
-COLUMNS = {
-    "atoms": "{:d}",
-    "allscaip-lite s": "{:.3f}",
-    "compiled s": "{:.3f}",
-    "fairchem s": "{:.3f}",
-    "speed ratio": "{:.1f}",
-    "compiled speed ratio": "{:.1f}",
-    "compiled start s": "{:.1f}",
-    "allscaip-lite GiB": "{:.2f}",
-    "compiled GiB": "{:.2f}",
-    "fairchem GiB": "{:.2f}",
-    "memory ratio": "{:.2f}",
-    "compiled memory ratio": "{:.2f}",
-    "energy difference eV/atom": "{:.0e}",
-    "force difference / largest force": "{:.0e}",
-}
+def table(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> str:
+    """A table in Markdown of the rows that `measure` makes; a side that failed has dashes."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        if "failed" in row:
+            return ["–"] * (len(head) - 2)
+        ratios = [row["times_as_fast_as"].get(other) for other in sides]
+        differences = [row.get(f"{name}_difference") for name in ("energy", "force")]
+        return [
+            f"{row['seconds']:.3f} ± {row['spread'] / 2:.3f}",
+            *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            f"{row['memory']:.2f}",
+            f"{row['start']:.1f}" if "start" in row else "–",
+            *("–" if value is None else f"{value:.0e}" for value in differences),
+        ]
+
+    head = ["atoms", "side", "s", *(f"× {side}" for side in sides), "GiB", "start, s"]
+    head += ["energy, eV/atom", "force, share"]
+    lines = [[str(row["atoms"]), row["side"], *cells(row)] for row in rows]
+    return markdown_table(head, lines, align="rl" + "r" * (len(head) - 2))
 
 
-def columns_of(sides: list[str]) -> list[str]:
-    """The columns that a run with these sides can fill."""
-    names = []
-    for name in COLUMNS:
-        measured = any(name.startswith(side) for side in sides)
-        compared = ("ratio" in name and THEIRS in sides) or ("difference" in name and sides[1:])
-        if name.startswith(COMPILED) and COMPILED not in sides:
-            continue
-        if name == "atoms" or compared or (measured and "ratio" not in name):
-            names.append(name)
-    return names
-
-
-def table(rows: list[dict], columns: list[str]) -> str:
-    """A markdown table of the rows that `measure` makes; a side that failed leaves dashes."""
-
-    def cell(row: dict, name: str) -> str:
-        if name not in row:
-            return "–"
-        shown = COLUMNS[name].format(row[name])
-        spread = row.get(name.removesuffix(" s") + " spread s") if name.endswith(" s") else None
-        return shown if spread is None else f"{shown} ± {spread / 2:.3f}"
-
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---:|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(cell(row, name) for name in columns) + " |")
-    return "\n".join(lines)
-
-
-def exponents(rows: list[dict], sides: list[str]) -> dict[str, float]:
+def exponents(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> dict[str, float]:
     """p of time ~ atoms^p for each side, between its two largest sizes."""
     found = {}
     for side in sides:
-        times = {row["atoms"]: row[f"{side} s"] for row in rows if f"{side} s" in row}
+        of_side = [row for row in rows if row["side"] == side and "seconds" in row]
+        times = {row["atoms"]: row["seconds"] for row in of_side}
         if len(times) > 1:
             small, large = sorted(times)[-2:]
             found[side] = math.log(times[large] / times[small]) / math.log(large / small)
@@ -298,38 +281,32 @@ def machine(args: argparse.Namespace) -> str:
     if args.device == "cuda":
         parts.append(torch.cuda.get_device_name())
     parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    if args.sides[-1] == THEIRS:
+    if FAIRCHEM in args.sides:
         parts.append(f"fairchem-core {metadata.version('fairchem-core')}")
     return ", ".join(parts)
 
 
-def notes(rows: list[dict], args: argparse.Namespace) -> str:
-    """What a reader of the table must know: the machine, what was measured, how it grows."""
+def notes(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
+    """What a reader of the table must know: the machine, how time grows, which sides failed."""
     model = f"preset {args.preset}" if args.preset else "hidden 128, 4 blocks, 4 heads"
-    memory = "PyTorch's allocations on the GPU" if args.device == "cuda" else "the whole process"
-    described = (
-        f"Water clusters, {model}, conservative forces. Seconds for energy and forces: the median "
-        f"of {args.rounds} calls ± half their range. Memory: the peak of {memory}."
-    )
-    if COMPILED in args.sides:
-        described += " Compiled start: loading, compiling and the first call, with an empty cache."
-        if args.device == "cuda":
-            described += " Compiled is recorded, and its list of pairs serves for all calls."
-    lines = [machine(args), described]
-    lines += [f"{side}: time ~ atoms^{p:.2f}" for side, p in exponents(rows, args.sides).items()]
+    powers = [f"{side} ~ atoms^{p:.2f}" for side, p in exponents(rows, args.sides).items()]
+    lines = [f"{machine(args)}; {model}; {args.rounds} calls."]
+    if powers:
+        lines.append(f"Time between the two largest sizes: {', '.join(powers)}.")
     for row in rows:
-        for side, reason in row.get("failed", {}).items():
-            lines.append(f"{side} failed at {row['atoms']} atoms: {reason}")
+        if "failed" in row:
+            lines.append(f"{row['side']} failed at {row['atoms']} atoms: {row['failed']}")
     return "\n\n".join(lines)
 
 
-def write(rows: list[dict], args: argparse.Namespace) -> None:
-    """The rows so far, as `--json` and `--markdown` ask."""
+def write(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """The rows so far, as `--json` and `--page` ask."""
     if args.json:
-        content = {"machine": machine(args), "exponents": exponents(rows, args.sides), "rows": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(f"{table(rows, columns_of(args.sides))}\n\n{notes(rows, args)}\n")
+        growth = exponents(rows, args.sides)
+        content = {"machine": machine(args), "exponents": growth, "rows": rows}
+        store_text(args.json, json.dumps(content, indent=1) + "\n")
+    if args.page:
+        insert_table(args.page, f"{table(rows, args.sides)}\n\n{notes(rows, args)}")
 
 
 # What an operator does, by a part of its name; the first that fits. The rest is elementwise.
@@ -353,15 +330,15 @@ def kind_of(operator: str) -> str:
     return "elementwise, other"
 
 
-def profile(molecules: int, checkpoint: Path, args: argparse.Namespace) -> str:
-    """Where our time goes in one call: kinds of operators, forward and backward, then the top 12.
+def profile(molecules: int, side: str, checkpoint: Path, args: argparse.Namespace) -> str:
+    """Where the time of a side goes in one call: kinds of operators, forward and backward, then the top 12.
 
     Each operator counts with its own time, without that of the operators it calls. On a GPU it is
     the time of its kernels.
     """
     torch.set_num_threads(args.threads)
     cluster = water_cluster(molecules)
-    model = load_model(checkpoint).to(args.device).requires_grad_(False)
+    model = load_model(checkpoint, device=args.device, kernels=side).requires_grad_(False)
     for _ in range(WARM_UP):
         model.predict(cluster)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -405,12 +382,13 @@ def profile(molecules: int, checkpoint: Path, args: argparse.Namespace) -> str:
 TRAINED = 7  # molecules of a structure in `training_seconds`
 
 
-def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespace) -> dict:
+def training_seconds(
+    atoms: int, config: AllScAIPConfig, args: argparse.Namespace
+) -> dict[str, Any]:
     """Seconds of a step of conservative training, for each side the times of its rounds.
 
     A batch of clusters of seven waters, of `atoms` atoms or a few less: forward, the loss on
-    energies and forces, its derivatives, the optimiser. Both sides in this process, in turn; on a
-    GPU the compiled one is recorded.
+    energies and forces, its derivatives, the optimiser. All sides in this process, in turn.
     """
     torch.set_num_threads(args.threads)
     clusters = [water_cluster(TRAINED, seed) for seed in range(max(1, atoms // (3 * TRAINED)))]
@@ -421,18 +399,17 @@ def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespac
     model = random_model(config.replace(conservative=True)).to(args.device).train()
     stage, recorded = conservative_stage(1), None
     (optimizer,) = make_optimizers(model, stage)
-    if args.device == "cuda" and args.compile:
+    if "cuda-graphs" in args.sides:
         natoms = batch.structures.natoms.numpy()
         recorded = RecordedLoss(model, stage, batch_size(natoms, int(natoms.sum()), config))
         batch = batch.padded_to(recorded.size, config.reach)
     batch = batch.to(torch.device(args.device))
-    sides = [side for side in args.sides if side != THEIRS]
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in args.sides}
     for number in range(WARM_UP + args.rounds):
-        for side in sides:
-            model.operations = choose(kernels_of(side, args.device), args.device)
+        for side in args.sides:
+            model.operations = choose(side, args.device)
             started = time.perf_counter()
-            if recorded and side == COMPILED:
+            if recorded and side == "cuda-graphs":
                 recorded(batch)
             else:
                 value = loss(model(batch.structures), batch, model, stage)
@@ -446,43 +423,67 @@ def training_seconds(atoms: int, config: AllScAIPConfig, args: argparse.Namespac
     return {"atoms": sum(map(len, clusters)), **seconds}
 
 
-def training_table(rows: list[dict]) -> str:
-    """Markdown: the median of each side's rounds, and how many times as fast compiled is."""
-    sides = [name for name in rows[0] if name != "atoms"]
-    lines = ["| atoms of a batch | " + " | ".join(f"{side}, s a step" for side in sides) + " |"]
-    lines[0] += " times |" if len(sides) > 1 else ""
-    lines.append("|" + "---:|" * (lines[0].count("|") - 1))
+def training_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The median of each side's rounds, and how many times as fast it is as the first side."""
+    first, *others = [name for name in rows[0] if name != "atoms"]
+    head = ["atoms", *(f"{side}, s a step" for side in (first, *others))]
+    head += [f"{side} × {first}" for side in others]
+    lines = []
     for row in rows:
-        medians = [statistics.median(row[side]) for side in sides]
-        cells = [str(row["atoms"]), *(f"{median:.3f}" for median in medians)]
-        if len(sides) > 1:
-            ratios = [a / b for a, b in zip(*(row[side] for side in sides), strict=True)]
-            cells.append(f"{statistics.median(ratios):.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        medians = [f"{statistics.median(row[side]):.3f}" for side in (first, *others)]
+        ratios = [
+            statistics.median(a / b for a, b in zip(row[first], row[side], strict=True))
+            for side in others
+        ]
+        lines.append([str(row["atoms"]), *medians, *(f"{ratio:.2f}" for ratio in ratios)])
+    return markdown_table(head, lines, align="r" * len(head))
+
+
+# --- The command -----------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     parser.add_argument("--atoms", type=int, nargs="+", default=[63, 189, 600])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        help="what to compare, in this order (default: all that can run here)",
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="default: hidden 128, 4 blocks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
-    parser.add_argument("--compile", action="store_true", help="also measure the compiled model")
-    parser.add_argument("--alone", action="store_true", help="without fairchem")
     parser.add_argument(
         "--training", action="store_true", help="measure steps of training, without fairchem"
     )
-    parser.add_argument("--profile", action="store_true", help="also print where time goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="also print where the time of the first side goes"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here, after each size")
-    parser.add_argument("--markdown", type=Path, help="write the table here, after each size")
+    parser.add_argument("--page", type=Path, help="put the table into this page, after each size")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # a measured process
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
 
 
+def sides_here(device: str) -> list[str]:
+    """The sides that can run on a device with what is installed."""
+    fastest = ["cuda-graphs"] if device == "cuda" else ["c"]
+    if device == "cpu":
+        try:
+            load_kernels(torch.float32)
+        except CompileError:  # no C compiler
+            fastest = []
+    sides = ["plain", "torch", *fastest]
+    return [*sides, FAIRCHEM] if importlib.util.find_spec("fairchem") else sides
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `InputError` for what cannot be measured, before anything is."""
+    if args.sides and FAIRCHEM in args.sides and importlib.util.find_spec("fairchem") is None:
+        raise InputError("fairchem is not installed: pip install 'allscaip-lite[parity]'")
     if min(args.atoms) < 3:
         raise InputError("--atoms: the smallest cluster is one water molecule, 3 atoms")
     if args.rounds < 1 or args.threads < 1:
@@ -492,50 +493,47 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`python docs/studies/speed/run.py`; 1 if a measurement of this package's own failed."""
+    """Measure, print the table; the exit status is 1 if one of this package's sides failed."""
     if args.serve:
         molecules = args.atoms[0] // 3
         serve(args.serve, args.checkpoint, molecules, args.device, args.threads)
         return 0
     check_arguments(args)
-    args.sides = [OURS, COMPILED] if args.compile else [OURS]
+    args.sides = list(dict.fromkeys(args.sides or sides_here(args.device)))
     config = PRESETS[args.preset] if args.preset else BENCHMARK
     if args.training:
+        args.sides = [side for side in args.sides if side != FAIRCHEM]
         steps = [training_seconds(atoms, config, args) for atoms in args.atoms]
         print(f"{machine(args)}\n\n{training_table(steps)}")
         if args.json:
-            args.json.write_text(json.dumps(steps))
-        if args.markdown:
-            args.markdown.write_text(f"{training_table(steps)}\n\n{machine(args)}\n")
+            store_text(args.json, json.dumps(steps) + "\n")
         return 0
-    if not args.alone and importlib.util.find_spec("fairchem") is None:
-        print("fairchem is skipped, it is not installed: pip install 'allscaip-lite[parity]'")
-    elif not args.alone:
-        args.sides.append(THEIRS)
     print(machine(args), flush=True)
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     molecules = list(dict.fromkeys(round(atoms / 3) for atoms in args.atoms))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "benchmark.pt"
         save_official(random_model(config.replace(max_num_elements=100, stress=False)), checkpoint)
         for count in molecules:
-            rows.append(measure(count, args.sides, checkpoint, args))
-            shown = table(rows, columns_of(args.sides)).splitlines()
-            print("\n".join(shown if len(rows) == 1 else shown[-1:]), flush=True)
+            found = measure(count, args.sides, checkpoint, args)
+            shown = table(found, args.sides).splitlines()
+            print("\n".join(shown[2:] if rows else shown), flush=True)
+            rows += found
             write(rows, args)
-        print("\n" + notes(rows, args).split("\n\n", 1)[1])
+        print("\n" + notes(rows, args))
         if args.profile:
-            print("\n" + profile(molecules[-1], checkpoint, args))
-    return int(any(side != THEIRS for row in rows for side in row.get("failed", {})))
+            print("\n" + profile(molecules[-1], args.sides[0], checkpoint, args))
+    return int(any("failed" in row and row["side"] != FAIRCHEM for row in rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; `argv` defaults to the arguments of the process."""
     return run_script(
         add_arguments,
         run,
         script="docs/studies/speed/run.py",
         description=__doc__,
-        stopped="what --json and --markdown wrote is kept; the same command starts again",
+        stopped="what --json and --page wrote is kept; the same command starts again",
         argv=argv,
     )
 
