@@ -26,6 +26,7 @@ author = copyright = "allscaip-lite contributors"  # noqa: A001
 version = release = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+viewcode_follow_imported_members = False
 root_doc = "README"
 include_patterns = [
     "*.md",
