@@ -26,6 +26,8 @@ from ase.cell import Cell
 from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
 
+from allscaip_lite.errors import RunError
+from allscaip_lite.files import store_text
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.labels.spcfw import CHARGES, are_waters
 from allscaip_lite.md.dynamics import read_log
@@ -46,10 +48,6 @@ EXPERIMENT = {
     "OO_height": (2.57, "Skinner et al., J. Chem. Phys. 138, 074506, 2013"),
     "viscosity_mPa_s": (0.890, "Huber et al., J. Phys. Chem. Ref. Data 38, 101, 2009"),
 }
-
-
-class ObservableError(ValueError):
-    """A run that an observable cannot be taken from; the message says what is missing."""
 
 
 class Estimate(NamedTuple):
@@ -74,7 +72,7 @@ def block_average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Esti
     """Mean of a series in time, its error from the scatter of the means of `blocks` equal blocks.
 
     The error is right where a block is much longer than `correlation_time`. Values left over at the
-    beginning are dropped. Raises ObservableError for a series shorter than the blocks' number.
+    beginning are dropped. Raises RunError for a series shorter than the blocks' number.
     """
     return _scatter([part.mean() for part in _blocks(np.asarray(series, float), blocks)])
 
@@ -99,7 +97,7 @@ def correlation_time(series: Sequence[float] | np.ndarray) -> float:
 def _blocks(series: np.ndarray, blocks: int) -> list[np.ndarray]:
     length = len(series) // blocks
     if length < 1:
-        raise ObservableError(
+        raise RunError(
             f"{len(series)} values are too few for {blocks} blocks: run longer, or skip less"
         )
     return np.split(series[len(series) - blocks * length :], blocks)
@@ -116,7 +114,7 @@ def jackknife(
 ) -> Estimate:
     """A statistic of series (T,) that belong together, its error from leaving out blocks in turn.
 
-    The error holds where blocks are longer than the memory of the series. Raises ObservableError
+    The error holds where blocks are longer than the memory of the series. Raises RunError
     for fewer values than blocks.
     """
     parts = _blocks(np.stack([np.asarray(part, float) for part in series], axis=1), blocks)
@@ -163,14 +161,14 @@ def reweighted_difference(
             is something else (a pressure, say); by default `series`.
 
     Raises:
-        ObservableError: for fewer values than blocks, and where less than a twentieth of the
+        RunError: for fewer values than blocks, and where less than a twentieth of the
             structures carry all the weight: then the two ensembles overlap too little.
     """
     series, excess = np.asarray(series, float), np.asarray(excess, float)
     weights = np.exp((excess - excess.max()) / (units.kB * temperature))
     share = weights.sum() ** 2 / (weights**2).sum() / len(weights)
     if share < 0.05:
-        raise ObservableError(
+        raise RunError(
             f"the weights rest on {100 * share:.1f} % of the structures: the two models' ensembles "
             "are too far from one another to be compared in this way"
         )
@@ -204,7 +202,7 @@ class Run:
 def read_run(folder: str | Path, skip: float = 0.0) -> Run:
     """A folder of `allscaip_lite.md.dynamics` without its first `skip` ps.
 
-    Raises FileNotFoundError where there is no run, ObservableError where nothing is left.
+    Raises FileNotFoundError where there is no run, RunError where nothing is left.
     """
     folder = Path(folder)
     settings = json.loads((folder / "settings.json").read_text())
@@ -215,7 +213,7 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
         first = int(np.ceil(skip / spacing - 1e-9))
         frames = [make_whole(trajectory[index]) for index in range(first, len(trajectory))]
     if not frames or not late.any():
-        raise ObservableError(f"{folder} ends before {skip:g} ps: skip less, or prolong the run")
+        raise RunError(f"{folder} ends before {skip:g} ps: skip less, or prolong the run")
     return Run(
         log={name: column[late] for name, column in log.items()},
         settings=settings,
@@ -229,7 +227,7 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
 
 
 def make_whole(atoms: Atoms) -> Atoms:
-    """Waters (atoms as O, H, H) in a periodic box, each hydrogen beside its own oxygen.
+    """Waters (atoms as O, H, H) in a periodic box, each hydrogen next to its own oxygen.
 
     A box that was wrapped has some on its other side. Anything else is returned as it is.
     """
@@ -279,7 +277,7 @@ def make_universe(
 def density(run: Run, blocks: int = 5) -> Estimate:
     """Mean density of an NPT run in g/cm³."""
     if run.settings["ensemble"] != "npt":
-        raise ObservableError("a density is measured at constant pressure: give an npt run")
+        raise RunError("a density is measured at constant pressure: give an npt run")
     return block_average(run.log["density_g_cm3"], blocks)
 
 
@@ -331,7 +329,7 @@ def temperatures_by_motion(
 
     By equipartition both are the run's own. Stiff bonds trade energy with the liquid over tens of
     ps: a chain of Nosé and Hoover, which sees the sum alone, leaves them as cold as a minimised
-    start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) mends that;
+    start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) removes that;
     its velocities along a bond come out colder than the structure by (ω Δt)²/4, an eighth at 1 fs.
     """
     folder = Path(folder)
@@ -341,7 +339,7 @@ def temperatures_by_motion(
         for index in range(int(np.ceil(skip / spacing - 1e-9)), len(trajectory)):
             frame = make_whole(trajectory[index])
             if not are_waters(frame.numbers):
-                raise ObservableError(f"{folder} is no run of waters, atoms as O, H, H")
+                raise RunError(f"{folder} is no run of waters, atoms as O, H, H")
             mass = frame.get_masses()[:3]
             velocities = frame.get_velocities()
             velocities -= frame.get_momenta().sum(0) / frame.get_masses().sum()
@@ -410,13 +408,13 @@ def _pairs(
 
     groups = [universe.select_atoms(f"name {element}") for element in (first, second)]
     if not all(len(group) for group in groups):
-        raise ObservableError(f"no pairs {first}-{second} in this run")
+        raise RunError(f"no pairs {first}-{second} in this run")
     if universe.trajectory.ts.dimensions is None:
-        raise ObservableError("a radial distribution needs a periodic box")
+        raise RunError("a radial distribution needs a periodic box")
     widest = min(_half_width(frame.triclinic_dimensions) for frame in universe.trajectory)
     reach = widest if reach is None else reach
     if reach > widest:
-        raise ObservableError(f"reach {reach:g} Å is beyond half the box: {widest:.2f} Å at most")
+        raise RunError(f"reach {reach:g} Å is beyond half the box: {widest:.2f} Å at most")
     exclusion = tuple(len(group) // len(universe.residues) for group in groups)
     bins = max(1, int(reach / width))
     found = []
@@ -446,7 +444,7 @@ def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> 
         pairs, distances = self_capped_distance(group.positions, 4.0, box=frame.dimensions)
         apart = group.resindices[pairs[:, 0]] != group.resindices[pairs[:, 1]]
         if not apart.any():
-            raise ObservableError(f"no {element}-{element} pair of two molecules within 4 Å")
+            raise RunError(f"no {element}-{element} pair of two molecules within 4 Å")
         shortest.append(distances[apart].min())
     return block_average(shortest, blocks)
 
@@ -477,7 +475,7 @@ def _peak(g: np.ndarray) -> tuple[int, float]:
 
     found, _ = find_peaks(g, prominence=0.2 * g.max())
     if not len(found):
-        raise ObservableError("g(r) has no peak: the run is too short, or the box too narrow")
+        raise RunError("g(r) has no peak: the run is too short, or the box too narrow")
     top = int(found[0])
     left, middle, right = g[top - 1 : top + 2]
     return top, float(0.5 * (left - right) / (left - 2 * middle + right))
@@ -546,7 +544,7 @@ def self_diffusion(
     for part in _blocks(np.arange(len(universe.trajectory)), blocks):
         length = (len(part) - 1) * universe.trajectory.dt
         if length < 1.5 * window[1]:
-            raise ObservableError(
+            raise RunError(
                 f"a block of {length:g} ps is too short for lags up to {window[1]:g} ps: run "
                 "longer, or take fewer blocks or an earlier window"
             )
@@ -581,8 +579,17 @@ def summarise(
 ) -> dict[str, Any]:
     """Every observable that a run allows, ready for JSON: estimates as [value, error].
 
-    gas: a run of one molecule, for the heat of vaporisation; without it that is not given.
-    viscosity: mPa s, of the size correction. points: values kept of each series.
+    Args:
+        folder: of a run of `allscaip_lite.md.dynamics`.
+        skip: ps of equilibration that are left out.
+        blocks: for the errors.
+        gas: a run of one molecule, for the heat of vaporisation; without it that is left out.
+        viscosity: of the liquid, mPa s, for the size correction of the diffusion coefficient.
+        points: values kept of each series.
+
+    Raises:
+        FileNotFoundError: where there is no run.
+        RunError: for a run that is too short.
     """
     run = read_run(folder, skip)
     temperature = run.settings["temperature"]
@@ -661,11 +668,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         found = summarise(args.run, args.skip, args.blocks, args.gas, args.viscosity)
-    except (ObservableError, FileNotFoundError) as error:
+    except (RunError, FileNotFoundError) as error:
         print(f"observables: {error}", file=sys.stderr)
         return 2
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    store_text(args.out, json.dumps(found, indent=1) + "\n")
     if args.movie:
         with Trajectory(args.run / "trajectory.traj") as trajectory:
             chosen = evenly_spaced(len(trajectory), args.movie_frames)
@@ -676,8 +682,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in found.items():
         if isinstance(value, Estimate):
             known = EXPERIMENT.get(name)
-            beside = f"   experiment {known[0]:g}" if known else ""
-            print(f"{name:32s} {value.value:10.4g} ± {value.error:.2g}{beside}")
+            measured = f"   experiment {known[0]:g}" if known else ""
+            print(f"{name:32s} {value.value:10.4g} ± {value.error:.2g}{measured}")
     return 0
 
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from allscaip_lite.errors import RunError
 from allscaip_lite.files import differing
-from allscaip_lite.md.observables import Estimate, ObservableError, heat_of_vaporization
+from allscaip_lite.md.observables import Estimate, heat_of_vaporization
 
 TEACHER = "spcfw"
 PRODUCTION = ("gas", "npt", "nvt", "nve")  # the stages that are measured, in the order they run in
@@ -70,13 +71,13 @@ DIFFERENCES = {
 def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
     """Result files, those of one model pooled; in the order of the names, teacher last.
 
-    Raises ObservableError for files of different settings, which cannot be compared.
+    Raises RunError for files of different settings, which cannot be compared.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     results = [read_result(file) for file in files]
     for file, result in zip(files, results, strict=True):
         if changed := differing(result["protocol"], results[0]["protocol"], but=["seed"]):
-            raise ObservableError(
+            raise RunError(
                 f"{file} was made with another {', '.join(changed)} than {files[0]}: "
                 "run one of them again, or leave it out"
             )
@@ -85,7 +86,7 @@ def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
 
 
 def read_result(file: str | os.PathLike) -> dict[str, Any]:
-    """A result file, its estimates as `Estimate`. Raises ObservableError for another file."""
+    """A result file, its estimates as `Estimate`. Raises RunError for another file."""
     found = json.loads(Path(file).read_text())
     try:
         found["observables"] = {
@@ -93,7 +94,7 @@ def read_result(file: str | os.PathLike) -> dict[str, Any]:
             for key, pair in found["observables"].items()
         }
     except (KeyError, TypeError) as error:
-        raise ObservableError(f"{file} is no result of the water benchmark") from error
+        raise RunError(f"{file} is no result of the water benchmark") from error
     return found
 
 
@@ -104,7 +105,7 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     of vaporization follow from such means, series are those of the longest run.
 
     Raises:
-        ObservableError: for runs of different models or settings, or with the same seed, which
+        RunError: for runs of different models or settings, or with the same seed, which
             would count one run twice.
     """
     if len(results) == 1:
@@ -112,7 +113,7 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plans = [{"name": result["name"], **result["protocol"]} for result in results]
     seeds = [plan.pop("seed") for plan in plans]
     if any(plan != plans[0] for plan in plans) or len({*seeds}) < len(seeds):
-        raise ObservableError(
+        raise RunError(
             f"runs of {plans[0]['name']} with seeds {', '.join(map(str, seeds))} cannot be "
             "pooled: they need the same settings and different seeds"
         )

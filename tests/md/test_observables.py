@@ -12,12 +12,12 @@ from ase.io.trajectory import Trajectory
 
 pytest.importorskip("MDAnalysis")
 
+from allscaip_lite.errors import RunError
 from allscaip_lite.labels.spcfw import SPCFw, molecules, water_box  # noqa: E402
 from allscaip_lite.md import observables  # noqa: E402
 from allscaip_lite.md.dynamics import Settings, run_md  # noqa: E402
 from allscaip_lite.md.observables import (  # noqa: E402
     Estimate,
-    ObservableError,
     RadialDistribution,
     Run,
     block_average,
@@ -84,7 +84,7 @@ def test_single_values_as_blocks_would_make_the_error_too_small():
 def test_the_mean_of_blocks_is_exact_where_they_fill_the_series():
     assert block_average(np.arange(10.0), blocks=5).value == 4.5
     assert block_average(np.arange(11.0), blocks=5).value == 5.5  # without the oldest value
-    with pytest.raises(ObservableError, match="too few for 5 blocks"):
+    with pytest.raises(RunError, match="too few for 5 blocks"):
         block_average([1.0, 2.0])
 
 
@@ -108,9 +108,9 @@ def test_a_mean_less_the_reweighted_one_of_normal_values_is_known():
 
 def test_too_few_values_or_too_different_models_are_not_reweighted():
     series = np.random.default_rng(0).normal(size=200)
-    with pytest.raises(ObservableError, match="too far from one another"):
+    with pytest.raises(RunError, match="too far from one another"):
         reweighted_difference(series, 0.3 * series, 300.0)
-    with pytest.raises(ObservableError, match="too few for 10 blocks"):
+    with pytest.raises(RunError, match="too few for 10 blocks"):
         reweighted_difference(series[:9], np.zeros(9), 300.0)
 
 
@@ -179,7 +179,7 @@ def test_the_closest_contact_is_between_molecules_and_across_the_boundary():
     shortest = min(np.linalg.norm(d - edge * np.rint(d / edge)) for d in across)
     found = closest_contact(universe)
     assert found.value == pytest.approx(shortest, abs=1e-5) and found.value < 0.701 < within
-    with pytest.raises(ObservableError, match="no O-O pair"):
+    with pytest.raises(RunError, match="no O-O pair"):
         far = make_universe(
             [8, 1, 1, 8, 1, 1],
             np.repeat(placed + [[[0, 0, 0]] * 3 + [[0, 0, 7]] * 3], 5, 0),
@@ -192,12 +192,12 @@ def test_the_closest_contact_is_between_molecules_and_across_the_boundary():
 def test_the_reach_ends_at_half_the_box():
     universe = make_universe([18] * 20, ideal_gas(20, 9.0, 5), cubes(9.0, 5), 1.0)
     assert radial_distribution(universe, "Ar", "Ar").r[-1] < 4.5
-    with pytest.raises(ObservableError, match="beyond half the box"):
+    with pytest.raises(RunError, match="beyond half the box"):
         radial_distribution(universe, "Ar", "Ar", reach=5.0)
-    with pytest.raises(ObservableError, match="no pairs O-O"):
+    with pytest.raises(RunError, match="no pairs O-O"):
         radial_distribution(universe)
     vacuum = make_universe([18] * 20, ideal_gas(20, 9.0, 5), None, 1.0)
-    with pytest.raises(ObservableError, match="periodic"):
+    with pytest.raises(RunError, match="periodic"):
         radial_distribution(vacuum, "Ar", "Ar")
 
 
@@ -221,7 +221,7 @@ def test_the_first_peak_is_found_between_bins():
         noisy.append(first_peak(RadialDistribution(r, shaken, error))[0].value)
     small = first_peak(RadialDistribution(r, curve(r), 0.003 * np.ones_like(r)))[0]
     assert np.std(noisy) == pytest.approx(small.error, rel=0.3)
-    with pytest.raises(ObservableError, match="no peak"):
+    with pytest.raises(RunError, match="no peak"):
         first_peak(RadialDistribution(r, np.ones_like(r), error))
 
 
@@ -273,7 +273,7 @@ def test_atoms_that_fly_straight_are_displaced_by_the_square_of_time():
 
 def test_too_short_a_run_for_the_window_is_refused():
     universe = make_universe([8] * 10, walk(200, 10, 0.2, 0.1), None, 0.1)
-    with pytest.raises(ObservableError, match="too short for lags up to 10 ps"):
+    with pytest.raises(RunError, match="too short for lags up to 10 ps"):
         self_diffusion(universe)
 
 
@@ -315,7 +315,7 @@ def test_a_known_drift_is_found():
 
 
 def test_a_density_needs_constant_pressure():
-    with pytest.raises(ObservableError, match="npt"):
+    with pytest.raises(RunError, match="npt"):
         observables.density(run_of({"density_g_cm3": np.ones(10)}))
     found = observables.density(run_of({"density_g_cm3": np.ones(10)}, ensemble="npt"))
     assert found == Estimate(1.0, 0.0)
@@ -363,7 +363,7 @@ def test_a_run_is_read_without_its_beginning(folders):
     assert len(late.log["step"]) == 61 and len(late.universe.trajectory) == 61
     assert late.log["time_ps"][0] == pytest.approx(0.1)
     assert late.molecules == 8
-    with pytest.raises(ObservableError, match="ends before 9 ps"):
+    with pytest.raises(RunError, match="ends before 9 ps"):
         read_run(folders / "nvt", skip=9)
     with pytest.raises(FileNotFoundError):
         read_run(folders / "absent")

@@ -20,7 +20,6 @@ from allscaip_lite.errors import RunError  # noqa: E402
 from allscaip_lite.md.dynamics import read_log  # noqa: E402
 from allscaip_lite.md.observables import (  # noqa: E402
     Estimate,
-    ObservableError,
     average,
     jackknife,
     reweighted_difference,
@@ -260,14 +259,14 @@ def test_the_model_is_asked_about_the_teachers_structures(
     assert found["pressure_asked_bar"] == pytest.approx((-2000, 0), abs=1e-2)
     assert found["OO_height_asked"] == pytest.approx((0, 0), abs=1e-9)
 
-    with pytest.raises(ObservableError, match="is a run of pulled, not of spcfw"):
+    with pytest.raises(RunError, match="is a run of pulled, not of spcfw"):
         water_study.ask_model(Pulled(), mine, [mine], progress=False)
     other = tmp_path / "other"
     run_protocol(Pulled(), replace(SHORT, waters=9), other, "pulled", ("gas",), progress=False)
-    with pytest.raises(ObservableError, match="with another waters"):
+    with pytest.raises(RunError, match="with another waters"):
         water_study.ask_model(Pulled(), other, [teacher], progress=False)
     run_protocol(SPCFw(), SHORT, tmp_path / "gas", "spcfw", ("gas",), progress=False)
-    with pytest.raises(ObservableError, match="no npt or nvt run in .*gas"):
+    with pytest.raises(RunError, match="no npt or nvt run in .*gas"):
         water_study.ask_model(Pulled(), mine, [tmp_path / "gas"], progress=False)
 
 
@@ -355,7 +354,7 @@ def test_runs_with_other_seeds_count_as_one():
     assert halved["error"] == pytest.approx([0.0, 0.3 / math.sqrt(2)])
 
     for other in ({"waters": 32, "seed": 0}, {"waters": 64, "seed": 1}):
-        with pytest.raises(ObservableError, match="same settings and different seeds"):
+        with pytest.raises(RunError, match="same settings and different seeds"):
             pool([one, {**two, "protocol": other}])
 
 
@@ -366,7 +365,7 @@ def test_files_of_different_protocols_are_not_compared(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     files = [tmp_path / f"{name}.json" for name in "abc"]
     assert [result["name"] for result in read_results(files[:2])] == ["a", "b"]
-    with pytest.raises(ObservableError, match=r"c.json was made with another timestep"):
+    with pytest.raises(RunError, match=r"c.json was made with another timestep"):
         read_results(files)
 
 
@@ -423,7 +422,7 @@ def test_a_page_keeps_what_stands_around_its_table(tmp_path):
     assert text.startswith("Before.\n") and text.endswith("After.\n")
     assert "| two |" in text and "| one |" not in text
     page.write_text("no marks")
-    with pytest.raises(ObservableError, match="no place for a table"):
+    with pytest.raises(RunError, match="no place for a table"):
         insert_table(page, "")
 
 

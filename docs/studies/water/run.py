@@ -55,7 +55,6 @@ from allscaip_lite.md.dynamics import (
 from allscaip_lite.md.observables import (
     EXPERIMENT,
     Estimate,
-    ObservableError,
     Run,
     average,
     closest_contact,
@@ -261,7 +260,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
     for what in ("gas", "equilibrate", "npt", "nvt", "nve"):
         try:
             runs[what] = read_run(folder / what, settle if what == "npt" else 0.0)
-        except (FileNotFoundError, ObservableError):
+        except (FileNotFoundError, RunError):
             continue
         result["lengths_ps"][what] = round(float(runs[what].log["time_ps"][-1]), 6)
         with np.load(folder / what / "state.npz") as state:
@@ -270,7 +269,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
     def keep(key: str, measure: Any, *arguments: Any, **options: Any) -> None:
         try:
             found[key] = measure(*arguments, **options)
-        except ObservableError:
+        except RunError:
             pass  # too short for this one
 
     if "gas" in runs:
@@ -319,7 +318,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         try:
             motions = temperatures_by_motion(folder / "nvt")
             found["temperature_centres_K"], found["temperature_bonds_K"] = motions
-        except ObservableError:
+        except RunError:
             pass
         if np.isfinite(run.log["pressure_bar"]).all():
             keep("pressure_nvt_bar", average, run.log["pressure_bar"])
@@ -349,7 +348,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
                 }
                 if first == second == "O":
                     found["OO_peak_A"], found["OO_height"] = first_peak(pairs)
-            except ObservableError:
+            except RunError:
                 pass  # too short, or without a peak
         keep("HH_closest_A", closest_contact, run.universe)
         length = float(run.log["time_ps"][-1])
@@ -419,16 +418,16 @@ def ask_model(
     """Ask a model about the structures of the teacher's npt and nvt runs, for `collect`.
 
     folder: the model's, which keeps the answers; teachers: folders of the same protocol, of which
-    each has one of the two stages or both. Raises ObservableError for others.
+    each has one of the two stages or both. Raises RunError for others.
     """
     folder = Path(folder)
     mine = json.loads((folder / "protocol.json").read_text())
     for teacher in map(Path, teachers):
         plan = json.loads((teacher / "protocol.json").read_text())
         if plan["name"] != TEACHER:
-            raise ObservableError(f"{teacher} is a run of {plan['name']}, not of {TEACHER}")
+            raise RunError(f"{teacher} is a run of {plan['name']}, not of {TEACHER}")
         if changed := differing(plan, mine, but=["name", "seed", *PRODUCTION]):
-            raise ObservableError(f"{teacher} is a run with another {', '.join(changed)}")
+            raise RunError(f"{teacher} is a run with another {', '.join(changed)}")
     answered = False
     for stage, settle in (("npt", mine["settle"] / 1000), ("nvt", 0.0)):
         runs = [Path(teacher) / stage for teacher in teachers]
@@ -452,7 +451,7 @@ def ask_model(
             answers["g_OO"] = pairs_by_structure(universe)[1]
         np.savez(folder / ASKED.format(stage), **answers)
     if not answered:
-        raise ObservableError(f"no npt or nvt run in {', '.join(map(str, teachers))}")
+        raise RunError(f"no npt or nvt run in {', '.join(map(str, teachers))}")
 
 
 def _ask(
@@ -629,12 +628,12 @@ def _row(cells: Sequence[str]) -> str:
 def insert_table(page: Path, table: str) -> None:
     """Put the table into a page, between its two marks; what stands around them stays.
 
-    A new page gets nothing but the table. Raises ObservableError for a page without marks.
+    A new page gets nothing but the table. Raises RunError for a page without marks.
     """
     text = page.read_text() if page.exists() else "\n".join(MARKS) + "\n"
     begin, end = (text.find(mark) for mark in MARKS)
     if begin < 0 or end < begin:
-        raise ObservableError(
+        raise RunError(
             f"{page} has no place for a table: write the lines {MARKS[0]} and {MARKS[1]} into it"
         )
     page.parent.mkdir(parents=True, exist_ok=True)
