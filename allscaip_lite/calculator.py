@@ -42,7 +42,7 @@ class AllScAIPCalculator(Calculator):
     a C compiler (the first call on a machine compiles them, in a second or two); on a CUDA GPU a
     step that is recorded and repeated, once a composition has been asked for several times.
 
-    Raises `CompileError` where `kernels="c"` cannot be compiled, `PaddingError` where
+    Raises `KernelError` where `kernels="c"` cannot be compiled, and where
     `kernels="cuda-graphs"` cannot record a step, `StructureError` for structures the model cannot
     answer for, and ASE's `PropertyNotImplementedError` for a stress that does not exist: of a
     structure without periodic directions, or of a model with a head for direct forces.

@@ -25,3 +25,7 @@ class CheckpointError(InputError):
 
 class UnsafeCheckpointError(CheckpointError):
     """A model file that asks for more than data; none of its code was run."""
+
+
+class KernelError(InputError):
+    """A set of kernels that cannot be compiled here, or cannot run this model or this batch."""

@@ -17,8 +17,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from allscaip_lite.data.aselmdb import LabelledData
-from allscaip_lite.errors import DataError
-from allscaip_lite.kernels.padded import PaddedBatch, PaddingError, Size, pad
+from allscaip_lite.errors import DataError, KernelError
+from allscaip_lite.kernels.padded import PaddedBatch, Size, pad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures, structures_from_atoms
 
@@ -47,7 +47,7 @@ class Batch:
         )
 
     def padded_to(self, size: Size, reach: float) -> Batch:
-        """With `padded`, whose pairs are within `reach` Å; PaddingError if it does not fit."""
+        """With `padded`, whose pairs are within `reach` Å; KernelError if it does not fit."""
         pairs = candidate_pairs(self.structures, reach)
         return replace(self, padded=pad(self.structures, pairs, size))
 
@@ -136,7 +136,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
             return batch
         try:
             return batch.padded_to(self.size, self.reach)
-        except PaddingError:
+        except KernelError:
             return batch
 
     def _fill(self, epoch: int) -> list[np.ndarray]:

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from allscaip_lite import attention
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.kernels import compiled, elementwise, fused_attention
-from allscaip_lite.kernels.compiled import CompileError
 from allscaip_lite.machine import processor_name
 from allscaip_lite.operations import PLAIN, Operations
 
@@ -39,7 +38,7 @@ def choose(
 
     `cuda-graphs` records the operations of `torch`: what is recorded is a matter of the calculator
     and of training. Raises `InputError` for a name that is none or a set that the device cannot
-    run, and `CompileError` where `c` is asked for by name and cannot be compiled.
+    run, and `KernelError` where `c` is asked for by name and cannot be compiled.
     """
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
@@ -54,7 +53,7 @@ def choose(
         try:
             compiled.load_kernels(dtype)  # compiled now, not at the first step
             return in_c()
-        except CompileError:
+        except KernelError:
             if kernels == "c":
                 raise
     return in_torch(device.type)

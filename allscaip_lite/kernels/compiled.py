@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from allscaip_lite import attention, operations
 from allscaip_lite.attention import Neighborhoods
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import Graph
 from allscaip_lite.kernels.elementwise import RMSNormDerivative
 
@@ -44,10 +44,6 @@ FLAGS = (
 TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
-class CompileError(InputError):
-    """The kernels could not be compiled; the message says what to do."""
-
-
 def cache_folder() -> Path:
     """Where compiled kernels are kept: `$XDG_CACHE_HOME/allscaip-lite`, or below `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -58,14 +54,14 @@ def cache_folder() -> Path:
 def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
     """The kernels for numbers of `dtype`, compiled if they are not in the cache, in seconds.
 
-    Raises `CompileError` without a C compiler, or where it fails.
+    Raises `KernelError` without a C compiler, or where it fails.
     """
     if dtype not in TYPES:
-        raise CompileError(f"the kernels in C take float32 and float64, not {dtype}")
+        raise KernelError(f"the kernels in C take float32 and float64, not {dtype}")
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     compiler = compiler or shutil.which("clang")
     if not compiler:
-        raise CompileError(
+        raise KernelError(
             'kernels="c" needs a C compiler: install gcc or clang (on Debian and Ubuntu: '
             'apt install gcc), or ask for kernels="auto"'
         )
@@ -96,9 +92,9 @@ def _compile(command: list[str], library: Path) -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise CompileError(f'kernels="c": {command[0]} does not run: {error}') from error
+            raise KernelError(f'kernels="c": {command[0]} does not run: {error}') from error
         if done.returncode:
-            raise CompileError(
+            raise KernelError(
                 f'kernels="c": {command[0]} failed; set CC to another compiler, or ask for '
                 f'kernels="auto"; it said:\n{done.stderr.strip()[-2000:]}'
             )

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import SLOT_STEP, build_graph
 from allscaip_lite.kernels.padded import (
     PaddedBatch,
-    PaddingError,
     Size,
     pad,
     padded_prediction,
@@ -98,7 +98,7 @@ class RecordedModel:
     room for is recorded and done once more, with room.
 
     patient: a composition is recorded only after PATIENCE calls, and a model or structures that
-    have no padded form are left to the model itself, where else `PaddingError` is raised.
+    have no padded form are left to the model itself, where else `KernelError` is raised.
     """
 
     def __init__(self, model: AllScAIP, *, patient: bool = False) -> None:
@@ -115,7 +115,7 @@ class RecordedModel:
 
         Raises:
             StructureError: two atoms stand on one spot.
-            PaddingError: there is no padded form, and this is not patient.
+            KernelError: there is no padded form, and this is not patient.
         """
         if self.patient:
             same = self.last is not None and _alike(structures, self.last)
@@ -125,7 +125,7 @@ class RecordedModel:
                 return self._unrecorded(structures)
         try:
             return self._recorded(structures)
-        except PaddingError:
+        except KernelError:
             if not self.patient:
                 raise
             return self._unrecorded(structures)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from allscaip_lite.attention import SystemTable
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import (
     ABSENT,
     EXTRA_CANDIDATES,
@@ -34,10 +34,6 @@ from allscaip_lite.model import AllScAIP, Geometry, Prediction
 from allscaip_lite.neighbors import pair_vectors, places_in_rows, safe_norm
 from allscaip_lite.operations import Operations
 from allscaip_lite.structures import Structures
-
-
-class PaddingError(InputError):
-    """A model or batch that cannot be padded to a fixed size; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def pad(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size
     """A batch on a CPU brought to a size; `pairs` from `candidate_pairs`.
 
     Padding atoms are hydrogen, each without neighbours, in systems of their own; what is then left
-    of the systems has no atoms. Raises `PaddingError` where the batch does not fit or is periodic
+    of the systems has no atoms. Raises `KernelError` where the batch does not fit or is periodic
     in some directions only.
     """
     n, batch = len(structures.positions), len(structures)
@@ -108,14 +104,14 @@ def pad(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size
     missing, rows = size.atoms - n, size.systems - batch
     fits = min(missing, rows, size.pairs - len(first)) >= 0
     if not fits or int(structures.natoms.max()) > size.longest:
-        raise PaddingError(f"{n} atoms in {batch} systems, {len(first)} pairs, exceed {size}")
+        raise KernelError(f"{n} atoms in {batch} systems, {len(first)} pairs, exceed {size}")
     if rows * size.longest < missing:
-        raise PaddingError(f"no systems are left for {missing} padding atoms: {size}")
+        raise KernelError(f"no systems are left for {missing} padding atoms: {size}")
     natoms = (missing - torch.arange(rows) * size.longest).clamp(0, size.longest)
     apart = torch.arange(missing, dtype=structures.positions.dtype) * 10
     periodic = structures.pbc.all(1)
     if bool((structures.pbc.any(1) != periodic).any()):
-        raise PaddingError("a structure is periodic in some directions, but not in all")
+        raise KernelError("a structure is periodic in some directions, but not in all")
     lattices = reduced_cells(structures)
 
     def more(tensor: Tensor, count: int, value: float = 0) -> Tensor:
@@ -264,10 +260,10 @@ def padded_prediction(
 ) -> tuple[Prediction, Tensor]:
     """What `AllScAIP.forward` gives, padding included, and how many edges found no slot.
 
-    Raises `PaddingError` for a model that ranks neighbours by other than truncated soft ranks.
+    Raises `KernelError` for a model that ranks neighbours by other than truncated soft ranks.
     """
     if not can_pad(model.config):
-        raise PaddingError(
+        raise KernelError(
             "the padded form is for soft_rank=True, truncated_rank=True and max_neighbors=None, "
             "and this model has others"
         )

@@ -9,7 +9,7 @@ leaves most of a GPU idle, and some of a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Condition
 from typing import TypeVar
 
@@ -22,10 +22,6 @@ from allscaip_lite.model import Result
 Outcome = TypeVar("Outcome")
 
 
-class Stopped(RuntimeError):
-    """Raised in the other runs when one run failed, or when the user pressed Ctrl-C."""
-
-
 def side_by_side(
     calculator: AllScAIPCalculator,
     works: Sequence[Callable[[Calculator], Outcome]],
@@ -34,8 +30,8 @@ def side_by_side(
     """Call all functions at once, each with a calculator of its own.
 
     A structure that the model has no answer for, such as atoms on one spot, is an error in its own
-    run alone. An error that a run does not catch stops the others where they next ask for forces,
-    and is raised here; so does Ctrl-C.
+    run alone. An error that a run does not catch, and Ctrl-C, stop the others by a `CancelledError`
+    where they next ask for forces, and are raised here.
 
     Args:
         calculator: whose model gives all answers.
@@ -65,7 +61,7 @@ def side_by_side(
         finally:
             requests.stop()
     errors = [error for future in futures if (error := future.exception())]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+    for error in sorted(errors, key=lambda error: isinstance(error, CancelledError)):
         raise error
     return [future.result() for future in futures]
 
@@ -103,7 +99,7 @@ class _Requests:
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.stopped or number in self.answers)
             if self.stopped:
-                raise Stopped("stopped, because another run was")
+                raise CancelledError("another run failed, or the user pressed Ctrl-C")
             answer = self.answers.pop(number)
         if isinstance(answer, Exception):
             raise answer
@@ -132,7 +128,7 @@ class _Requests:
             self.changed.notify_all()
 
     def stop(self) -> None:
-        """Raise `Stopped` in every run that waits or will."""
+        """Raise `CancelledError` in every run that waits or will."""
         with self.changed:
             self.stopped = True
             self.changed.notify_all()

@@ -17,9 +17,10 @@ import torch
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
+from allscaip_lite.errors import KernelError
 from allscaip_lite import AllScAIP, AllScAIPCalculator
 from allscaip_lite.kernels import choose
-from allscaip_lite.kernels.compiled import CompileError, load_kernels
+from allscaip_lite.kernels.compiled import load_kernels
 from allscaip_lite.operations import PLAIN
 
 ModelMaker = Callable[..., AllScAIP]
@@ -181,7 +182,7 @@ def test_without_a_compiler(
     model = make_model()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(CompileError, match="install gcc or clang"):
+    with pytest.raises(KernelError, match="install gcc or clang"):
         AllScAIPCalculator(model, kernels="c")
     calculator = AllScAIPCalculator(model)  # "auto" does without
     assert calculator.model.operations is choose("torch", "cpu", torch.float64)
@@ -196,13 +197,13 @@ def test_a_compiler_that_fails_is_quoted(
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     for compiler, message in ((broken, "no such target"), (tmp_path / "none", "does not run")):
         monkeypatch.setenv("CC", str(compiler))
-        with pytest.raises(CompileError, match=message):
+        with pytest.raises(KernelError, match=message):
             AllScAIPCalculator(make_model(), kernels="c")
     assert not list(fresh.rglob("*"))
 
 
 def test_half_precision_is_refused(make_model: ModelMaker) -> None:
-    with pytest.raises(CompileError, match="float32 and float64"):
+    with pytest.raises(KernelError, match="float32 and float64"):
         AllScAIPCalculator(make_model(), dtype=torch.bfloat16, kernels="c")
 
 

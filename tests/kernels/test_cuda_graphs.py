@@ -13,12 +13,12 @@ from ase.build import molecule
 from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from allscaip_lite.errors import KernelError
 from allscaip_lite import AllScAIP, AllScAIPCalculator
 from allscaip_lite.kernels import choose, cuda_graphs
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.kernels.padded import (
     PaddedBatch,
-    PaddingError,
     Size,
     pad,
     padded_prediction,
@@ -213,9 +213,9 @@ def test_charge_is_read_with_every_step(make_model: ModelMaker) -> None:
 def test_what_cannot_be_padded_is_refused(make_model: ModelMaker) -> None:
     slab = water()
     slab.pbc = [True, True, False]
-    with pytest.raises(PaddingError, match="some directions"):
+    with pytest.raises(KernelError, match="some directions"):
         make_model().predict(slab, RecordedModel(make_model()))
-    with pytest.raises(PaddingError, match="soft_rank"):
+    with pytest.raises(KernelError, match="soft_rank"):
         make_model(soft_rank=False).predict(water(), RecordedModel(make_model(soft_rank=False)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ase.build import molecule
 from ase.calculators.calculator import Calculator
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
-from allscaip_lite.md.batched import Stopped, side_by_side
+from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.structures import StructureError
 
 NEUTRAL = {"charge": 0, "spin": 1}
@@ -71,7 +73,7 @@ def test_an_error_nobody_catches_stops_the_others_and_is_raised(calculator):
     def endless(own: Calculator) -> None:
         try:
             walk("CH4", 1_000_000)(own)
-        except Stopped as error:
+        except CancelledError as error:
             seen.append(error)
             raise
 
