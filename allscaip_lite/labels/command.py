@@ -78,7 +78,7 @@ def _read(file: Path) -> list[Atoms]:
 
 
 def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
-    """One structure with the labels of a method; beside those of DFT, GFN2-xTB's energy (eV) and
+    """One structure with the labels of a method; with those of DFT, GFN2-xTB's energy (eV) and
     forces (eV/Å) are in `info`, where that is installed and has them."""
     method, atoms = task
     if method == "wb97m-v":
