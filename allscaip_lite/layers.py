@@ -16,6 +16,7 @@ from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.operations import PLAIN, Operations
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "squared_relu": lambda x: F.relu(x).square(),
@@ -25,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Activation(nn.Module):
-    """GELU, or one of `ACTIVATIONS`, any shape."""
+    """One of `ACTIVATIONS`, any shape; GELU, the paper's, is one of the operations."""
 
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
