@@ -1,4 +1,4 @@
-"""Stability: molecules that hold and that do not, the drift of the energy, and turning."""
+"""Stability: molecules that hold and that do not, the drift of the energy, and rotation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from allscaip_lite.labels.spcfw import SPCFw
 from docs.studies.stability.run import (
     Trial,
     choose,
-    damage,
+    changed_bond,
     main,
+    rotation_errors,
     run_trial,
     table,
     try_molecule,
-    turned,
 )
 
 SHORT = Trial(
@@ -83,39 +83,39 @@ def test_single_closed_shell_molecules_are_chosen_by_size(data):
         choose(Dataset(data), dataclasses.replace(SHORT, molecules=6))
 
 
-def test_a_stretched_bond_and_a_new_contact_are_damage():
+def test_a_stretched_bond_and_a_new_contact_are_changed_bond():
     start = molecule("CH3CH2OH")
-    assert damage(start, start) is None
+    assert changed_bond(start, start) is None
     shaken = start.copy()
     shaken.rattle(0.05, seed=1)
-    assert damage(start, shaken) is None
+    assert changed_bond(start, shaken) is None
     torn, closed = start.copy(), start.copy()
     carbons = [atom.index for atom in start if atom.symbol == "C"]
     torn.positions[carbons[0]] += 3 * (start.positions[carbons[0]] - start.positions[carbons[1]])
-    assert damage(start, torn).startswith("bond broken")
+    assert changed_bond(start, torn).startswith("bond broken")
     hydrogens = [atom.index for atom in start if atom.symbol == "H"]
     closed.positions[hydrogens[-1]] = closed.positions[hydrogens[0]] + [0.5, 0, 0]
-    lost = damage(start, closed)
+    lost = changed_bond(start, closed)
     assert lost is not None and "H" in lost
     near = Atoms("He2", [[0, 0, 0], [0, 0, 3.0]])
     met = Atoms("He2", [[0, 0, 0], [0, 0, 0.4]])
-    assert damage(near, met) == "bond made: He0-He1, 3.00 → 0.40 Å"
+    assert changed_bond(near, met) == "bond formed: He0-He1, 3.00 → 0.40 Å"
 
 
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def test_turning_is_measured_against_the_mean(model):
+def test_rotation_errors_are_measured_from_the_mean(model):
     atoms = molecule("CH3OH")
-    changes = turned(model, atoms, rotations=6)
+    changes = rotation_errors(model, atoms, rotations=6)
     assert changes.shape == (6,)
     assert changes.mean() == pytest.approx(0, abs=1e-6)
     assert np.abs(changes).max() > 0
     single = Atoms("Ne", info={"charge": 0, "spin": 1})
-    assert np.abs(turned(model, single, rotations=3)).max() < 1e-6  # rounding of float32
+    assert np.abs(rotation_errors(model, single, rotations=3)).max() < 1e-6  # rounding of float32
     shifted = atoms.copy()
     shifted.positions += 5.0
-    assert turned(model, shifted, 6) == pytest.approx(changes, abs=1e-3)
+    assert rotation_errors(model, shifted, 6) == pytest.approx(changes, abs=1e-3)
 
 
 def test_water_by_its_force_field_holds_and_keeps_its_energy(tmp_path):
@@ -133,8 +133,8 @@ def test_what_flies_apart_is_said_to(tmp_path):
     row = try_molecule(Torn(), molecule("H2O"), SHORT, tmp_path)
     assert row["broken"] is not None
     assert "drift" not in row
-    turning = {"rotation_rms": 0.0, "rotation_worst": 0.0}
-    assert row["broken"] in table([row | turning])
+    rotated = {"rotation_rms": 0.0, "rotation_worst": 0.0}
+    assert row["broken"] in table([row | rotated])
 
 
 def test_what_breaks_at_once_is_a_row_too(tmp_path, model, make_colliding):
@@ -174,6 +174,6 @@ def test_rows_are_those_of_the_molecules(model, data, tmp_path):
     molecules = choose(Dataset(data), SHORT)
     rows = run_trial(model, molecules, SHORT, tmp_path, progress=False)
     assert [row["formula"] for row in rows] == [a.get_chemical_formula() for a in molecules]
-    warm = SHORT.warm()
-    assert warm.temperature * units.kB == pytest.approx(0.025852, rel=1e-4)
-    assert SHORT.free().ensemble == "nve" and SHORT.free().relax == 0
+    settings = SHORT.equilibration()
+    assert settings.temperature * units.kB == pytest.approx(0.025852, rel=1e-4)
+    assert SHORT.production().ensemble == "nve" and SHORT.production().relax == 0

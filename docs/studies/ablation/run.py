@@ -1,12 +1,12 @@
-"""Which inductive bias helps whom: `run.py` trains models that differ in one thing.
+"""Which part of the model helps with what: training of models that differ in one thing.
 
 In: a data set, and a `Study`: which models, how long they train, what is measured. Out: a table
-(JSON) of all its cells, with the machine and the versions, from which lesson 08 draws. Studies
-`ions`, `pairs` and `chain` ask what carries long range; `table` asks how errors on unseen molecules
-depend on node attention, LAE, ERoPE, the amount of data and the model's size (paper,
-arXiv 2603.06567, Figure 5).
+(JSON) of all trainings, with the machine and the versions, which lesson 08 draws. The studies
+`ions`, `pairs` and `chain` ask what carries long range; `table` asks how errors on molecules that
+were never trained on depend on node attention, LAE, ERoPE, the amount of data and the size of the
+model (paper, arXiv 2603.06567, Figure 5).
 
-A cell is one training. Each is stored as soon as it is done, so a study can run in pieces.
+A cell of the table is one training. Each is stored when it is done, so a study can run in pieces.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from allscaip_lite.files import store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import Stage, fresh_model, train
 
 # --- What is compared ------------------------------------------------------------------------
@@ -104,10 +105,11 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Study:
-    """The cells, and what all of them share. Distances in Å; errors are binned by gap at `bins`.
+    """The cells of a table, and what all of them share.
 
-    `conservative` models train on the gradient of the energy from the start; others have a force
-    head of their own. The exponent of a tail is fitted inside `window`.
+    Distances are in Å. Errors are binned by gap at `bins`, exponents of tails fitted inside
+    `window`. Forces of a `conservative` model are gradients of its energy from the start; another
+    model has a direct force head.
     """
 
     sizes: tuple[str, ...] = ("small",)
@@ -125,7 +127,7 @@ class Study:
     throughput: bool = False
 
     def cells(self) -> list[Cell]:
-        """Seeds come last, so that a part of a study is the whole of a smaller one."""
+        """All cells, seed by seed: the first ones are a complete study of fewer seeds."""
         return [
             Cell(*VARIANTS[variant], angular, size, structures, seed)
             for seed in self.seeds
@@ -173,8 +175,10 @@ STUDIES = {
 
 
 def choose(data: Dataset, structures: int | None, seed: int) -> InMemory:
-    """That many structures, or all there are: the first of a shuffle, so a larger set of the same
-    seed contains the smaller ones."""
+    """That many structures, or all: the first of a shuffle.
+
+    A larger set of the same seed contains the smaller ones.
+    """
     if structures is None or structures >= len(data):
         return InMemory(data)
     return InMemory(data, np.random.default_rng([seed, 88]).permutation(len(data))[:structures])
@@ -183,9 +187,17 @@ def choose(data: Dataset, structures: int | None, seed: int) -> InMemory:
 def run_cell(
     study: Study, cell: Cell, data: Path, folder: Path, kernels: str = "auto"
 ) -> dict[str, Any]:
-    """Train one cell and measure it; `folder` keeps what it takes to go on, and the weights.
+    """Train one cell and measure it, or go on with it.
 
-    `data` is a folder with `{train,val,test}.aselmdb`, and `curves.aselmdb` where there are any.
+    Args:
+        study: what all cells share.
+        cell: which model, data and seed.
+        data: a folder with `{train,val,test}.aselmdb`, and `curves.aselmdb` if there are curves.
+        folder: keeps the state of the training, and the weights.
+        kernels: see `allscaip_lite.kernels`.
+
+    Returns:
+        The cell's row of the table.
     """
     training_data = choose(Dataset(data / "train.aselmdb"), cell.structures, cell.seed)
     validation = Dataset(data / "val.aselmdb")
@@ -223,9 +235,11 @@ def run_cell(
 
 @torch.no_grad()
 def throughput(study: Study, test: InMemory, rounds: int = 9) -> dict[str, float]:
-    """Atoms a second of every kind of model (`Cell.kind`): energies and forces of the first batch
-    of the test set, the median of all rounds. Weights do not matter, so they are random. Models
-    take turns, so that what else the machine does slows them all alike."""
+    """Atoms per second of each kind of model (`Cell.kind`), for energies and forces.
+
+    Medians over `rounds` calls on the first batch of the test set, with random weights. The models
+    take turns, so that other load on the machine slows all of them alike.
+    """
     kinds = {cell.kind: study.config(cell) for cell in study.cells()}
     models = {kind: AllScAIP(config).eval() for kind, config in kinds.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,12 +269,23 @@ def run_study(
     hours: float = float("inf"),
     kernels: str = "auto",
 ) -> dict[str, Any]:
-    """Run the cells that are not done yet, store each, and return `collect`'s table.
+    """Run the cells that are not done yet, and store each; a stopped cell goes on.
 
-    `cells` are patterns of names, as in "rotary-*-seed0". No cell starts after `hours`; a cell that
-    was stopped goes on where it was. `kernels` is `train`'s. The table is written to `results`
-    after every cell; cells that it has already are taken from there. Raises InputError where
-    `folder` or `results` holds another study or other data, or no cell has such a name.
+    Args:
+        study: the cells, and how they train.
+        data: folder of the data set.
+        folder: of the runs.
+        results: the table to write after every cell. Cells that it has already are not run.
+        cells: patterns of names, as in "rotary-*-seed0".
+        hours: after these no cell starts.
+        kernels: see `allscaip_lite.kernels`.
+
+    Returns:
+        The table, see `collect`.
+
+    Raises:
+        InputError: where `folder` or `results` holds another study or other data, or no cell has
+            such a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"study": asdict(study), "models": _models(study), "data": _sums(data)})
@@ -305,9 +330,9 @@ def run_study(
 
 
 def _take_over(results: Path, plan: Mapping[str, Any], folder: Path) -> None:
-    """Put the cells of a table, such as the one in the repository, where `run_study` looks."""
+    """Put the cells of a results file where `run_study` looks for them."""
     table = json.loads(results.read_text())
-    settings = json.loads(json.dumps(asdict(Study()))) | table["study"]  # it may be older than one
+    settings = json.loads(json.dumps(asdict(Study()))) | table["study"]  # from before a setting
     if plan != {"study": settings, "models": table["models"], "data": table["data"]}:
         raise InputError(f"{results} is of another study or other data: give another --results")
     for row in table["cells"]:
@@ -317,7 +342,7 @@ def _take_over(results: Path, plan: Mapping[str, Any], folder: Path) -> None:
 
 
 def collect(study: Study, data: Path, folder: Path) -> dict[str, Any]:
-    """The table of all cells that are done: settings, machine, the truth's curves, one row each."""
+    """The table: settings, data, machine, the true curves, and a row for each cell that is done."""
     rows = []
     for cell in study.cells():
         file = folder / f"{cell.name}.json"
@@ -344,7 +369,7 @@ def _models(study: Study) -> dict[str, Any]:
 
 
 def _sums(data: Path) -> dict[str, Any]:
-    """Sizes and checksums of the files, by which one data set is told from another."""
+    """Sizes and checksums of the data files, to tell data sets apart."""
     found = {}
     for split in ("train", "test"):
         structures = Dataset(data / f"{split}.aselmdb")
@@ -354,7 +379,7 @@ def _sums(data: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str | int]:
-    """What ran: processor, threads, accelerator, versions."""
+    """Processor, threads, accelerator and versions."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -368,7 +393,7 @@ def machine() -> dict[str, str | int]:
 
 
 def write_table(table: Mapping[str, Any], path: Path) -> None:
-    """Store a table as JSON, a cell a line, so that a difference can be read."""
+    """Store a table as JSON, with each cell on a line of its own."""
     head = {key: value for key, value in table.items() if key != "cells"}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     cells = ",\n".join(json.dumps(row) for row in table["cells"])
@@ -377,64 +402,62 @@ def write_table(table: Mapping[str, Any], path: Path) -> None:
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
-    """Errors, mean over seeds (smallest–largest). One amount of data: energy MAE in meV a structure
-    and force MAE in meV/Å, by variant and `data_id`. Several: force MAE in meV/Å and energy MAE in
-    meV/atom of all structures, by variant and amount."""
+    """The errors of a study, means over seeds (smallest–largest).
+
+    Of one amount of data: energy MAE in meV a structure / force MAE in meV/Å, by variant and
+    `data_id`. Of several: force MAE in meV/Å / energy MAE in meV/atom of all structures, by variant
+    and amount.
+    """
     if len({row["structures"] for row in table["cells"]}) > 1:
         return _by_amount(table)
-    groups: dict[tuple, list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in table["cells"]:
         variant = row["name"].split("-")[0]
         key = variant, "yes" if row["angular"] else "no", row["size"], row["structures"]
         groups.setdefault(key, []).append(row["errors"])
     kinds = [name for name in table["cells"][0]["errors"] if not name[0].isdigit()]
-    lines = [
-        "| variant | LAE | size | structures | seeds | " + " | ".join(kinds) + " |",
-        "|---|---|---|---:|---:|" + "---:|" * len(kinds),
-    ]
+    lines = []
     for key, seeds in groups.items():
         cells = []
         for kind in kinds:
-            energies = [found[kind]["energy_mae"] for found in seeds]
-            forces = statistics.mean(found[kind]["force_mae"] for found in seeds)
-            spread = f" ({min(energies):.0f}–{max(energies):.0f})" if len(seeds) > 1 else ""
-            cells.append(f"{statistics.mean(energies):.0f}{spread} / {forces:.0f}")
-        lines.append("| " + " | ".join([*map(str, key), str(len(seeds)), *cells]) + " |")
-    return "\n".join(lines)
+            energy = _mean_and_range([found[kind]["energy_mae"] for found in seeds])
+            force = statistics.mean(found[kind]["force_mae"] for found in seeds)
+            cells.append(f"{energy} / {force:.0f}")
+        lines.append([*key, len(seeds), *cells])
+    head = ["variant", "LAE", "size", "structures", "seeds", *kinds]
+    return markdown_table(head, lines, align="lllrr" + "r" * len(kinds))
 
 
 def tails_to_markdown(table: Mapping[str, Any]) -> str:
-    """By curve, the steepest first: exponent of the truth's tail, `tail_misfit` of a flat line, and
-    of the models, mean over seeds (smallest–largest), in meV."""
+    """Tails by curve, steepest first: the true exponent, and misfits in meV.
+
+    `tail_misfit` of a constant (flat), and of the models, means over seeds (smallest–largest).
+    """
     window = tuple(table["study"]["window"])
     kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in table["cells"]:
         kinds.setdefault((row["name"].split("-")[0], row["angular"]), []).append(row["curves"])
     names = [f"{variant}{', LAE' if angular else ''}" for variant, angular in kinds]
-    lines = [
-        "| curve | exponent | flat | " + " | ".join(names) + " |",
-        "|---|---:|---:|" + "---:|" * len(names),
-    ]
-    found = []
+    lines = []
     for curve, truth in table["truth"].items():
         distance, energy = truth["distance"], truth["energy"]
         if max(distance) < window[1]:
-            continue  # opposite ions that meet as neutral atoms further out
+            continue  # opposite ions that are neutral atoms further out
         flat = tail_misfit(distance, [0.0] * len(energy), energy, window)
         cells = [curve, f"{tail_exponent(distance, energy, window):.1f}", f"{flat:.0f}"]
         for seeds in kinds.values():
             misfits = [
                 tail_misfit(distance, curves[curve]["energy"], energy, window) for curves in seeds
             ]
-            least, most = f"{min(misfits):.0f}", f"{max(misfits):.0f}"
-            spread = f" ({least}–{most})" if least != most else ""
-            cells.append(f"{statistics.mean(misfits):.0f}{spread}")
-        found.append((-flat, "| " + " | ".join(cells) + " |"))
-    return "\n".join([*lines, *(line for _, line in sorted(found))])
+            cells.append(_mean_and_range(misfits))
+        lines.append((-flat, cells))
+    return markdown_table(
+        ["curve", "exponent", "flat", *names], [cells for _, cells in sorted(lines)]
+    )
 
 
 def _by_amount(table: Mapping[str, Any]) -> str:
-    groups: dict[tuple, dict[int, list[dict[str, float]]]] = {}
+    groups: dict[tuple[str, ...], dict[int, list[dict[str, float]]]] = {}
     for row in table["cells"]:
         cell = Cell(*(row[name] for name in ("node_attention", "rotary", "angular", "size")))
         key = cell.variant, "yes" if cell.angular else "no", cell.size, cell.kind
@@ -442,37 +465,41 @@ def _by_amount(table: Mapping[str, Any]) -> str:
         of_amount.append(row["errors"]["all"])
     amounts = sorted({amount for found in groups.values() for amount in found})
     speeds = table.get("throughput", {})
-    lines = [
-        "| variant | LAE | size | " + " | ".join(map(str, amounts)) + " | atoms/s |",
-        "|---|---|---|" + "---:|" * (len(amounts) + 1),
-    ]
-    for (*head, kind), found in sorted(groups.items(), key=lambda item: item[0][2] != "small"):
+    lines = []
+    for (*names, kind), found in sorted(groups.items(), key=lambda item: item[0][2] != "small"):
         cells = []
         for amount in amounts:
             forces = [row["force_mae"] for row in found.get(amount, [])]
             energies = [row["energy_mae_per_atom"] for row in found.get(amount, [])]
-            if not forces:
-                cells.append("–")
-                continue
-            spread = f" ({min(forces):.0f}–{max(forces):.0f})" if len(forces) > 1 else ""
-            cells.append(f"{statistics.mean(forces):.0f}{spread} / {statistics.mean(energies):.1f}")
+            known = forces and f"{_mean_and_range(forces)} / {statistics.mean(energies):.1f}"
+            cells.append(known or "–")
         speed = f"{speeds[kind]:.0f}" if kind in speeds else "–"
-        lines.append("| " + " | ".join([*head, *cells, speed]) + " |")
-    return "\n".join(lines)
+        lines.append([*names, *cells, speed])
+    head = ["variant", "LAE", "size", *map(str, amounts), "atoms/s"]
+    return markdown_table(head, lines, align="lll" + "r" * (len(amounts) + 1))
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    """As in "15 (10–20)", without the range where it does not show."""
+    least, most = f"{min(values):.0f}", f"{max(values):.0f}"
+    spread = f" ({least}–{most})" if least != most else ""
+    return f"{statistics.mean(values):.0f}{spread}"
 
 
 # --- The command -----------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `run.py`."""
+    """The arguments of the command."""
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--data", type=Path, help="folder of the data set")
     parser.add_argument("--out", type=Path, help="run folder")
     parser.add_argument(
         "--results", type=Path, help="the table, such as docs/studies/ablation/results/ions.json"
     )
-    parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after")
+    parser.add_argument(
+        "--hours", type=float, default=float("inf"), help="start no training after these"
+    )
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="as in 'rotary-*-seed0'"
     )
@@ -482,12 +509,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`run.py`: run a study, or go on with it; the exit status."""
+    """Run a study, or go on with it, or show its table; the exit status."""
     study = STUDIES[args.study]
     if args.show:
         if args.results is None or not args.results.is_file():
             raise InputError(
-                "--show: which table? As in --results docs/studies/ablation/results/ions.json"
+                "--show needs a table, as in --results docs/studies/ablation/results/ions.json"
             )
         table = json.loads(args.results.read_text())
         print(f"{table['done']}\n\n{to_markdown(table)}")
@@ -495,7 +522,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{tails_to_markdown(table)}")
         return 0
     if args.data is None or args.out is None:
-        raise InputError("say where the data are, with --data, and the runs, with --out")
+        raise InputError("give the folder of the data, --data, and that of the runs, --out")
     if args.list:
         for cell in study.cells():
             done = (args.out / f"{cell.name}.json").exists()
@@ -515,6 +542,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; `argv` defaults to the arguments of the process."""
     return run_script(
         add_arguments,
         run,

@@ -1,10 +1,10 @@
-"""Does a model hold molecules together: `python docs/studies/stability/run.py MODEL DATA`.
+"""Whether molecules hold together in dynamics, and keep their energy when they are rotated.
 
-In: a model, and a data set from which molecules are taken, one structure each, of sizes spread
-evenly. Each is relaxed and warmed by the model, and then moves at constant energy. Out: whether a
-bond broke or two atoms met that were none, and the drift of the energy, which conservative forces
-keep near zero. And, of each, how much its energy changes when it is turned: the model learns that
-space has no direction, it does not know it.
+In: a model, and a data set from which molecules are chosen, of sizes spread evenly. Each is relaxed
+and equilibrated with the model, and then moves at constant energy. Out: whether a bond broke or
+formed, the drift of the energy, which is near zero for conservative forces, and how much the energy
+of a structure changes with its orientation: the model learns invariance under rotation, it is not
+built in.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.md.dynamics import Explosion, Settings, read_log, run_md
 from allscaip_lite.md.observables import drift
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.tables import markdown_table
 
-BONDED = 1.25  # times the sum of covalent radii: the bonds of the relaxed start
-BROKEN = 1.5  # times its length in the start: far beyond any vibration at 300 K
-MET = 0.9  # times the sum of covalent radii: atoms that were no bond this close have made one
+BONDED = 1.25  # closer than this times the sum of covalent radii at the start: a bond
+BROKEN = 1.5  # a bond longer than this times its first length: far beyond vibrations at 300 K
+FORMED = 0.9  # a pair closer than this times the sum of covalent radii: a new bond
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Trial:
     rotations: int = 32
     seed: int = 0
 
-    def warm(self) -> Settings:
-        """By noise, which reaches every vibration, from a minimum of the model's own."""
+    def equilibration(self) -> Settings:
+        """From a minimum of the model's energy, with a thermostat that acts on every atom."""
         return Settings(
             ensemble="nvt",
             thermostat="langevin",
@@ -72,18 +73,19 @@ class Trial:
             seed=self.seed,
         )
 
-    def free(self) -> Settings:
-        return replace(self.warm(), ensemble="nve", duration=self.duration, relax=0)
+    def production(self) -> Settings:
+        """At constant energy."""
+        return replace(self.equilibration(), ensemble="nve", duration=self.duration, relax=0)
 
 
 # --- Molecules -------------------------------------------------------------------------------
 
 
 def choose(data: Dataset, trial: Trial) -> list[Atoms]:
-    """Single molecules without unpaired electrons, sizes spread evenly between the two ends.
+    """Single molecules without unpaired electrons, of sizes spread evenly over the range.
 
-    One molecule is what its bonds hold together, and what its SMILES, where `info["molecule"]` has
-    one, calls one. Raises InputError where there are too few.
+    A structure counts as one molecule if bonds connect all of its atoms, and if its SMILES, where
+    `info["molecule"]` has one, has one part. Raises `InputError` where there are too few.
     """
     sizes: dict[str, tuple[int, int]] = {}  # of each formula, the first structure: atoms, index
     for index in np.random.default_rng(trial.seed).permutation(len(data)):
@@ -125,12 +127,12 @@ def _single(atoms: Atoms) -> bool:
     return named and connected_components(bonds(atoms))[0] == 1
 
 
-def damage(start: Atoms, frame: Atoms) -> str | None:
-    """The first bond of `start` that is gone in `frame`, or the first that is new; else None."""
-    before, after, bonded = (start.get_all_distances(), frame.get_all_distances(), bonds(start))
+def changed_bond(start: Atoms, frame: Atoms) -> str | None:
+    """The first bond of `start` that is broken in `frame`, or the first new one; else None."""
+    before, after, bonded = start.get_all_distances(), frame.get_all_distances(), bonds(start)
     for what, wrong in (
         ("broken", bonded & (after > BROKEN * before)),
-        ("made", ~bonded & (after < MET * _reach(start)) & (before > 0)),
+        ("formed", ~bonded & (after < FORMED * _reach(start)) & (before > 0)),
     ):
         pairs = np.argwhere(np.triu(wrong))
         if len(pairs):
@@ -143,9 +145,8 @@ def damage(start: Atoms, frame: Atoms) -> str | None:
 # --- Measuring -------------------------------------------------------------------------------
 
 
-def turned(model: AllScAIP, atoms: Atoms, rotations: int, seed: int = 0) -> np.ndarray:
-    """Energies of `atoms` turned at random about their centre, (rotations,), in meV/atom, less
-    their mean."""
+def rotation_errors(model: AllScAIP, atoms: Atoms, rotations: int, seed: int = 0) -> np.ndarray:
+    """Energies in random orientations minus their mean, (rotations,), in meV/atom."""
     centred = atoms.positions - atoms.positions.mean(axis=0)
     copies = []
     for rotation in Rotation.random(rotations, rng=np.random.default_rng(seed)):
@@ -159,12 +160,14 @@ def turned(model: AllScAIP, atoms: Atoms, rotations: int, seed: int = 0) -> np.n
 def try_molecule(
     calculator: Calculator, atoms: Atoms, trial: Trial, folder: Path, label: str = ""
 ) -> dict[str, Any]:
-    """Warm one molecule and let it move, or go on with it; what came of it, ready for JSON."""
+    """Equilibrate one molecule and run it, or go on with it; its row, see `run_trial`."""
     atoms = atoms.copy()
     row = {"formula": atoms.get_chemical_formula(), "atoms": len(atoms), "broken": None}
     try:
-        warm = run_md(atoms, calculator, trial.warm(), folder / "warm", label, progress=False)
-        run_md(warm, calculator, trial.free(), folder / "nve", label, progress=False)
+        warm = run_md(
+            atoms, calculator, trial.equilibration(), folder / "warm", label, progress=False
+        )
+        run_md(warm, calculator, trial.production(), folder / "nve", label, progress=False)
     except Explosion as error:
         row["broken"] = str(error).split(". Up to there")[0]
     frames = []
@@ -183,7 +186,9 @@ def try_molecule(
         if row["broken"] is None:
             slope = drift(log, len(atoms))
             row["drift"], row["drift_error"] = slope.value, slope.error
-    row["broken"] = row["broken"] or next(filter(None, (damage(start, f) for f in frames)), None)
+    row["broken"] = row["broken"] or next(
+        filter(None, (changed_bond(start, f) for f in frames)), None
+    )
     return row
 
 
@@ -199,12 +204,23 @@ def run_trial(
     line: int | None = None,
     names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row a molecule: formula, atoms, broken (None or what happened), drift in meV/atom/ps with
-    its error, temperature in K, rotation_rms and rotation_worst in meV/atom. A stopped run goes on.
+    """Run all molecules in one batch of the model, or go on with them.
 
-    The molecules move side by side, all in one batch of the model. Each has a folder in `folder`,
-    called by its number or by one of `names`. `line` is that of the progress bar on the terminal,
-    where there are several.
+    Args:
+        model: with conservative forces.
+        molecules: as `choose` gives them.
+        trial: what is done with each.
+        folder: of the runs, with a subfolder for each molecule.
+        label: what the logs call the model.
+        kernels: see `allscaip_lite.kernels`.
+        progress: whether to show a progress bar.
+        line: of the progress bar on the terminal, where there are several.
+        names: of the subfolders; by default the numbers of the molecules.
+
+    Returns:
+        A row for each molecule: `formula`, `atoms`, `broken` (None, or what happened), `drift` and
+        `drift_error` in meV/atom/ps, `temperature` in K, `picoseconds`, `rotation_rms` and
+        `rotation_worst` in meV/atom.
     """
     calculator = AllScAIPCalculator(model, kernels=kernels)
     names = names or _names(len(molecules))
@@ -225,9 +241,9 @@ def run_trial(
     ) as bar:
         rows = side_by_side(calculator, works, tick=bar.update)
     for row, atoms in zip(rows, molecules, strict=True):
-        by_turning = turned(calculator.model, atoms, trial.rotations, trial.seed)
-        row["rotation_rms"] = float(np.sqrt((by_turning**2).mean()))
-        row["rotation_worst"] = float(np.abs(by_turning).max())
+        errors = rotation_errors(calculator.model, atoms, trial.rotations, trial.seed)
+        row["rotation_rms"] = float(np.sqrt((errors**2).mean()))
+        row["rotation_worst"] = float(np.abs(errors).max())
     return rows
 
 
@@ -236,13 +252,13 @@ def _names(molecules: int) -> list[str]:
 
 
 def _steps_done(folder: Path, trial: Trial) -> int:
-    """Of an earlier run, up to what its logs hold."""
+    """How many steps the logs of an earlier run hold."""
     logs = [folder / part for part in ("warm", "nve") if (folder / part / "log.csv").exists()]
     times = [read_log(log)["time_ps"] for log in logs]
     return round(sum(1e3 * float(time[-1]) for time in times if len(time)) / trial.timestep)
 
 
-def _work(task: tuple[str, bool, list[Atoms], Trial, Path, list[str], int]) -> list[dict[str, Any]]:
+def _work(task: tuple[str, str, list[Atoms], Trial, Path, list[str], int]) -> list[dict[str, Any]]:
     from allscaip_lite.checkpoints.native import load_model
 
     name, kernels, molecules, trial, folder, names, line = task
@@ -250,31 +266,30 @@ def _work(task: tuple[str, bool, list[Atoms], Trial, Path, list[str], int]) -> l
     return run_trial(model, molecules, trial, folder, name, kernels=kernels, line=line, names=names)
 
 
-def _line(row: dict[str, Any]) -> str:
-    held = row["broken"] or "holds"
-    moved = f"{row['drift']:+.3f} ± {row['drift_error']:.3f}" if "drift" in row else "–"
-    warm = f"{row['temperature']:.0f}" if "temperature" in row else "–"
-    turning = f"{row['rotation_rms']:.2f} | {row['rotation_worst']:.2f}"
-    return f"| {row['formula']} | {row['atoms']} | {held} | {warm} | {moved} | {turning} |"
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A markdown table of the rows."""
-    return "\n".join(
+    """A table in Markdown of the rows."""
+    head = ["molecule", "atoms", "bonds", "T (K)", "drift (meV/atom/ps)"]
+    head += ["rotated: RMS (meV/atom)", "largest (meV/atom)"]
+    lines = [
         [
-            "| molecule | atoms | bonds | T (K) | drift (meV/atom/ps) "
-            "| turned: RMS | worst (meV/atom) |",
-            "|---|---:|---|---:|---:|---:|---:|",
-            *map(_line, rows),
+            row["formula"],
+            row["atoms"],
+            row["broken"] or "holds",
+            f"{row['temperature']:.0f}" if "temperature" in row else "–",
+            f"{row['drift']:+.3f} ± {row['drift_error']:.3f}" if "drift" in row else "–",
+            f"{row['rotation_rms']:.2f}",
+            f"{row['rotation_worst']:.2f}",
         ]
-    )
+        for row in rows
+    ]
+    return markdown_table(head, lines, align="lrlrrrr")
 
 
 # --- The command -----------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `run.py`."""
+    """The arguments of the command."""
     trial = Trial()
     parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
     parser.add_argument("data", type=Path, help="structures to choose molecules from (.aselmdb)")
@@ -282,8 +297,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--molecules", type=int, default=trial.molecules)
     parser.add_argument("--smallest", type=int, default=trial.smallest, help="atoms")
     parser.add_argument("--largest", type=int, default=trial.largest, help="atoms")
-    parser.add_argument("--warming", type=float, default=trial.warming, help="fs, before")
-    parser.add_argument("--duration", type=float, default=trial.duration, help="fs")
+    parser.add_argument("--warming", type=float, default=trial.warming, help="fs of equilibration")
+    parser.add_argument(
+        "--duration", type=float, default=trial.duration, help="fs at constant energy"
+    )
     parser.add_argument("--timestep", type=float, default=trial.timestep, help="fs")
     parser.add_argument("--temperature", type=float, default=trial.temperature, help="K")
     add_kernels_option(parser)
@@ -291,13 +308,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         default=1,
-        help="processes, which share the molecules; on a CPU one for each core is fastest",
+        help="processes that share the molecules; on a CPU one for each core is fastest",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other molecules")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`run.py`: run or go on; the exit status is 0 however it ends."""
+    """Run or go on, and print the table; the exit status is 0 whether or not a bond breaks."""
     given = vars(args).keys() & {field.name for field in fields(Trial)}
     trial = Trial(**{name: getattr(args, name) for name in given})
     molecules = choose(Dataset(args.data), trial)
@@ -319,6 +336,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; `argv` defaults to the arguments of the process."""
     return run_script(
         add_arguments,
         run,
