@@ -32,22 +32,21 @@ from allscaip_lite.md.water_results import (  # noqa: E402
     read_results,
     verdict,
 )
+from allscaip_lite.tables import insert_table  # noqa: E402
 from docs.studies.water import run as water_study  # noqa: E402
 from docs.studies.water.run import (  # noqa: E402
-    MARKS,
-    Protocol,
-    beside_teacher,
+    WaterBenchmark,
+    on_own_frames,
     collect,
     compare,
-    insert_table,
     main,
-    run_protocol,
+    run_water_benchmark,
     write_number,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-SHORT = Protocol(
+SHORT = WaterBenchmark(
     waters=8,
     prepare=80.0,
     equilibrate=80.0,
@@ -85,7 +84,7 @@ class Dropped(Calculator):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spcfw")
-    assert run_protocol(SPCFw(), SHORT, folder, "spcfw", progress=False) == {}
+    assert run_water_benchmark(SPCFw(), SHORT, folder, "spcfw", progress=False) == {}
     return folder
 
 
@@ -124,12 +123,12 @@ def test_all_that_short_runs_allow_is_collected(teacher):
 
 
 def test_a_stopped_or_prolonged_run_is_the_uninterrupted_one(teacher, tmp_path):
-    shorter = Protocol(**{**vars(SHORT), "npt": 80.0, "nvt": 40.0, "nve": 40.0, "gas": 80.0})
-    run_protocol(SPCFw(), shorter, tmp_path, "spcfw", ("nvt",), progress=False)
+    shorter = WaterBenchmark(**{**vars(SHORT), "npt": 80.0, "nvt": 40.0, "nve": 40.0, "gas": 80.0})
+    run_water_benchmark(SPCFw(), shorter, tmp_path, "spcfw", ("nvt",), progress=False)
     assert not (tmp_path / "npt").exists() and not (tmp_path / "gas").exists()
     assert "density_g_cm3" not in collect(tmp_path)["observables"]
-    run_protocol(SPCFw(), shorter, tmp_path, "spcfw", progress=False)
-    run_protocol(SPCFw(), SHORT, tmp_path, "spcfw", progress=False)
+    run_water_benchmark(SPCFw(), shorter, tmp_path, "spcfw", progress=False)
+    run_water_benchmark(SPCFw(), SHORT, tmp_path, "spcfw", progress=False)
     for stage in ("npt", "nvt", "nve", "gas"):
         ours, whole = read_log(tmp_path / stage), read_log(teacher / stage)
         assert np.array_equal(ours["potential_eV"], whole["potential_eV"]), stage
@@ -137,14 +136,14 @@ def test_a_stopped_or_prolonged_run_is_the_uninterrupted_one(teacher, tmp_path):
 
 def test_a_folder_belongs_to_one_protocol_and_one_model(teacher):
     with pytest.raises(RunError, match="another name"):
-        run_protocol(SPCFw(), SHORT, teacher, "student", progress=False)
+        run_water_benchmark(SPCFw(), SHORT, teacher, "student", progress=False)
     with pytest.raises(RunError, match="another timestep"):
-        changed = Protocol(**{**vars(SHORT), "timestep": 0.5})
-        run_protocol(SPCFw(), changed, teacher, "spcfw", progress=False)
+        changed = WaterBenchmark(**{**vars(SHORT), "timestep": 0.5})
+        run_water_benchmark(SPCFw(), changed, teacher, "spcfw", progress=False)
 
 
 def test_what_explodes_is_told_and_does_not_stop_the_rest(tmp_path):
-    exploded = run_protocol(Dropped(), SHORT, tmp_path, "bad", progress=False)
+    exploded = run_water_benchmark(Dropped(), SHORT, tmp_path, "bad", progress=False)
     assert set(exploded) == {"gas", "equilibrate"}
     assert "exploded at step" in exploded["gas"]
     found = collect(tmp_path)  # what there is
@@ -154,7 +153,7 @@ def test_what_explodes_is_told_and_does_not_stop_the_rest(tmp_path):
 
 
 def test_forces_without_an_energy_show_in_the_drift(teacher, tmp_path):
-    run_protocol(Pushed(), SHORT, tmp_path, "pushed", ("nve",), progress=False)
+    run_water_benchmark(Pushed(), SHORT, tmp_path, "pushed", ("nve",), progress=False)
     drift = collect(tmp_path)["observables"]["drift_meV_atom_ps"]
     sound = collect(teacher)["observables"]["drift_meV_atom_ps"]
     assert abs(drift.value) > 20 * abs(sound.value)
@@ -180,8 +179,8 @@ def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(water_study, "reweighted_difference", in_two_blocks)
-    run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("nvt",), progress=False)
-    beside = beside_teacher(tmp_path / "nvt")
+    run_water_benchmark(Swollen(), SHORT, tmp_path, "swollen", ("nvt",), progress=False)
+    beside = on_own_frames(tmp_path / "nvt")
     assert beside["time_ps"] == pytest.approx(0.04 * np.arange(6))  # every 40 fs of 200
     assert beside["pressure_bar"] == pytest.approx(500 * np.ones(6), abs=1e-3)
     assert beside["potential_eV"] == pytest.approx(0.01 * SHORT.waters * np.ones(6), abs=1e-9)
@@ -194,7 +193,7 @@ def test_a_pressure_that_is_too_high_is_seen_on_the_models_own_structures(
     # a run that goes on while it is collected has more structures when it is read again
     grown = {name: np.append(values, values[-1]) for name, values in beside.items()}
     grown["number"][-1] = len(beside["number"])
-    monkeypatch.setattr(water_study, "beside_teacher", lambda folder: grown)
+    monkeypatch.setattr(water_study, "on_own_frames", lambda folder: grown)
     assert collect(tmp_path)["observables"]["OO_height_beside"] == found["OO_height_beside"]
 
 
@@ -209,7 +208,7 @@ def test_the_density_by_weights_takes_the_settled_structures(
         return in_two_blocks(series, excess, temperature)
 
     monkeypatch.setattr(water_study, "reweighted_difference", weigh)
-    run_protocol(Swollen(), SHORT, tmp_path, "swollen", ("npt",), progress=False)
+    run_water_benchmark(Swollen(), SHORT, tmp_path, "swollen", ("npt",), progress=False)
     found = collect(tmp_path)
     assert found["observables"]["density_beside_g_cm3"] == pytest.approx((0, 0), abs=1e-9)
     log = read_log(tmp_path / "npt")
@@ -225,7 +224,9 @@ def test_the_density_by_weights_takes_the_settled_structures(
 def test_energies_that_change_with_the_volume_are_a_pressure() -> None:
     volume = np.linspace(900, 1000, 40)
     noise = np.random.default_rng(0).normal(size=40)
-    push = jackknife(water_study._as_pressure, volume, -300 * units.bar * volume + 1e-3 * noise)
+    push = jackknife(
+        water_study._slope_as_pressure, volume, -300 * units.bar * volume + 1e-3 * noise
+    )
     assert abs(push.value - 300) < 3 * push.error < 60
 
 
@@ -233,7 +234,7 @@ def test_the_model_is_asked_about_the_teachers_structures(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that pulls boxes together is denser, both by its run and by the teacher's."""
-    monkeypatch.setattr(water_study, "ASKED_EVERY", 0.08)
+    monkeypatch.setattr(water_study, "TEACHER_FRAMES_EVERY", 0.08)
 
     class Pulled(SPCFw):
         def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
@@ -244,9 +245,9 @@ def test_the_model_is_asked_about_the_teachers_structures(
                 self.results["stress"] = self.results["stress"] + pull * np.eye(3, 6).sum(0)
 
     mine = tmp_path / "pulled"
-    run_protocol(Pulled(), SHORT, mine, "pulled", ("gas",), progress=False)
-    water_study.ask_model(Pulled(), mine, [teacher], progress=False)
-    asked = {stage: water_study._read_asked(mine, stage) for stage in ("npt", "nvt")}
+    run_water_benchmark(Pulled(), SHORT, mine, "pulled", ("gas",), progress=False)
+    water_study.on_teacher_frames(Pulled(), mine, [teacher], progress=False)
+    asked = {stage: water_study._read_teacher_frames(mine, stage) for stage in ("npt", "nvt")}
     assert asked["npt"]["time_ps"] == pytest.approx([0.04, 0.12])
     assert asked["nvt"]["time_ps"] == pytest.approx([0.0, 0.08, 0.16])
     for answers in asked.values():
@@ -260,26 +261,28 @@ def test_the_model_is_asked_about_the_teachers_structures(
     assert found["OO_height_asked"] == pytest.approx((0, 0), abs=1e-9)
 
     with pytest.raises(RunError, match="is a run of pulled, not of spcfw"):
-        water_study.ask_model(Pulled(), mine, [mine], progress=False)
+        water_study.on_teacher_frames(Pulled(), mine, [mine], progress=False)
     other = tmp_path / "other"
-    run_protocol(Pulled(), replace(SHORT, waters=9), other, "pulled", ("gas",), progress=False)
+    run_water_benchmark(
+        Pulled(), replace(SHORT, waters=9), other, "pulled", ("gas",), progress=False
+    )
     with pytest.raises(RunError, match="with another waters"):
-        water_study.ask_model(Pulled(), other, [teacher], progress=False)
-    run_protocol(SPCFw(), SHORT, tmp_path / "gas", "spcfw", ("gas",), progress=False)
+        water_study.on_teacher_frames(Pulled(), other, [teacher], progress=False)
+    run_water_benchmark(SPCFw(), SHORT, tmp_path / "gas", "spcfw", ("gas",), progress=False)
     with pytest.raises(RunError, match="no npt or nvt run in .*gas"):
-        water_study.ask_model(Pulled(), mine, [tmp_path / "gas"], progress=False)
+        water_study.on_teacher_frames(Pulled(), mine, [tmp_path / "gas"], progress=False)
 
 
 def test_a_model_that_likes_full_first_shells_has_a_higher_peak(teacher: Path, tmp_path: Path):
     """From the teacher's run: energies that fall by kT as g(r) at its peak rises by 1."""
-    run_protocol(Swollen(), SHORT, tmp_path, "likes", ("gas",), progress=False)
+    run_water_benchmark(Swollen(), SHORT, tmp_path, "likes", ("gas",), progress=False)
     kT = units.kB * SHORT.temperature
     rng = np.random.default_rng(0)
     peak = 3.0 + 0.3 * rng.normal(size=4000)
     g = np.stack([0 * peak, 0.9 * peak, peak, 0.9 * peak, 0 * peak], axis=1)
     steady = {"pressure_bar": peak, "excess_bar": 100 + 0 * peak, "time_ps": np.arange(4000)}
     np.savez(
-        tmp_path / water_study.ASKED.format("nvt"),
+        tmp_path / water_study.TEACHER_FRAMES.format("nvt"),
         **{**steady, "g_OO": g, "potential_eV": -kT * peak},
     )
     found = collect(tmp_path)["observables"]
@@ -405,25 +408,11 @@ def test_tables_have_model_teacher_and_experiment():
         ]
     )
     head, _, line = table.splitlines()[:3]
-    assert head == "|  | `student` | teacher, SPC/Fw | experiment |"
+    assert head == "| | `student` | teacher, SPC/Fw | experiment |"
     assert line == "| density, g/cm³ | 1.0500 ± 0.0010 | 1.0000 ± 0.0010 | 0.997 |"
     assert "5.00 ± 0.14 %: missed" in table
     assert "| npt | 10 (0.50) | 10 (0.50) |" in table
     assert "dielectric" not in table  # nobody has it
-
-
-def test_a_page_keeps_what_stands_around_its_table(tmp_path):
-    page = tmp_path / "docs" / "water.md"
-    insert_table(page, "| one |\n")
-    assert page.read_text() == f"{MARKS[0]}\n\n| one |\n\n{MARKS[1]}\n"
-    page.write_text("Before.\n" + page.read_text() + "After.\n")
-    insert_table(page, "| two |\n")
-    text = page.read_text()
-    assert text.startswith("Before.\n") and text.endswith("After.\n")
-    assert "| two |" in text and "| one |" not in text
-    page.write_text("no marks")
-    with pytest.raises(RunError, match="no place for a table"):
-        insert_table(page, "")
 
 
 def test_the_command_writes_files_that_the_table_reads(tmp_path, capsys):

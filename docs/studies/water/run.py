@@ -1,22 +1,23 @@
-"""One protocol of molecular dynamics for every model of liquid water.
+"""The water benchmark: observables of liquid water, by the same simulations for every model.
 
-In: the teacher (`spcfw`) or a model. Out: one small JSON file with what experiments measure, made
-in the same way whatever the model is, so that the files can be compared line by line:
+In: the teacher (`spcfw`) or a model. Out: one small JSON file for each run with what experiments
+measure, so that models can be compared with each other, with the teacher and with experiment:
 
     python docs/studies/water/run.py run lite-water --out FILE.json
     python docs/studies/water/run.py table FILE.json OTHER.json --out docs/studies/water/README.md
 
-A run has stages, each a folder of `allscaip_lite.md.dynamics`. The teacher prepares a box, always the same,
-and the model equilibrates it; from there start, apart from one another, constant pressure (density,
-heat of vaporisation), constant volume (structure, diffusion, dielectric constant) and constant
-energy (drift); and one molecule moves in vacuum. A stopped run goes on; longer times prolong it.
-Runs with other seeds, on as many cores as there are, are independent of one another: tables count
-all of one model as one.
+A run has stages, each a folder of `allscaip_lite.md.dynamics`. The teacher prepares a box, always
+the same, and the model equilibrates it. From there start, independently, constant pressure
+(density, heat of vaporisation), constant volume (structure, diffusion, dielectric constant) and
+constant energy (drift). One molecule moves in vacuum. A stopped run goes on; longer times prolong
+it. Runs with other seeds are independent, and can run at the same time; tables pool all runs of one
+model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -84,24 +85,25 @@ from allscaip_lite.md.water_results import (
     read_results,
     verdict,
 )
+from allscaip_lite.tables import insert_table, markdown_table
 
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
 DIFFUSION_BLOCK = 5.0  # ps
 POINTS = 300  # values kept of a series
-ASKED_EVERY = 0.5  # ps between structures of the teacher's run that a model is asked about
-ASKED = "asked_{}.npz"  # what it said of those of a stage
+TEACHER_FRAMES_EVERY = 0.5  # ps between frames of the teacher's runs that a model labels
+TEACHER_FRAMES = "asked_{}.npz"  # its labels of those of a stage
 PACKAGES = ("torch", "numpy", "ase", "MDAnalysis")
 MACHINES = "machines.json"  # what the stages of a folder ran on
 
 
 @dataclass(frozen=True)
-class Protocol:
+class WaterBenchmark:
     """What is the same for all models. Times in fs, temperature in K, pressure in bar.
 
-    density (g/cm³) is that of the stages at constant volume, for every model. warming_time is the
-    thermostat's in prepare and equilibrate, thermostat_time in npt and nvt. The first `settle` fs
-    at constant pressure, where the box finds its size, are not counted. npt, nvt, nve and gas may
-    grow from call to call; what else is changed needs another folder.
+    `density` (g/cm³) is that of the stages at constant volume, for every model. `warming_time` is
+    the thermostat's time in prepare and equilibrate, `thermostat_time` that in npt and nvt. The
+    first `settle` fs at constant pressure, where the box finds its size, are not counted. Stages in
+    `PRODUCTION` may become longer from call to call; another change needs another folder.
     """
 
     waters: int = 32
@@ -123,7 +125,7 @@ class Protocol:
     gas: float = 10_000.0
 
     def settings(self, stage: str) -> Settings:
-        """The run of a stage; RunError where a time is no multiple of the timestep."""
+        """Of a stage. Raises `RunError` where a time is no multiple of the timestep."""
         common: dict[str, Any] = {
             "duration": getattr(self, stage),
             "temperature": self.temperature,
@@ -135,8 +137,8 @@ class Protocol:
             "log_every": 10.0,
             "seed": self.seed,
         }
-        # Bonds hardly share their energy with what is slow: chains, which see the sum alone, would
-        # keep vibrations as hot or cold as they start for tens of ps. Noise reaches each.
+        # Bonds exchange little energy with slow motions. Nosé-Hoover chains control the total only,
+        # and would leave vibrations hotter or colder for tens of ps; noise acts on each atom.
         if stage != "nve":
             common["thermostat"] = "langevin"
         if stage in ("prepare", "equilibrate"):
@@ -154,29 +156,43 @@ OPTIONS = ("waters", "seed", "prepare", "equilibrate", *PRODUCTION)  # of the co
 # --- Running ---------------------------------------------------------------------------------
 
 
-def run_protocol(
+def run_water_benchmark(
     calculator: Calculator,
-    protocol: Protocol,
+    benchmark: WaterBenchmark,
     folder: str | os.PathLike,
     name: str,
     stages: Sequence[str] = PRODUCTION,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Run `stages` in `folder`, or go on with them; what exploded, by stage, with the reason.
+    """Run stages, or go on with them; what they start from is run before them.
 
-    What they start from is run before them. An exploded stage ends there, and the others still run;
-    in the box none can without its equilibration. Raises RunError for a folder of another protocol
-    or name, and for a model that cannot run a stage (no stress, no constant pressure).
+    A stage that explodes ends there, and the others still run; without the equilibration no stage
+    in the box can.
+
+    Args:
+        calculator: the model's, or the teacher's.
+        benchmark: the settings of all stages.
+        folder: of the run, with a subfolder for each stage.
+        name: what the files call the model.
+        stages: which of `PRODUCTION` to run.
+        progress: whether to show progress.
+
+    Returns:
+        The stages that exploded, each with the reason.
+
+    Raises:
+        RunError: for a folder of other settings or of another name, and for a model that cannot run
+            a stage (without a stress no constant pressure).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder / "protocol.json", protocol, name)
+    _claim(folder / "protocol.json", benchmark, name)
     exploded: dict[str, str] = {}
 
     def stage(what: str, atoms: Atoms, by: Calculator, label: str) -> Atoms | None:
         if progress:
-            print(f"{name}: {what}, {getattr(protocol, what) / 1000:g} ps", file=sys.stderr)
-        settings = protocol.settings(what)
+            print(f"{name}: {what}, {getattr(benchmark, what) / 1000:g} ps", file=sys.stderr)
+        settings = benchmark.settings(what)
         if not is_finished(folder / what, settings):
             _note_machine(folder / MACHINES, what, by)
         try:
@@ -186,12 +202,12 @@ def run_protocol(
             return None
 
     if "gas" in stages:
-        single = Atoms("OH2", molecules(np.random.default_rng(protocol.seed), 1)[0])
+        single = Atoms("OH2", molecules(np.random.default_rng(benchmark.seed), 1)[0])
         single.info |= {"charge": 0, "spin": 1}
         stage("gas", single, calculator, name)
     boxed = [what for what in PRODUCTION if what in stages and what != "gas"]
     if boxed:
-        box = water_box(protocol.waters, protocol.density, protocol.seed)
+        box = water_box(benchmark.waters, benchmark.density, benchmark.seed)
         box.info |= {"charge": 0, "spin": 1}
         prepared = stage("prepare", box, SPCFw(), TEACHER)
         start = prepared and stage("equilibrate", prepared, calculator, name)
@@ -201,20 +217,21 @@ def run_protocol(
     return exploded
 
 
-def _claim(listing: Path, protocol: Protocol, name: str) -> None:
-    plan = {"name": name, **dataclasses.asdict(protocol)}
+def _claim(listing: Path, benchmark: WaterBenchmark, name: str) -> None:
+    """Write the settings of a folder; `RunError` where it has others."""
+    plan = {"name": name, **dataclasses.asdict(benchmark)}
     if listing.exists():
         known = json.loads(listing.read_text())
         if changed := differing(plan, known, but=PRODUCTION):
             raise RunError(
-                f"{listing.parent} holds a protocol with another {', '.join(changed)}: choose "
+                f"{listing.parent} holds a run with another {', '.join(changed)}: choose "
                 "another folder"
             )
     store_text(listing, json.dumps(plan, indent=1))
 
 
 def _note_machine(listing: Path, stage: str, calculator: Calculator) -> None:
-    """Adds what a stage is about to run on to what it has run on."""
+    """Add the machine that a stage is about to run on to the list of those it has run on."""
     known = json.loads(listing.read_text()) if listing.exists() else {}
     model = getattr(calculator, "model", None)
     name = processor_name() if model is None else device_name(model.device)
@@ -229,14 +246,13 @@ def _note_machine(listing: Path, stage: str, calculator: Calculator) -> None:
 def collect(folder: str | os.PathLike) -> dict[str, Any]:
     """Every observable of the stages in `folder`, ready for JSON; estimates are [value, error].
 
-    Absent is what no stage gives yet: a stage that has not run, exploded at once, or is too short.
-    The folder may be one that is still being written.
+    What no stage gives yet is absent: the stage has not run, exploded at once, or is too short. The
+    folder may be one that is still being written.
     """
     folder = Path(folder)
     plan = json.loads((folder / "protocol.json").read_text())
     name = plan.pop("name")
-    settle = plan["settle"] / 1000
-    temperature = plan["temperature"]
+    settle, temperature = plan["settle"] / 1000, plan["temperature"]
     found: dict[str, Estimate] = {}
     result: dict[str, Any] = {
         "name": name,
@@ -266,117 +282,144 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         with np.load(folder / what / "state.npz") as state:
             result["hours"][what] = round(float(state["seconds"]) / 3600, 4)
 
-    def keep(key: str, measure: Any, *arguments: Any, **options: Any) -> None:
-        try:
-            found[key] = measure(*arguments, **options)
-        except RunError:
-            pass  # too short for this one
-
+    is_model = name != TEACHER
     if "gas" in runs:
         gas = runs["gas"].log["potential_eV"][10:]  # of 10 fs each; it starts at rest
-        keep("gas_energy_kJ_mol", lambda: per_mole(average(gas)))
+        _keep(found, "gas_energy_kJ_mol", lambda: per_mole(average(gas)))
     if "npt" in runs:
-        run = runs["npt"]
-        potential = run.log["potential_eV"] / run.molecules
-        keep("density_g_cm3", average, run.log["density_g_cm3"])
-        keep("temperature_npt_K", average, run.log["temperature_K"])
-        keep("liquid_energy_kJ_mol", lambda: per_mole(average(potential)))
-        add_vaporization(found, temperature)
-        if name != TEACHER:
-            beside = beside_teacher(folder / "npt")
-            settled = beside["time_ps"] >= settle
-            density, excess = (beside[key][settled] for key in ("density_g_cm3", "potential_eV"))
-            keep("density_beside_g_cm3", reweighted_difference, density, excess, temperature)
-            volume = beside["volume_A3"][settled]
-            keep("excess_pressure_bar", jackknife, _as_pressure, volume, excess)
-            result["series"]["beside"] = _at_points(
-                {key: beside[key][settled] for key in ("time_ps", "density_g_cm3", "potential_eV")}
-            )
-        result["correlation_ps"]["density"] = _correlation(run, run.log["density_g_cm3"])
-        result["series"]["npt"] = _thinned(run, "density_g_cm3", "temperature_K", "potential_eV")
-    # Negative ones: this way round, the teacher's mean is taken from the model's.
-    if asked := _read_asked(folder, "npt"):
-        excess = asked["potential_eV"]
-        keep(
-            "density_asked_g_cm3",
-            reweighted_difference,
-            -asked["density_g_cm3"],
-            -excess,
-            temperature,
-        )
-    if asked := _read_asked(folder, "nvt"):
-        excess, pressure = asked["potential_eV"], asked["pressure_bar"]
-        options = {"reference": -(pressure + asked["excess_bar"])}
-        keep(
-            "pressure_asked_bar", reweighted_difference, -pressure, -excess, temperature, **options
-        )
-        heights = rdf_at_first_peak(asked["g_OO"])
-        keep("OO_height_asked", reweighted_difference, -heights, -excess, temperature)
+        _collect_npt(result, runs["npt"], folder / "npt", settle, temperature, is_model)
+    _collect_teacher_frames(found, folder, temperature)
     if "nvt" in runs:
-        run = runs["nvt"]
-        keep("temperature_nvt_K", average, run.log["temperature_K"])
-        try:
-            motions = temperatures_by_motion(folder / "nvt")
-            found["temperature_centres_K"], found["temperature_bonds_K"] = motions
-        except RunError:
-            pass
-        if np.isfinite(run.log["pressure_bar"]).all():
-            keep("pressure_nvt_bar", average, run.log["pressure_bar"])
-            if name != TEACHER:
-                beside = beside_teacher(folder / "nvt")
-                keep("pressure_beside_bar", average, beside["pressure_bar"])
-                excess, ours = beside["potential_eV"], beside["model_bar"]
-                keep("energy_beside_kJ_mol", lambda: per_mole(average(excess / run.molecules)))
-                options = {"reference": ours - beside["pressure_bar"]}
-                keep(
-                    "pressure_weighted_bar",
-                    reweighted_difference,
-                    ours,
-                    excess,
-                    temperature,
-                    **options,
-                )
-                heights = rdf_at_first_peak(pairs_by_structure(run.universe)[1])
-                read = beside["number"] < len(heights)  # the run may have gone on since
-                heights, excess = heights[beside["number"][read]], excess[read]
-                keep("OO_height_beside", reweighted_difference, heights, excess, temperature)
-        for first, second in ("OO", "OH", "HH"):
-            try:
-                pairs = radial_distribution(run.universe, first, second)
-                result["distributions"][first + second] = {
-                    key: np.round(column, 4).tolist() for key, column in pairs._asdict().items()
-                }
-                if first == second == "O":
-                    found["OO_peak_A"], found["OO_height"] = first_peak(pairs)
-            except RunError:
-                pass  # too short, or without a peak
-        keep("HH_closest_A", closest_contact, run.universe)
-        length = float(run.log["time_ps"][-1])
-        blocks = int(length / DIFFUSION_BLOCK)
-        if blocks >= 2:
-            options = {"window": DIFFUSION_WINDOW, "blocks": blocks}
-            keep("diffusion_box_1e-9_m2_s", self_diffusion, run.universe, **options)
-        if "diffusion_box_1e-9_m2_s" in found:
-            plain = found["diffusion_box_1e-9_m2_s"]
-            edge = float(run.log["volume_A3"][0]) ** (1 / 3)
-            viscosity = EXPERIMENT["viscosity_mPa_s"][0]
-            added = size_correction(temperature, edge, viscosity)
-            found["diffusion_1e-9_m2_s"] = Estimate(plain.value + added, plain.error)
-        keep("dielectric", dielectric_constant, run)
-        result["correlation_ps"]["dipole"] = _correlation(run, _dipole(run), run.universe)
-        result["series"]["nvt"] = _thinned(run, "temperature_K", "potential_eV")
+        _collect_nvt(result, runs["nvt"], folder / "nvt", temperature, is_model)
     if "nve" in runs:
         run = runs["nve"]
         if np.isfinite(run.log["pressure_bar"]).all():
-            keep("pressure_nve_bar", average, run.log["pressure_bar"])
-        keep("drift_meV_atom_ps", energy_drift, run)
-        keep("temperature_nve_K", average, run.log["temperature_K"])
+            _keep(found, "pressure_nve_bar", average, run.log["pressure_bar"])
+        _keep(found, "drift_meV_atom_ps", energy_drift, run)
+        _keep(found, "temperature_nve_K", average, run.log["temperature_K"])
         result["series"]["nve"] = _thinned(run, "conserved_eV", "temperature_K")
     return result
 
 
+def _keep(found: dict[str, Estimate], key: str, measure: Any, *args: Any, **options: Any) -> None:
+    """Put an observable into `found`, if the run is long enough for it."""
+    with contextlib.suppress(RunError):
+        found[key] = measure(*args, **options)
+
+
+def _collect_npt(
+    result: dict[str, Any],
+    run: Run,
+    folder: Path,
+    settle: float,
+    temperature: float,
+    is_model: bool,
+) -> None:
+    """Add the observables at constant pressure to `result`."""
+    found, log = result["observables"], run.log
+    _keep(found, "density_g_cm3", average, log["density_g_cm3"])
+    _keep(found, "temperature_npt_K", average, log["temperature_K"])
+    potential = log["potential_eV"] / run.molecules
+    _keep(found, "liquid_energy_kJ_mol", lambda: per_mole(average(potential)))
+    add_vaporization(found, temperature)
+    if is_model:
+        own = on_own_frames(folder)
+        own = {key: values[own["time_ps"] >= settle] for key, values in own.items()}
+        density, excess = own["density_g_cm3"], own["potential_eV"]
+        _keep(found, "density_beside_g_cm3", reweighted_difference, density, excess, temperature)
+        _keep(found, "excess_pressure_bar", jackknife, _slope_as_pressure, own["volume_A3"], excess)
+        result["series"]["beside"] = _at_points(
+            {key: own[key] for key in ("time_ps", "density_g_cm3", "potential_eV")}
+        )
+    result["correlation_ps"]["density"] = _correlation(run, log["density_g_cm3"])
+    result["series"]["npt"] = _thinned(run, "density_g_cm3", "temperature_K", "potential_eV")
+
+
+def _collect_teacher_frames(found: dict[str, Estimate], folder: Path, temperature: float) -> None:
+    """Add what `on_teacher_frames` gives, each the model's mean minus the teacher's.
+
+    `reweighted_difference` gives the run's own mean, here the teacher's, minus the other, so both
+    observable and energy difference change their sign.
+    """
+    if labels := _read_teacher_frames(folder, "npt"):
+        density, excess = labels["density_g_cm3"], labels["potential_eV"]
+        _keep(found, "density_asked_g_cm3", reweighted_difference, -density, -excess, temperature)
+    if labels := _read_teacher_frames(folder, "nvt"):
+        excess, pressure = labels["potential_eV"], labels["pressure_bar"]
+        _keep(
+            found,
+            "pressure_asked_bar",
+            reweighted_difference,
+            -pressure,
+            -excess,
+            temperature,
+            reference=-(pressure + labels["excess_bar"]),
+        )
+        heights = rdf_at_first_peak(labels["g_OO"])
+        _keep(found, "OO_height_asked", reweighted_difference, -heights, -excess, temperature)
+
+
+def _collect_nvt(
+    result: dict[str, Any], run: Run, folder: Path, temperature: float, is_model: bool
+) -> None:
+    """Add the observables at constant volume to `result`."""
+    found, log = result["observables"], run.log
+    _keep(found, "temperature_nvt_K", average, log["temperature_K"])
+    with contextlib.suppress(RunError):
+        motions = temperatures_by_motion(folder)
+        found["temperature_centres_K"], found["temperature_bonds_K"] = motions
+    if np.isfinite(log["pressure_bar"]).all():
+        _keep(found, "pressure_nvt_bar", average, log["pressure_bar"])
+        if is_model:
+            _collect_own_frames(found, run, folder, temperature)
+    for first, second in ("OO", "OH", "HH"):
+        with contextlib.suppress(RunError):  # too short, or without a peak
+            pairs = radial_distribution(run.universe, first, second)
+            result["distributions"][first + second] = {
+                key: np.round(column, 4).tolist() for key, column in pairs._asdict().items()
+            }
+            if first == second == "O":
+                found["OO_peak_A"], found["OO_height"] = first_peak(pairs)
+    _keep(found, "HH_closest_A", closest_contact, run.universe)
+    blocks = int(float(log["time_ps"][-1]) / DIFFUSION_BLOCK)
+    if blocks >= 2:
+        options = {"window": DIFFUSION_WINDOW, "blocks": blocks}
+        _keep(found, "diffusion_box_1e-9_m2_s", self_diffusion, run.universe, **options)
+    if "diffusion_box_1e-9_m2_s" in found:
+        in_box = found["diffusion_box_1e-9_m2_s"]
+        edge = float(log["volume_A3"][0]) ** (1 / 3)
+        added = size_correction(temperature, edge, EXPERIMENT["viscosity_mPa_s"][0])
+        found["diffusion_1e-9_m2_s"] = Estimate(in_box.value + added, in_box.error)
+    _keep(found, "dielectric", dielectric_constant, run)
+    result["correlation_ps"]["dipole"] = _correlation(run, _dipole(run), run.universe)
+    result["series"]["nvt"] = _thinned(run, "temperature_K", "potential_eV")
+
+
+def _collect_own_frames(
+    found: dict[str, Estimate], run: Run, folder: Path, temperature: float
+) -> None:
+    """Add a model's differences from the teacher on the frames of its own nvt run."""
+    own = on_own_frames(folder)
+    excess, pressure = own["potential_eV"], own["model_bar"]
+    _keep(found, "pressure_beside_bar", average, own["pressure_bar"])
+    _keep(found, "energy_beside_kJ_mol", lambda: per_mole(average(excess / run.molecules)))
+    _keep(
+        found,
+        "pressure_weighted_bar",
+        reweighted_difference,
+        pressure,
+        excess,
+        temperature,
+        reference=pressure - own["pressure_bar"],
+    )
+    heights = rdf_at_first_peak(pairs_by_structure(run.universe)[1])
+    known = own["number"] < len(heights)  # the run may have gone on since
+    heights, excess = heights[own["number"][known]], excess[known]
+    _keep(found, "OO_height_beside", reweighted_difference, heights, excess, temperature)
+
+
 def _logged(folder: Path, trajectory: Any, log: dict[str, np.ndarray]) -> dict[int, int]:
-    """Of each saved structure of a run that the log has too, the row there."""
+    """The rows of the log at the saved frames of a run, by the number of the frame."""
     plan = json.loads((folder / "settings.json").read_text())
     every = round(plan["save_every"] / plan["timestep"])
     row = {step: index for index, step in enumerate(log["step"].astype(int))}
@@ -384,13 +427,13 @@ def _logged(folder: Path, trajectory: Any, log: dict[str, np.ndarray]) -> dict[i
     return {number: row[number * every] for number in numbers if number * every in row}
 
 
-def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Model less teacher on the very structures of a run, each (frames,).
+def on_own_frames(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Model minus teacher on the frames of a model's run; what frames have in common cancels.
 
-    `pressure_bar`, and `potential_eV` of the whole box; and of the log there `time_ps`,
-    `volume_A3`, `density_g_cm3`, and as `model_bar` the model's pressure; `number` counts the
-    structures of the trajectory. What structures have in common cancels, so short runs give sharp
-    means.
+    Returns:
+        Arrays (frames,): the differences `pressure_bar`, and `potential_eV` of the whole box; from
+        the log `time_ps`, `volume_A3`, `density_g_cm3`, and as `model_bar` the model's pressure;
+        `number`, which frame of the trajectory it is.
     """
     folder = Path(folder)
     log = read_log(folder)
@@ -409,16 +452,23 @@ def beside_teacher(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     return found | {"pressure_bar": np.array(pressures), "potential_eV": np.array(energies)}
 
 
-def ask_model(
+def on_teacher_frames(
     calculator: Calculator,
     folder: str | os.PathLike,
     teachers: Sequence[str | os.PathLike],
     progress: bool = True,
 ) -> None:
-    """Ask a model about the structures of the teacher's npt and nvt runs, for `collect`.
+    """Label frames of the teacher's npt and nvt runs with a model, for `collect`.
 
-    folder: the model's, which keeps the answers; teachers: folders of the same protocol, of which
-    each has one of the two stages or both. Raises RunError for others.
+    Args:
+        calculator: the model's.
+        folder: the model's, which keeps the labels.
+        teachers: folders of the teacher's runs with the same settings, each with one of the two
+            stages or both.
+        progress: whether to show a progress bar.
+
+    Raises:
+        RunError: for folders of another model, of other settings, or without either stage.
     """
     folder = Path(folder)
     mine = json.loads((folder / "protocol.json").read_text())
@@ -428,74 +478,75 @@ def ask_model(
             raise RunError(f"{teacher} is a run of {plan['name']}, not of {TEACHER}")
         if changed := differing(plan, mine, but=["name", "seed", *PRODUCTION]):
             raise RunError(f"{teacher} is a run with another {', '.join(changed)}")
-    answered = False
+    labelled = False
     for stage, settle in (("npt", mine["settle"] / 1000), ("nvt", 0.0)):
-        runs = [Path(teacher) / stage for teacher in teachers]
-        answers: dict[str, list] = {}
+        labels: dict[str, list[Any]] = {}
         chosen: list[Atoms] = []
-        for run in (run for run in runs if (run / "trajectory.traj").exists()):
-            for frame, answer in _ask(calculator, run, settle, progress):
+        for run in (Path(teacher) / stage for teacher in teachers):
+            if not (run / "trajectory.traj").exists():
+                continue
+            for frame, label in _label_frames(calculator, run, settle, progress):
                 chosen.append(make_whole(frame))
-                for key, value in answer.items():
-                    answers.setdefault(key, []).append(value)
+                for key, value in label.items():
+                    labels.setdefault(key, []).append(value)
         if not chosen:
             continue
-        answered = True
+        labelled = True
         if stage == "nvt":
             universe = make_universe(
                 chosen[0].numbers,
                 np.stack([frame.positions for frame in chosen]),
                 np.stack([frame.cell.array for frame in chosen]),
-                ASKED_EVERY,
+                TEACHER_FRAMES_EVERY,
             )
-            answers["g_OO"] = pairs_by_structure(universe)[1]
-        np.savez(folder / ASKED.format(stage), **answers)
-    if not answered:
+            labels["g_OO"] = list(pairs_by_structure(universe)[1])
+        np.savez(folder / TEACHER_FRAMES.format(stage), **labels)
+    if not labelled:
         raise RunError(f"no npt or nvt run in {', '.join(map(str, teachers))}")
 
 
-def _ask(
+def _label_frames(
     calculator: Calculator, run: Path, settle: float, progress: bool
 ) -> Iterator[tuple[Atoms, dict[str, float]]]:
-    """Structures of the teacher's run every `ASKED_EVERY` ps, and what a model says of each."""
+    """Frames of the teacher's run every `TEACHER_FRAMES_EVERY` ps, and a model's labels of each."""
     log, last = read_log(run), -math.inf
     with Trajectory(run / "trajectory.traj") as trajectory:
         rows = _logged(run, trajectory, log)
         for number, row in tqdm(rows.items(), desc=str(run), disable=not progress):
-            answer = {key: log[key][row] for key in ("time_ps", "density_g_cm3", "pressure_bar")}
-            if answer["time_ps"] < settle or answer["time_ps"] < last + ASKED_EVERY - 1e-6:
+            label = {key: log[key][row] for key in ("time_ps", "density_g_cm3", "pressure_bar")}
+            if label["time_ps"] < max(settle, last + TEACHER_FRAMES_EVERY - 1e-6):
                 continue
-            last, frame = answer["time_ps"], trajectory[number]
+            last, frame = label["time_ps"], trajectory[number]
             frame.info |= {"charge": 0, "spin": 1}
             frame.calc = calculator
             stress = frame.get_stress(include_ideal_gas=True)
-            answer["excess_bar"] = -stress[:3].mean() / units.bar - answer["pressure_bar"]
-            answer["potential_eV"] = frame.get_potential_energy() - log["potential_eV"][row]
-            yield frame, answer
+            label["excess_bar"] = -stress[:3].mean() / units.bar - label["pressure_bar"]
+            label["potential_eV"] = frame.get_potential_energy() - log["potential_eV"][row]
+            yield frame, label
 
 
-def _read_asked(folder: Path, stage: str) -> dict[str, np.ndarray]:
-    """What `ask_model` kept of a stage; nothing where it was not asked."""
-    file = folder / ASKED.format(stage)
+def _read_teacher_frames(folder: Path, stage: str) -> dict[str, np.ndarray]:
+    """What `on_teacher_frames` kept of a stage; empty where it did not run."""
+    file = folder / TEACHER_FRAMES.format(stage)
     if not file.exists():
         return {}
-    with np.load(file) as asked:
-        return dict(asked)
+    with np.load(file) as labels:
+        return dict(labels)
 
 
-def _as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
-    """-dU/dV in bar of energies in eV that change with the volume in Å³, by a straight line."""
+def _slope_as_pressure(volume: np.ndarray, excess: np.ndarray) -> float:
+    """-dU/dV in bar from a straight line, of energies in eV and volumes in Å³."""
     return float(-np.polyfit(volume, excess, 1)[0] / units.bar)
 
 
 def _dipole(run: Run) -> np.ndarray:
-    """One component of the box's dipole in e Å, (T,); molecules are whole."""
+    """The x component of the box's dipole in e Å, (T,); molecules are whole."""
     positions = run.universe.trajectory.timeseries(order="fac")
     return positions[:, :, 0] @ run.universe.atoms.charges
 
 
 def _correlation(run: Run, series: np.ndarray, universe: Any = None) -> float:
-    """Correlation time in ps of a series of the log, or of the universe's structures."""
+    """Correlation time in ps of a series from the log, or from the frames of a universe."""
     spacing = universe.trajectory.dt if universe else run.settings["log_every"] / 1000
     return float(f"{correlation_time(series) * spacing:.3g}")
 
@@ -505,7 +556,7 @@ def _thinned(run: Run, *names: str) -> dict[str, list[float]]:
 
 
 def _at_points(series: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Series of one length, at `POINTS` of their times at most."""
+    """Series of one length, evenly thinned to at most `POINTS` values."""
     chosen = evenly_spaced(len(series["time_ps"]), POINTS)
     return {
         name: [float(f"{value:.7g}") for value in values[chosen]] for name, values in series.items()
@@ -516,10 +567,8 @@ def machine() -> dict[str, Any]:
     """Processor, cores, threads that were used, and versions."""
     versions = {"python": platform.python_version(), "allscaip-lite": __version__}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -530,29 +579,28 @@ def machine() -> dict[str, Any]:
 
 # --- Comparing -------------------------------------------------------------------------------
 
-MARKS = ("<!-- made by docs/studies/water/run.py table -->", "<!-- end -->")
 ROWS = {  # observable: what the table calls it, with its unit
     "density_g_cm3": "density, g/cm³",
-    "density_beside_g_cm3": "density less the teacher's, its own run weighted, g/cm³",
-    "density_asked_g_cm3": "the same, the teacher's run weighted, g/cm³",
+    "density_beside_g_cm3": "density minus teacher's, own run reweighted, g/cm³",
+    "density_asked_g_cm3": "density minus teacher's, teacher's run reweighted, g/cm³",
     "vaporisation_kJ_mol": "heat of vaporisation, kJ/mol",
-    "vaporisation_unstrained_kJ_mol": "the same, vapour at rest, kJ/mol",
+    "vaporisation_unstrained_kJ_mol": "heat of vaporisation to a vapour at rest, kJ/mol",
     "gas_energy_kJ_mol": "energy of a molecule in vacuum, kJ/mol",
     "liquid_energy_kJ_mol": "energy of a molecule in the liquid, kJ/mol",
-    "pressure_nvt_bar": "pressure at 0.997 g/cm³, bar",
-    "pressure_nve_bar": "the same at constant energy, bar",
-    "pressure_weighted_bar": "its pressure less the teacher's, its own run weighted, bar",
-    "pressure_asked_bar": "the same, the teacher's run weighted, bar",
-    "pressure_beside_bar": "pressure less the teacher's on its structures, bar",
-    "energy_beside_kJ_mol": "energy less the teacher's on its structures, kJ/mol",
-    "excess_pressure_bar": "how that changes with the volume at 1 bar, as a pressure, bar",
-    "OO_peak_A": "first peak of g_OO at, Å",
-    "OO_height": "its height",
-    "OO_height_beside": "its height less the teacher's, its own run weighted",
-    "OO_height_asked": "the same, the teacher's run weighted",
+    "pressure_nvt_bar": "pressure in nvt at 0.997 g/cm³, bar",
+    "pressure_nve_bar": "pressure in nve at 0.997 g/cm³, bar",
+    "pressure_weighted_bar": "pressure minus teacher's, own run reweighted, bar",
+    "pressure_asked_bar": "pressure minus teacher's, teacher's run reweighted, bar",
+    "pressure_beside_bar": "pressure minus teacher's on the same frames, bar",
+    "energy_beside_kJ_mol": "energy minus teacher's on the same frames, kJ/mol",
+    "excess_pressure_bar": "−d(energy minus teacher's)/dV in npt, bar",
+    "OO_peak_A": "position of the first peak of g_OO, Å",
+    "OO_height": "height of the first peak of g_OO",
+    "OO_height_beside": "height minus teacher's, own run reweighted",
+    "OO_height_asked": "height minus teacher's, teacher's run reweighted",
     "HH_closest_A": "closest hydrogens of two molecules, Å",
     "diffusion_box_1e-9_m2_s": "self-diffusion in the box, 1e-9 m²/s",
-    "diffusion_1e-9_m2_s": "self-diffusion, corrected for its size, 1e-9 m²/s",
+    "diffusion_1e-9_m2_s": "self-diffusion, corrected for the size of the box, 1e-9 m²/s",
     "dielectric": "dielectric constant",
     "drift_meV_atom_ps": "drift of the energy, meV/atom/ps",
     "temperature_centres_K": "temperature of the molecules' centres, K",
@@ -575,7 +623,7 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
     The teacher, if it is among the results, is last, as `read_results` puts it.
     """
     names = [_title(result["name"]) for result in results]
-    lines = [_row(["", *names, "experiment"]), _row(["---", *["---:"] * (len(names) + 1)])]
+    lines = []
     for key, title in ROWS.items():
         cells = [
             write_number(result["observables"][key]) if key in result["observables"] else "–"
@@ -583,61 +631,48 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
         ]
         known = f"{EXPERIMENT[key][0]:g}" if key in EXPERIMENT else ""
         if any(cell != "–" for cell in cells):
-            lines.append(_row([title, *cells, known]))
-
+            lines.append([title, *cells, known])
+    tables = [markdown_table(["", *names, "experiment"], lines)]
     if results[-1]["name"] == TEACHER and len(results) > 1:
-        teacher, models = results[-1]["observables"], results[:-1]
-        lines += ["", _row(["from the teacher", "target", *names[:-1]])]
-        lines.append(_row(["---", "---:", *["---:"] * len(models)]))
-        for key, target in TARGETS.items():
-            scale, unit = (100, " %") if target.relative else (1, "")
-            cells = []
-            for result in models:
-                if key in result["observables"] and (of := DIFFERENCES.get(key, key)) in teacher:
-                    away, error, word = verdict(key, result["observables"][key], teacher[of])
-                    number = write_number(Estimate(scale * away, scale * error))
-                    cells.append(f"{number}{unit}: {word}")
-                else:
-                    cells.append("–")
-            lines.append(_row([ROWS[key], f"{scale * target.amount:g}{unit}", *cells]))
-
-    lines += ["", _row(["picoseconds (hours)", *names]), _row(["---", *["---:"] * len(names)])]
-    for stage in PRODUCTION:
-        cells = [
-            f"{result['lengths_ps'][stage]:g} ({result['hours'][stage]:.2f})"
-            if stage in result["lengths_ps"]
-            else "–"
-            for result in results
+        lines = [_judged(key, results[:-1], results[-1]["observables"]) for key in TARGETS]
+        tables.append(markdown_table(["distance from the teacher", "target", *names[:-1]], lines))
+    lines = [
+        [
+            stage,
+            *(
+                f"{result['lengths_ps'][stage]:g} ({result['hours'][stage]:.2f})"
+                if stage in result["lengths_ps"]
+                else "–"
+                for result in results
+            ),
         ]
-        lines.append(_row([stage, *cells]))
+        for stage in PRODUCTION
+    ]
+    tables.append(markdown_table(["picoseconds (hours)", *names], lines))
     for result in results:
         for stage in result.get("exploded", ()):
             reached = result["lengths_ps"].get(stage, 0)
-            lines += ["", f"{_title(result['name'])}: {stage} exploded after {reached:g} ps."]
-    return "\n".join(lines) + "\n"
+            tables.append(f"{_title(result['name'])}: {stage} exploded after {reached:g} ps.")
+    return "\n\n".join(tables)
+
+
+def _judged(key: str, models: Sequence[dict[str, Any]], teacher: dict[str, Estimate]) -> list[str]:
+    """A row of the table of distances: observable, target, distance and verdict of each model."""
+    target, of = TARGETS[key], DIFFERENCES.get(key, key)
+    scale, unit = (100, " %") if target.relative else (1, "")
+    cells = []
+    for model in models:
+        if key in model["observables"] and of in teacher:
+            away, error, word = verdict(key, model["observables"][key], teacher[of])
+            number = write_number(Estimate(scale * away, scale * error))
+            cells.append(f"{number}{unit}: {word}")
+        else:
+            cells.append("–")
+    return [ROWS[key], f"{scale * target.amount:g}{unit}", *cells]
 
 
 def _title(name: str) -> str:
     return "teacher, SPC/Fw" if name == TEACHER else f"`{name}`"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def insert_table(page: Path, table: str) -> None:
-    """Put the table into a page, between its two marks; what stands around them stays.
-
-    A new page gets nothing but the table. Raises RunError for a page without marks.
-    """
-    text = page.read_text() if page.exists() else "\n".join(MARKS) + "\n"
-    begin, end = (text.find(mark) for mark in MARKS)
-    if begin < 0 or end < begin:
-        raise RunError(
-            f"{page} has no place for a table: write the lines {MARKS[0]} and {MARKS[1]} into it"
-        )
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{text[: begin + len(MARKS[0])]}\n\n{table}\n{text[end:]}")
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -652,37 +687,41 @@ def _make_calculator(model: str, kernels: str) -> Calculator:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """`run`: run the stages, collect and write the results."""
     chosen = {key: getattr(args, key) for key in OPTIONS}
-    protocol = Protocol(**{key: value for key, value in chosen.items() if value is not None})
+    benchmark = WaterBenchmark(**{key: value for key, value in chosen.items() if value is not None})
     name = args.name or Path(args.model).stem
     place = f"{name}-{args.seed}" if args.seed else name
     folder = args.folder or Path("runs/observables") / place
     exploded: dict[str, str] = {}
     if not args.collect:
         calculator = _make_calculator(args.model, args.kernels)
-        exploded = run_protocol(calculator, protocol, folder, name, args.stages, not args.quiet)
+        exploded = run_water_benchmark(
+            calculator, benchmark, folder, name, args.stages, not args.quiet
+        )
     if args.teacher:
         calculator = _make_calculator(args.model, args.kernels)
-        ask_model(calculator, folder, args.teacher, not args.quiet)
+        on_teacher_frames(calculator, folder, args.teacher, not args.quiet)
     result = collect(folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(_compact(result))
+    store_text(args.out, _compact(result))
     for key, estimate in result["observables"].items():
         known = EXPERIMENT.get(key)
-        beside = f"   experiment {known[0]:g}" if known else ""
-        print(f"{key:32s} {estimate.value:10.4g} ± {estimate.error:.2g}{beside}")
+        experiment = f"   experiment {known[0]:g}" if known else ""
+        print(f"{key:32s} {estimate.value:10.4g} ± {estimate.error:.2g}{experiment}")
     for stage, reason in exploded.items():
         print(f"{stage}: {reason}")
     return 0
 
 
 def _table(args: argparse.Namespace) -> int:
+    """`table`: compare results, in a page."""
     insert_table(args.out, compare(read_results(args.files)))
     return 0
 
 
 def _compact(result: dict[str, Any]) -> str:
-    """JSON in lines that a person can read, long lists in one line each."""
+    """JSON with a line for each entry and for each list."""
     text = json.dumps(result, indent=1)
     lines, inside = [], 0
     for line in text.splitlines():
@@ -696,17 +735,18 @@ def _compact(result: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     commands = parser.add_subparsers(required=True)
-    run = commands.add_parser("run", help="run the protocol, or go on with it")
+    run = commands.add_parser("run", help="run the benchmark, or go on with it")
     run.set_defaults(command=_run)
     run.add_argument("model", help=f"a name, a file, or {TEACHER}")
     run.add_argument("--out", type=Path, required=True, help="the .json to write")
     run.add_argument("--name", help="what the files call the model (default: from its name)")
     run.add_argument("--folder", type=Path, help="of the runs (default: runs/observables/NAME)")
-    run.add_argument("--seed", type=int, help="another one, another run (default: 0)")
+    run.add_argument("--seed", type=int, help="another seed, an independent run (default: 0)")
     run.add_argument("--waters", type=int, help="molecules in the box (default: 32)")
     for stage in ("prepare", "equilibrate", *PRODUCTION):
-        default = getattr(Protocol, stage) / 1000
+        default = getattr(WaterBenchmark, stage) / 1000
         run.add_argument(
             f"--{stage}", type=femtoseconds, metavar="TIME", help=f"default: {default:g}ps"
         )
@@ -715,23 +755,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_kernels_option(run)
     run.add_argument(
-        "--collect", action="store_true", help="only write what the folder holds by now"
+        "--collect",
+        action="store_true",
+        help="run nothing, write the results of what the folder has",
     )
     run.add_argument(
         "--teacher",
         type=Path,
         nargs="+",
         metavar="FOLDER",
-        help="also ask the model about the structures of the teacher's runs in these folders",
+        help="also label frames of the teacher's runs in these folders with the model",
     )
     run.add_argument("--quiet", action="store_true", help="without progress")
-    table = commands.add_parser("table", help="compare what was run, in Markdown")
+    table = commands.add_parser("table", help="put tables of results into a page")
     table.set_defaults(command=_table)
-    table.add_argument("files", type=Path, nargs="+", help="what `run` wrote")
+    table.add_argument("files", type=Path, nargs="+", help="files that `run` wrote")
     table.add_argument("--out", type=Path, required=True, help="the page that has the table")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; `argv` defaults to the arguments of the process."""
     return run_script(
         add_arguments,
         lambda args: args.command(args),
