@@ -76,7 +76,7 @@ types: $(TEST_READY)
 	$(BIN)/mypy
 
 imports: $(TEST_READY)
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports
 
 quick-tests: $(TEST_READY)
 	$(ONE_THREAD) $(PYTEST) -m "not slow" $(COVERAGE) tests
