@@ -1,17 +1,17 @@
-"""From a lesson to copies for a class: exercises without solutions, and with them.
+"""Copies of the lessons for a class: for students without solutions, for instructors with them.
 
-In: the notebooks of the course, whose exercises carry nbgrader's marks. Out: a folder with a
-`student` and an `instructor` copy of each. A source notebook is one that nbgrader itself takes;
-here its rules are followed for those who do without it:
+In: notebooks whose exercises carry nbgrader's marks. Out: a folder with a `student` and an
+`instructor` copy of each. nbgrader takes the notebooks too; this script follows its rules, so that
+a class does not need it:
 
 - a *solution cell* holds the answer between `### BEGIN SOLUTION` and `### END SOLUTION`; students
-  get a stub in its place (all of the cell where nothing is marked);
+  get a stub in its place (of the whole cell where nothing is marked);
 - a *check cell* (nbgrader: autograder tests) is worth points, is locked, and raises an error that
-  says what is wrong with the answer. What stands between `### BEGIN HIDDEN TESTS` and
-  `### END HIDDEN TESTS` only the instructor has.
+  says what is wrong with the answer. Only instructors get what stands between
+  `### BEGIN HIDDEN TESTS` and `### END HIDDEN TESTS`.
 
-`python notebooks/tools/class_copies.py --check` runs both copies of each notebook as well: with its
-solution every check must pass, with the stub every check must fail, and nothing else may.
+`python notebooks/tools/class_copies.py --check` also runs both copies of each notebook: with its
+solution every check must pass, with the stub every check must fail, and no other cell may fail.
 Cell metadata: nbgrader's schema, version 3.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 
 CODE_STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # nbgrader's own
 TEXT_STUB = "YOUR ANSWER HERE"
-BESIDE = (".xyz", ".json", ".csv", ".png")  # files of the notebooks' folder that lessons read
+LESSON_FILES = (".xyz", ".json", ".csv", ".png")  # suffixes of files that lessons read
 COURSE = Path(__file__).parents[1]
 SECONDS_A_CELL = 600
 
@@ -37,12 +37,12 @@ Notebook = dict[str, Any]  # as nbformat writes it
 
 
 class ClassroomError(ValueError):
-    """A notebook whose exercises are not in order; the message says which cell, and why."""
+    """A notebook with marks that break the rules; the message says which cell, and why."""
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """A check and the solution cells it follows: places in the notebook's list of cells."""
+    """A check cell and the solution cells before it, by their indices in the notebook."""
 
     name: str
     points: float
@@ -54,7 +54,7 @@ class Exercise:
 
 
 def read_notebook(path: Path) -> Notebook:
-    """Raises `ClassroomError` for a file that is no notebook of format 4."""
+    """Read a notebook; `ClassroomError` for a file that is no notebook of format 4."""
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -65,7 +65,7 @@ def read_notebook(path: Path) -> Notebook:
 
 
 def marks(cell: dict[str, Any]) -> dict[str, Any]:
-    """nbgrader's metadata of a cell, empty where there are none."""
+    """nbgrader's metadata of a cell; empty where it has none."""
     return cell["metadata"].get("nbgrader", {})
 
 
@@ -76,10 +76,10 @@ def source(cell: dict[str, Any]) -> str:
 
 
 def exercises(notebook: Notebook) -> list[Exercise]:
-    """The exercises of a notebook, in order; raises `ClassroomError` where one is not in order.
+    """The exercises of a notebook, in order.
 
-    Every solution cell is followed by a check before the notebook ends, every check has a solution
-    cell before it, code between the marks, points, and a name of its own.
+    Raises `ClassroomError` where marks break the rules: every solution cell is followed by a check,
+    every check has a solution cell before it, code between its marks, points, and a unique name.
     """
     found: list[Exercise] = []
     answers: list[int] = []
@@ -143,7 +143,7 @@ def _without(text: str, kind: str, stub: str, where: str) -> str:
 
 
 def instructor_copy(notebook: Notebook) -> Notebook:
-    """The notebook with its solutions, without outputs; raises what `exercises` raises."""
+    """The notebook with its solutions, without outputs. Raises what `exercises` raises."""
     exercises(notebook)
     cells = []
     for cell in notebook["cells"]:
@@ -181,8 +181,8 @@ def student_copy(notebook: Notebook) -> Notebook:
 def write_class(notebooks: Iterable[Path], out: Path) -> dict[str, list[Exercise]]:
     """Write `out/student/*.ipynb` and `out/instructor/*.ipynb`; the exercises of each notebook.
 
-    The files that lessons read (`molecules/*.xyz` and the like) are copied beside them. Earlier
-    copies are replaced, but only once all are made. Raises `ClassroomError`, `FileNotFoundError`.
+    The files that lessons read (`molecules/*.xyz`, say) are copied too. Earlier copies are replaced,
+    after all new ones are made. Raises `ClassroomError`, `FileNotFoundError`.
     """
     notebooks = sorted(Path(path) for path in notebooks)
     if not notebooks:
@@ -201,18 +201,18 @@ def write_class(notebooks: Iterable[Path], out: Path) -> dict[str, list[Exercise
         for made in copies:
             text = json.dumps(made[which], indent=1, ensure_ascii=False) + "\n"
             (folder / made[0].name).write_text(text, encoding="utf-8")
-        for home in {path.parent for path in notebooks}:
-            for file in home.rglob("*"):
-                hidden = any(part.startswith(".") for part in file.relative_to(home).parts)
-                if file.suffix in BESIDE and file.is_file() and not hidden:
-                    target = folder / file.relative_to(home)
+        for source_folder in {path.parent for path in notebooks}:
+            for file in source_folder.rglob("*"):
+                hidden = any(part.startswith(".") for part in file.relative_to(source_folder).parts)
+                if file.suffix in LESSON_FILES and file.is_file() and not hidden:
+                    target = folder / file.relative_to(source_folder)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, target)
     return found
 
 
 def run_notebook(path: Path) -> dict[int, str]:
-    """Run all cells of a notebook in its folder, on past errors: the errors by cell, one line each.
+    """Run all cells of a notebook in its folder, also after errors; the errors by cell, a line each.
 
     The file is not changed. Needs nbclient, which comes with JupyterLab.
     """
@@ -232,7 +232,13 @@ def run_notebook(path: Path) -> dict[int, str]:
 
 
 def faults(found: Sequence[Exercise], solved: dict[int, str], stubbed: dict[int, str]) -> list[str]:
-    """What is wrong with a notebook, given the errors of its instructor and its student copy."""
+    """What is wrong with a notebook, from the errors of its two copies, by cell.
+
+    Args:
+        found: its exercises.
+        solved: errors of the instructor copy.
+        stubbed: errors of the student copy.
+    """
     checks = {exercise.check: exercise.name for exercise in found}
     answers = {index for exercise in found for index in exercise.answers}
     wrong = [f"{checks.get(i, f'cell {i}')} fails with the solution: {solved[i]}" for i in solved]
@@ -242,7 +248,7 @@ def faults(found: Sequence[Exercise], solved: dict[int, str], stubbed: dict[int,
 
 
 def check_class(out: Path, found: dict[str, list[Exercise]]) -> list[str]:
-    """Run both copies of each notebook; what is wrong, a line each, empty where all is right."""
+    """Run both copies of each notebook; a line for each fault, none if all is right."""
     wrong = []
     for stem, of_notebook in found.items():
         print(f"{stem}: running both copies", flush=True)

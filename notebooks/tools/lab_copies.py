@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from notebooks.tools.class_copies import BESIDE, COURSE, read_notebook, student_copy
+from notebooks.tools.class_copies import LESSON_FILES, COURSE, read_notebook, student_copy
 
 RECORD = ".copies.json"  # the fingerprint of each copy as it was written
 
@@ -65,7 +65,7 @@ def _files(course: Path) -> Iterator[tuple[Path, bytes]]:
         if path.suffix == ".ipynb" and path.parent == course:
             copy = student_copy(read_notebook(path))
             yield path, (json.dumps(copy, indent=1, ensure_ascii=False) + "\n").encode()
-        elif path.suffix in BESIDE:
+        elif path.suffix in LESSON_FILES:
             yield path, path.read_bytes()
 
 

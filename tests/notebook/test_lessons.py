@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from notebooks.tools.class_copies import (
-    BESIDE,
+    LESSON_FILES,
     exercises,
     marks,
     read_notebook,
@@ -135,7 +135,7 @@ def test_files_that_it_reads_are_there_and_go_into_the_class(path: Path) -> None
     code = "\n".join(texts(path, "code"))
     for name in set(re.findall(r"[\"'](molecules/[^\"']+)[\"']", code)):
         assert (path.parent / name).is_file(), name
-        assert Path(name).suffix in BESIDE, f"the class would not get {name}"
+        assert Path(name).suffix in LESSON_FILES, f"the class would not get {name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
