@@ -79,13 +79,16 @@ imports: $(TEST_READY)
 	$(BIN)/lint-imports
 
 quick-tests: $(TEST_READY)
-	$(ONE_THREAD) $(PYTEST) -m "not slow" $(COVERAGE) tests
+	@mkdir -p build
+	$(ONE_THREAD) $(PYTEST) -m "not slow" $(if $(COVERAGE),$(COVERAGE) --cov-report=) tests
 
-test: COVERAGE := --cov --cov-report=
+test: COVERAGE := --cov
 test: check test-units test-notebooks
 
 test-units: $(TEST_READY)
-	$(ONE_THREAD) $(PYTEST) -m slow $(COVERAGE) --cov-append $(UNIT_ARGS) tests
+	@mkdir -p build
+	$(ONE_THREAD) $(PYTEST) -m slow $(if $(COVERAGE),$(COVERAGE) --cov-append --cov-report=term:skip-covered) \
+		$(UNIT_ARGS) tests
 
 test-notebooks: $(TEST_READY)
 	rm -rf $(EXECUTED)
