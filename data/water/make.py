@@ -381,7 +381,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set",
         choices=tuple(SETS),
         default="main",
-        help="main; liquid: boxes near 298 K and 1 bar, the liquid of docs/water.md",
+        help="main; liquid: boxes near 298 K and 1 bar, the liquid of docs/studies/water",
     )
     parser.add_argument("--structures", type=int, default=4600, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
