@@ -37,11 +37,11 @@ from allscaip_lite.checkpoints.official import save_official
 from allscaip_lite.cli import run_script
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.batches import collate
-from allscaip_lite.errors import InputError
-from allscaip_lite.kernels import choose
-from allscaip_lite.kernels.compiled import CompileError, load_kernels
-from allscaip_lite.labels.spcfw import water_cluster
+from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.files import store_text
+from allscaip_lite.kernels import choose
+from allscaip_lite.kernels.compiled import load_kernels
+from allscaip_lite.labels.spcfw import water_cluster
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import insert_table, markdown_table
@@ -474,7 +474,7 @@ def sides_here(device: str) -> list[str]:
     if device == "cpu":
         try:
             load_kernels(torch.float32)
-        except CompileError:  # no C compiler
+        except KernelError:  # no C compiler
             fastest = []
     sides = ["plain", "torch", *fastest]
     return [*sides, FAIRCHEM] if importlib.util.find_spec("fairchem") else sides
