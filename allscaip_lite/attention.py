@@ -162,6 +162,14 @@ class SystemTable:
         """(B·n, C) → (N, C)."""
         return x if self.slot is None else x.index_select(0, self.slot)
 
+    def to_heads(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """(N, 3H) → (3, B, h, n, D): queries, keys and values of each system and head."""
+        return self.spread(qkv).view(*self.real.shape, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def from_heads(self, mixed: Tensor) -> Tensor:
+        """(B, h, n, D) → (N, H)."""
+        return self.collect(mixed.transpose(1, 2).reshape(self.real.numel(), -1))
+
 
 def node_attention(
     qkv: Tensor,
@@ -174,14 +182,11 @@ def node_attention(
 
     softmax_j(q_i·k_j/√D + bias_ij) v_j. bias (B, h, n, n): ERoPE's, -inf at empty keys, or None.
     """
-    batch, longest = systems.real.shape
-    qkv = systems.spread(qkv).view(batch, longest, 3, num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, n, D) each
+    q, k, v = systems.to_heads(qkv, num_heads)  # (B, h, n, D) each
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, n)
     weights = (logits if bias is None else logits + bias).softmax(-1)
     mixed = F.dropout(weights, dropout, dropout > 0) @ v  # (B, h, n, D)
-    mixed = mixed.transpose(1, 2).reshape(batch * longest, -1)  # (B·n, H)
-    return systems.collect(mixed), weights
+    return systems.from_heads(mixed), weights
 
 
 def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def _info(args: argparse.Namespace) -> None:
     from allscaip_lite.checkpoints import load_model, read_card
 
-    model = load_model(args.model)
+    model = load_model(args.model, kernels="plain")  # nothing is computed
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     _print_table("configuration", model.config.to_dict())
     _print_table("card", read_card(args.model))

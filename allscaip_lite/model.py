@@ -393,8 +393,10 @@ class AllScAIP(nn.Module):
         """The graph of a batch with its angles, and the logits of ERoPE."""
         graph = build_graph(structures, self.config, operations.soft_rank)
         systems = SystemTable.make(structures.natoms)
-        positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
-        distances = system_distances(structures, positions) if self.config.rotary else None
+        distances = None
+        if self.config.rotary:
+            positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
+            distances = system_distances(structures, positions)
         return self.geometry_of(graph, systems, distances, operations)
 
     def geometry_of(

@@ -132,7 +132,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         members = self._epochs[epoch][number - self._starts[epoch]]
         rotation_seed = hash((self.seed, number)) % 2**63 if self.rotate else None
         batch = collate([self.data[int(i)] for i in members], rotation_seed)
-        if self.size is None or bool(batch.structures.pbc.any()):
+        if self.size is None or batch.structures.periodic:
             return batch
         try:
             return batch.padded_to(self.size, self.reach)

@@ -28,7 +28,7 @@ from allscaip_lite.data.aselmdb import Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
-from allscaip_lite.kernels import add_kernels_option, choose
+from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 from allscaip_lite.tables import markdown_table
@@ -472,9 +472,7 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(name: str) -> AllScAIP:
-        model = load_model(name, device=device).requires_grad_(False)
-        model.operations = choose(args.kernels, model.device, model.dtype)
-        return model
+        return load_model(name, device=device, kernels=args.kernels).requires_grad_(False)
 
     model = load(args.model)
     others = {name: load(name) for name in args.compare}

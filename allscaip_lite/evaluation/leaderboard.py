@@ -322,7 +322,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite leaderboard`."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model, device=device)
+    model = load_model(args.model, device=device, kernels="plain")  # `predict` chooses
     reference = read(args.reference) if args.reference else None
     if reference is not None:  # before the work, not after
         check_systems(reference, [job.path for job in jobs(args.task, read(args.inputs))])

@@ -7,7 +7,7 @@ of rows are left out. They can be differentiated once; training on forces takes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from allscaip_lite import attention
 from allscaip_lite.attention import Neighborhoods, SystemTable
-from allscaip_lite.encodings import legendre_polynomials
+from allscaip_lite.encodings import slot_legendre
 from allscaip_lite.graph import SLOT_STEP, Graph
 
 RUN_ENTRIES = 2**15  # c·width² of a run on a CPU: with four heads, 512 kB of cache for each matrix
@@ -107,14 +107,8 @@ class PackedNeighborhoods:
     def legendre(self, degree: int) -> Tensor:
         """(degree, N, K, K): P_l(cos θ) between the edges of each sorted row."""
         if degree not in self._legendre:
-            cosine = torch.bmm(self.directions, self.directions.transpose(1, 2))  # (N, K, K)
-            has_direction = self.log_weight.isfinite()  # (N, K)
-            has_direction[:, 0] = False
-            both = has_direction.unsqueeze(2) & has_direction.unsqueeze(1)
-            found = [p * both for p in legendre_polynomials(cosine, degree)[1:]]
-            self._legendre[degree] = (
-                torch.stack(found) if found else cosine.new_zeros(0, *both.shape)
-            )
+            rows = {"log_weight": self.log_weight, "slot_directions": self.directions}
+            self._legendre[degree] = slot_legendre(replace(self.graph, **rows), degree)
         return self._legendre[degree]
 
     @cached_property
@@ -207,11 +201,8 @@ def node_attention(
     """
     if dropout:
         return attention.node_attention(qkv, bias, systems, num_heads, dropout)
-    batch, longest = systems.real.shape
-    qkv = systems.spread(qkv).view(batch, longest, 3, num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, n, D) each
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return systems.collect(mixed.transpose(1, 2).reshape(batch * longest, -1)), None
+    q, k, v = systems.to_heads(qkv, num_heads)  # (B, h, n, D) each
+    return systems.from_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)), None
 
 
 class _Attention(torch.autograd.Function):

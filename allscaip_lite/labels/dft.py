@@ -15,7 +15,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms, units
@@ -295,6 +295,18 @@ def _properties(state: Any, spin: int) -> dict[str, Any]:
             "warnings": doubtful,
         }
     )
+
+
+class Entry(Protocol):
+    """What a data set is made of: something with structures to label."""
+
+    def structures(self) -> list[Atoms]:
+        """Its structures, with charge and spin multiplicity in `info`."""
+
+
+def label_entry(entry: Entry) -> list[Atoms]:
+    """The structures of an entry of a data set, labelled: the work of a queue."""
+    return [label(atoms) for atoms in entry.structures()]
 
 
 def job_file(name: str, level: Level = OMOL25) -> str:

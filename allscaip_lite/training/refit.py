@@ -217,7 +217,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise InputError(f"--out {args.out}: a model's file name ends in .safetensors")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, whole = load_model(args.model, device=device), Dataset(args.data)
+    model = load_model(args.model, device=device, kernels="plain")  # `measure` chooses
+    whole = Dataset(args.data)
     data = Subset(whole, evenly_spaced(len(whole), args.structures))
     energy, force = args.weights
     weights = {"energy_weight": energy, "force_weight": force, "stress_weight": args.stress_weight}

@@ -627,13 +627,6 @@ def sample_reactive(job: Job) -> list[Atoms]:
 # --- The command -----------------------------------------------------------------------------
 
 
-def label_by_dft(entry: Item | FreeAtom) -> list[Atoms]:
-    """The structures of an entry with labels by wB97M-V/def2-TZVPD."""
-    from allscaip_lite.labels import dft
-
-    return [dft.label(atoms) for atoms in entry.structures()]
-
-
 def make(
     folder: Path,
     entries: Sequence[Item | FreeAtom],
@@ -661,7 +654,7 @@ def make(
         count = queue.take_over(store, jobs, known, dft.OMOL25.name, atoms)
         print(f"{count} entries taken from {known}")
     if not collect_only:
-        queue.run_jobs(store, jobs, label_by_dft, workers)
+        queue.run_jobs(store, jobs, dft.label_entry, workers)
     queue.collect(store, jobs, folder)
     references = {
         job.task.element: atoms.get_potential_energy()

@@ -235,13 +235,6 @@ def _labelled(atoms: Atoms, group: Group, task: str) -> Atoms:
 # --- The command -----------------------------------------------------------------------------
 
 
-def label_by_dft(group: Group) -> list[Atoms]:
-    """The structures of a group with labels by wB97M-V/def2-TZVPD."""
-    from allscaip_lite.labels import dft
-
-    return [dft.label(atoms) for atoms in group.structures()]
-
-
 def make_dft(
     folder: Path,
     groups: Sequence[Group],
@@ -267,7 +260,7 @@ def make_dft(
         count = queue.take_over(store, jobs, known, dft.OMOL25.name)
         print(f"{count} groups taken from {known}")
     if not collect_only:
-        queue.run_jobs(store, jobs, label_by_dft, workers)
+        queue.run_jobs(store, jobs, dft.label_entry, workers)
     queue.collect(store, jobs, folder, ["test"])
 
 

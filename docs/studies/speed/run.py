@@ -80,7 +80,7 @@ def calculator(side: str, checkpoint: str, device: str) -> Any:
 
         unit = load_predict_unit(checkpoint, device=device)
         return FAIRChemCalculator(unit, task_name="omol")
-    return AllScAIPCalculator(load_model(checkpoint), device, kernels=side)
+    return AllScAIPCalculator(checkpoint, device, kernels=side)
 
 
 def peak_memory(device: str) -> float:

@@ -262,7 +262,7 @@ def _work(task: tuple[str, str, list[Atoms], Trial, Path, list[str], int]) -> li
     from allscaip_lite.checkpoints.native import load_model
 
     name, kernels, molecules, trial, folder, names, line = task
-    model = load_model(name)
+    model = load_model(name, kernels="plain")  # `run_trial` chooses
     return run_trial(model, molecules, trial, folder, name, kernels=kernels, line=line, names=names)
 
 
