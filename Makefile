@@ -112,6 +112,10 @@ clean:
 	rm -rf $(VENV) build dist class site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
 
+# py3Dmol draws without a network where 3Dmol.js is at hand (allscaip_lite/notebook/viewer.py).
+VIEWER := 3dmol@2.5.5
+VIEWER_FOLDER := $(VENV)/share/allscaip-lite
+
 $(LAB_READY): $(VERSIONS)
 	$(call prepare)
 	$(PIP) --editable ".[$(LAB_EXTRAS)]"
@@ -143,8 +147,12 @@ define prepare
 	$(PIP) torch
 endef
 
-# This must not fail the set-up: it only spares the reader a question about news.
+# Neither line may fail the set-up: without npm py3Dmol loads its script from the network, and the
+# other only spares the reader a question about news.
 define finish
 	@$(PY) -m jupyter labextension disable --level=sys_prefix \
 		"@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1 || true
+	@[ -f $(VIEWER_FOLDER)/3Dmol-min.js ] || { mkdir -p $(VIEWER_FOLDER) && cd $(VIEWER_FOLDER) && \
+		npm pack $(VIEWER) --silent --fetch-retries=0 --fetch-timeout=20000 >/dev/null 2>&1 && \
+		tar -xzf 3dmol-*.tgz --strip-components=2 package/build/3Dmol-min.js; rm -f 3dmol-*.tgz; } || true
 endef

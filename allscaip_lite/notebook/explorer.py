@@ -222,7 +222,7 @@ def explore_attention(
     total = len(resource("molecule_view.js")) + len(script) + len(json.dumps(data))
     note = f"{counts}, weights to ±{precision}"
     data["note"] = f"{formula}: {note}; {total / 1e6:.1f} MB."
-    html = page_html("attentionView", title, width, script, data)
+    html = page_html(title, width, script, data)
     return Explorer(html, title, selected, frames[frame], choice, note)
 
 

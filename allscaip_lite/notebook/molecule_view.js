@@ -1,6 +1,5 @@
 // Atoms, bonds and links in three dimensions, drawn on a 2D canvas. Mouse, touch and keys rotate,
-// move and zoom the view. explorer.js and viewer.js say what is drawn. No library and no network is
-// needed.
+// move and zoom the view. explorer.js says what is drawn. No library and no network is needed.
 
 // --- colours and the theme of the page -----------------------------------------------------------
 
@@ -49,13 +48,11 @@ function followPage(root, redraw) {
 
 // --- the view ------------------------------------------------------------------------------------
 
-const ARROW_COLOR = "#d6217f";
-
 // `size()` returns the size of the scene, in Å from the origin: {reach, width, height}.
 // `clicked(ball, event)` and `hovered(ball or null, event)` are called with the index of a ball.
 // Returns {draw, turn, zoom, move, aim, reset}.
 //
-// draw(scene), with the scene; all but balls, background and text may be missing
+// draw(scene), with the scene
 //   balls   [{at: [x, y, z], radius, color: [r, g, b], label, pale, labelled}]; Å, colours in 0..1
 //   sticks  [{from, to, pale}] between balls, each half in the colour of its ball
 //   lines   [[from, to]] between points: the cell
@@ -63,9 +60,8 @@ const ARROW_COLOR = "#d6217f";
 //   links   [{from, to, width, color}] between balls, thin at `from`; width in pixels
 //   marks   [{from, to, color}] thick lines that mark a pair of balls
 //   rings   [{ball, gap, width, color}] around balls
-//   arrows  [[from, to]] between points, in the colour of the weights
 //   background, text  colours of the background, and of labels and lines
-function moleculeView(canvas, {size, clicked = () => {}, hovered = () => {}}) {
+function moleculeView(canvas, {size, clicked, hovered}) {
   const context = canvas.getContext("2d");
   let scene = null, screen = [], width = 0, height = 0, scale = 1, pixelRatio = 1, sceneSize = null;
   let camera = {};
@@ -205,24 +201,8 @@ function moleculeView(canvas, {size, clicked = () => {}, hovered = () => {}}) {
     });
   }
 
-  function drawArrow(from, to, color) { // with a head of at most 9 pixels
-    const [dx, dy] = [to.x - from.x, to.y - from.y], length = Math.hypot(dx, dy) || 1;
-    const head = Math.min(9, length), [ux, uy] = [dx / length, dy / length];
-    const [baseX, baseY] = [to.x - head * ux, to.y - head * uy];
-    drawLine(from, {x: baseX, y: baseY}, 3, color);
-    context.beginPath();
-    context.moveTo(to.x, to.y);
-    context.lineTo(baseX - 0.5 * head * uy, baseY + 0.5 * head * ux);
-    context.lineTo(baseX + 0.5 * head * uy, baseY - 0.5 * head * ux);
-    context.closePath();
-    context.fillStyle = color;
-    context.fill();
-  }
-
-  const EMPTY = {sticks: [], lines: [], dashed: [], links: [], marks: [], rings: [], arrows: []};
-
   function draw(next) { // from back to front (painter's algorithm)
-    if (next) scene = {...EMPTY, ...next};
+    scene = next || scene;
     if (!scene) return;
     fit();
     if (!width || !height) return; // not displayed yet
@@ -247,9 +227,6 @@ function moleculeView(canvas, {size, clicked = () => {}, hovered = () => {}}) {
     for (const mark of scene.marks) {
       const {ends, z} = between(mark), lineWidth = 0.3 * ends[0].zoom;
       items.push({z: z - 0.02, paint: () => drawLine(...ends, lineWidth, css(mark.color))});
-    }
-    for (const [from, to] of scene.arrows.map(ends => ends.map(project))) {
-      items.push({z: Math.max(from.z, to.z), paint: () => drawArrow(from, to, ARROW_COLOR)});
     }
     for (const link of scene.links) {
       items.push({z: between(link).z, paint: () => drawLink(link)});

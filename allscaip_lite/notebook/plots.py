@@ -34,7 +34,8 @@ MARK_COLOR = "#00807d"
 TILT = np.deg2rad((-24.0, 16.0))  # view of a cell: about the vertical axis, then from above
 
 
-def _import(module: str, purpose: str) -> Any:
+def import_extra(module: str, purpose: str) -> Any:
+    """A module of the `notebooks` extra, or an ImportError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -210,7 +211,7 @@ def plot_attention(
     weights = attention_matrix(maps, kind, query, block, head)
     n = len(weights)
     if axes is None:
-        pyplot = _import("matplotlib.pyplot", "plot_attention")
+        pyplot = import_extra("matplotlib.pyplot", "plot_attention")
         side = min(9.0, 2.5 + 0.17 * n)
         axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")[1]
     image = axes.imshow(weights, cmap="magma_r", vmin=0)
@@ -227,7 +228,7 @@ def plot_attention(
     axes.set_ylabel(f"query ({what})")
     if row is not None:
         style = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
-        patches = _import("matplotlib.patches", "plot_attention")
+        patches = import_extra("matplotlib.patches", "plot_attention")
         axes.add_patch(patches.Rectangle((-0.5, row % n - 0.5), n, 1, **style))
     heads = "mean over heads" if head is None else f"head {head % maps.num_heads}"
     edges = "" if kind == "node" else f", edges{where}"
@@ -325,9 +326,9 @@ def plot_molecule(
         images: n periodic images, each an atom and (3,) lattice vectors; they are pale. `links`
             then has N + n weights.
     """
-    patches = _import("matplotlib.patches", "plot_molecule")
+    patches = import_extra("matplotlib.patches", "plot_molecule")
     if axes is None:
-        pyplot = _import("matplotlib.pyplot", "plot_molecule")
+        pyplot = import_extra("matplotlib.pyplot", "plot_molecule")
         axes = pyplot.subplots(figsize=(6, 4), layout="constrained")[1]
     n = len(atoms)
     kinds = np.array([*range(n), *(j for j, _ in images)])

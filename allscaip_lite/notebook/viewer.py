@@ -1,14 +1,16 @@
-"""Interactive views of molecules and trajectories, as HTML pages that need nothing else.
+"""Interactive views: a molecule in py3Dmol, a trajectory in nglview, and the page of the explorer.
 
-Input: `ase.Atoms`, or a list of frames. Output: a `Page` with its script and its data. A notebook
-displays it, and it also works in exported HTML, without a kernel and without a network.
-molecule_view.js draws the atoms and viewer.js plays the frames; `explorer` uses the same parts.
+Input: `ase.Atoms`, or a list of frames. Output: a `Page`, which a notebook displays and which also
+works in exported HTML, or a widget of nglview. Both libraries come with the `notebooks` extra.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import sys
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,15 +22,18 @@ from ase import Atoms
 from ase.data.colors import jmol_colors
 
 from allscaip_lite.notebook.plots import (
+    LINK_COLOR,
     arrow_scale,
     atom_labels,
     ball_radii,
     bonds,
     cell_lines,
     front,
+    import_extra,
+    seen_from_front,
 )
 
-FRAME_TIME = 100  # ms
+VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
 IMAGE_BORDER = 1.5  # Å around a cell, for the periodic images
 
 
@@ -59,46 +64,70 @@ class Page:
 def view_molecule(
     atoms: Atoms, arrows: np.ndarray | None = None, size: tuple[int, int] = (600, 400)
 ) -> Page:
-    """The molecule as balls and sticks, which can be rotated, moved and zoomed.
+    """The molecule as balls and sticks in py3Dmol, which can be rotated, moved and zoomed.
+
+    `make` puts 3Dmol.js at `VIEWER_SCRIPT` where it can. It then goes into the page, which needs no
+    network. Without that file the browser downloads it.
 
     Args:
         atoms: The structure.
         arrows: (N, 3) vectors drawn from the atoms, for example forces; the longest arrow is
             1.5 Å long.
-        size: Width and height in pixels; a narrow page makes it smaller.
-    """
-    return _frames_page([atoms], arrows, size, f"Molecule {atoms.get_chemical_formula()}")
-
-
-def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Page:
-    """A trajectory as a movie, with a button to play and a slider for the frame.
+        size: Width and height in pixels.
 
     Raises:
+        ImportError: py3Dmol is not installed.
+    """
+    py3dmol = import_extra("py3Dmol", "view_molecule")
+    options = {}
+    if VIEWER_SCRIPT.is_file():
+        script = base64.b64encode(VIEWER_SCRIPT.read_bytes()).decode()
+        options["js"] = f"data:text/javascript;base64,{script}"
+    view = py3dmol.view(width=size[0], height=size[1], **options)
+    positions = seen_from_front(atoms)
+    lines = [
+        f"{symbol} {x:.4f} {y:.4f} {z:.4f}"
+        for symbol, (x, y, z) in zip(atoms.symbols, positions, strict=True)
+    ]
+    view.addModel("\n".join([str(len(atoms)), "", *lines]), "xyz")
+    view.setStyle({"stick": {"radius": 0.12}, "sphere": {"scale": 0.25}})
+    if arrows is not None:
+        ends = positions + np.asarray(arrows) @ front(atoms) * arrow_scale(arrows)
+        for start, end in zip(positions.tolist(), ends.tolist(), strict=True):
+            spec = {"start": dict(zip("xyz", start, strict=True))}
+            spec |= {"end": dict(zip("xyz", end, strict=True))}
+            view.addArrow({**spec, "radius": 0.07, "color": LINK_COLOR})
+    view.zoomTo()
+    return Page(view.write_html(), f"Molecule {atoms.get_chemical_formula()}")
+
+
+def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Any:
+    """A trajectory as a movie in nglview, which needs a running kernel.
+
+    Args:
+        frames: Structures with the same atoms in the same order.
+        size: Width and height in pixels.
+
+    Raises:
+        ImportError: nglview is not installed.
         ValueError: There are no frames, or they have different atoms.
     """
     check_frames(frames)
-    title = f"Trajectory of {frames[0].get_chemical_formula()}, {len(frames)} frames"
-    return _frames_page(list(frames), None, size, title)
-
-
-def _frames_page(
-    frames: list[Atoms], arrows: np.ndarray | None, size: tuple[int, int], title: str
-) -> Page:
-    scene = frames_scene(frames)
-    drawn = []
-    if arrows is not None:
-        starts = np.array(scene["frames"][0]["positions"])
-        ends = starts + np.asarray(arrows) @ front(frames[0]) * arrow_scale(arrows)
-        drawn = np.stack([starts, ends], axis=1).round(3).tolist()  # (N, 2, 3)
-    data = {"scene": scene, "arrows": drawn, "interval": FRAME_TIME, "title": title}
-    data["markup"] = resource("viewer.html").replace("@ASPECT@", f"{size[0]}/{size[1]}")
-    return Page(page_html("framesView", title, str(size[0]), resource("viewer.js"), data), title)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nglview imports deprecated modules
+        nglview = import_extra("nglview", "view_trajectory")
+    view = nglview.show_asetraj(list(frames))
+    view.clear_representations()
+    view.add_representation("ball+stick")
+    view.layout.width, view.layout.height = f"{size[0]}px", f"{size[1]}px"
+    view.center()
+    return view
 
 
 # --- what the explorer shares -------------------------------------------------------------------
 
 # A notebook that is not trusted shows only the message, because it does not run the script.
-_SHELL = """<div class="@CLASS@" data-view="@NAME@" role="group" aria-label="@TITLE@"
+_SHELL = """<div class="allscaip-view" data-view="@NAME@" role="group" aria-label="@TITLE@"
  style="max-width: @WIDTH@px">
 <p data-part="message">This is the place of an interactive view, but its script has not run. In
 JupyterLab: run the cell, or trust the notebook (File, Trust Notebook).</p>
@@ -108,20 +137,19 @@ JupyterLab: run the cell, or trust the notebook (File, Trust Notebook).</p>
 @SCRIPT@
 // a notebook may show the same output twice: start each copy once
 for (const root of document.querySelectorAll('[data-view="@NAME@"]')) {
-  if (!root.dataset.started) { root.dataset.started = "1"; @FUNCTION@(root, @DATA@); }
+  if (!root.dataset.started) { root.dataset.started = "1"; attentionView(root, @DATA@); }
 }
 })();
 </script>"""
 
 
-def page_html(function: str, title: str, width: str, script: str, data: dict[str, Any]) -> str:
-    """HTML that calls a function of a script with data.
+def page_html(title: str, width: str, script: str, data: dict[str, Any]) -> str:
+    """HTML that calls `attentionView` of a script with data.
 
     Args:
-        function: The JavaScript function; its arguments are the element and the data.
         title: What a screen reader says.
         width: The largest width in pixels.
-        script: The script that defines the function; molecule_view.js is added.
+        script: The script that defines `attentionView(element, data)`; molecule_view.js is added.
         data: What goes into the page as JSON.
     """
     html = _SHELL
@@ -129,8 +157,6 @@ def page_html(function: str, title: str, width: str, script: str, data: dict[str
         "SCRIPT": resource("molecule_view.js") + script,
         "DATA": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
         "NAME": f"allscaip-{uuid.uuid4().hex[:12]}",
-        "CLASS": "allscaip-frames" if function == "framesView" else "allscaip-view",
-        "FUNCTION": function,
         "TITLE": title,
         "WIDTH": width,
     }.items():

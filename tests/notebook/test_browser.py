@@ -27,7 +27,6 @@ from ase.build import molecule
 from allscaip_lite.notebook.attention_maps import AttentionMaps, attention_maps
 from allscaip_lite.notebook.explorer import explore_attention
 from allscaip_lite.notebook.plots import atom_labels, attention_matrix, edge_labels
-from allscaip_lite.notebook.viewer import view_trajectory
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed: pip install playwright"
@@ -425,36 +424,6 @@ def test_periodic_images_can_be_clicked(model, crystal, offline, tmp_path):
     view.choose("kind", "node")
     nearest = dict(zip(atom_labels(crystal), crystal.get_distances(3, range(7), mic=True)))
     assert view.table(column=2) == pytest.approx(nearest, abs=0.011)
-
-
-def test_a_trajectory_plays_and_turns(path, offline, tmp_path):
-    page = offline(view_trajectory([*path, *path]).save(tmp_path / "view.html"))
-    root = page.locator(".allscaip-frames")
-    canvas, caption = root.locator("canvas"), root.locator("[data-part=caption]")
-
-    def picture() -> str:
-        return canvas.evaluate("c => c.toDataURL()")
-
-    first = picture()
-    assert len(first) > 5000 and caption.inner_text() == "frame 1 of 4"
-    slider = root.locator("[data-part=frame]")
-    for value, same in ((1, False), (2, True)):  # frames 0 and 2 are the same structure
-        slider.evaluate(
-            "(e, value) => { e.value = value; e.dispatchEvent(new Event('input')); }", str(value)
-        )
-        assert caption.inner_text() == f"frame {value + 1} of 4"
-        assert (picture() == first) is same
-    play = root.locator("[data-part=play]")
-    play.click()
-    page.wait_for_function("e => e.dataset.frame === '1'", arg=root.element_handle())
-    play.click()
-    assert play.inner_text() == "Play"
-    before, box = picture(), canvas.bounding_box()
-    page.mouse.move(box["x"] + 5, box["y"] + 5)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 70, box["y"] + 60, steps=3)
-    page.mouse.up()
-    assert picture() != before, "the view did not rotate"
 
 
 def test_eight_bits_are_unpacked(model, path, offline, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from importlib import resources
 
@@ -19,10 +20,9 @@ from ase.build import bulk, molecule
 from allscaip_lite import AllScAIP, AllScAIPConfig
 from allscaip_lite.graph import build_graph
 from allscaip_lite.kernels import choose
-from allscaip_lite.notebook import plots
+from allscaip_lite.notebook import plots, viewer
 from allscaip_lite.notebook.attention_maps import attention_maps
 from allscaip_lite.notebook.explorer import show_attention
-from allscaip_lite.notebook.viewer import view_molecule, view_trajectory
 from allscaip_lite.structures import structures_from_atoms
 
 SMALL = AllScAIPConfig(hidden_size=32, num_heads=2, num_layers=2, angular_channels=(6, 4, 2, 2, 2))
@@ -313,60 +313,37 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     assert arrows.N == len(ETHANOL)
 
 
-def viewer_data(html: str) -> dict:
-    return json.loads(re.search(r"framesView\(root, (\{.*\})\);", html)[1])
-
-
-def test_the_viewer_holds_the_molecule_and_needs_nothing_else(tmp_path):
-    forces = np.random.default_rng(0).normal(size=(len(ETHANOL), 3))
-    page = view_molecule(ETHANOL, forces, size=(500, 300))
-    data = viewer_data(page.html)
-    (frame,) = data["scene"]["frames"]
-    positions, arrows = np.array(frame["positions"]), np.array(data["arrows"])
-    distances = np.linalg.norm(positions[:, None] - positions, axis=-1)
-    assert np.abs(distances - ETHANOL.get_all_distances()).max() < 3e-3
-    assert np.allclose(arrows[:, 0], positions)
-    lengths = np.linalg.norm(arrows[:, 1] - arrows[:, 0], axis=1)
-    sizes = np.linalg.norm(forces, axis=1)
-    assert np.abs(lengths - 1.5 * sizes / sizes.max()).max() < 3e-3
-    text = page.save(tmp_path / "view.html").read_text()
-    assert not re.search(r"https?:|<link|\bsrc=|\bimport\b|\brequire\b|@[A-Z]+@", text)
+def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
+    pytest.importorskip("py3Dmol")
+    script = tmp_path / "3Dmol-min.js"
+    script.write_text("/* the library */")
+    monkeypatch.setattr(viewer, "VIEWER_SCRIPT", script)
+    html = viewer.view_molecule(ETHANOL, np.ones((len(ETHANOL), 3))).html
+    assert base64.b64encode(script.read_bytes()).decode() in html
+    assert not re.search(r"https?://[^\s'\"]*3Dmol", html)
+    assert html.count("addArrow") == len(ETHANOL)
+    monkeypatch.setattr(viewer, "VIEWER_SCRIPT", tmp_path / "absent.js")
+    assert re.search(r"https?://[^\s'\"]*3Dmol", viewer.view_molecule(ETHANOL).html)
 
 
 def test_a_trajectory_keeps_its_frames():
+    pytest.importorskip("nglview")
     frames = [ETHANOL.copy() for _ in range(3)]
-    frames[2].positions[3:] += 1
-    drawn = viewer_data(view_trajectory(frames).html)["scene"]["frames"]
-    distances = [
-        np.linalg.norm(np.array(frame["positions"])[0] - np.array(frame["positions"])[3])
-        for frame in drawn
-    ]
-    assert distances == pytest.approx([atoms.get_distance(0, 3) for atoms in frames], abs=3e-3)
+    frames[2].positions += 1
+    view = viewer.view_trajectory(frames)
+    assert view.max_frame == 2
+    assert np.allclose(view._trajlist[0].get_coordinates(2), frames[2].positions)
     with pytest.raises(ValueError, match="no frames"):
-        view_trajectory([])
+        viewer.view_trajectory([])
     with pytest.raises(ValueError, match=r"frame 1 \(H2O\) has other atoms"):
-        view_trajectory([ETHANOL, molecule("H2O")])
+        viewer.view_trajectory([ETHANOL, molecule("H2O")])
 
 
-def test_the_readme_picture_is_made_by_a_command(model, tmp_path):
-    pytest.importorskip("matplotlib")
-    from ase.io import write
-
-    from allscaip_lite import save_model
-
-    save_model(model, tmp_path / "model.safetensors")
-    write(tmp_path / "molecule.xyz", ETHANOL)
-    picture = tmp_path / "docs" / "picture.png"
-    chosen = ["--model", str(tmp_path / "model.safetensors"), "--query", "2"]
-    assert plots.main([str(tmp_path / "molecule.xyz"), str(picture), *chosen]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-
-
-def test_the_script_comes_with_the_package():
-    script = resources.files("allscaip_lite.notebook") / "molecule_view.js"
-    assert "function moleculeView" in script.read_text("utf-8")
-
-
-def test_maps_can_be_changed_for_an_experiment(maps):
-    uniform = replace(maps, node=torch.full_like(maps.node, 1 / len(ETHANOL)))
-    assert np.allclose(plots.node_weights(uniform, 0, None), 1 / len(ETHANOL))
+@pytest.mark.parametrize(
+    ("library", "view"),
+    [("py3Dmol", viewer.view_molecule), ("nglview", lambda atoms: viewer.view_trajectory([atoms]))],
+)
+def test_a_missing_viewer_names_the_extra(monkeypatch, library, view):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=r"allscaip-lite\[notebooks\]"):
+        view(ETHANOL)

@@ -105,6 +105,10 @@ def test_lab_extras_are_part_of_the_test_extras():
     assert lab < test <= set(EXTRAS)
 
 
+def test_viewer_script_has_the_version_of_its_python_package(constraints):
+    assert f" 3dmol@{constraints['py3dmol']} " in recipe("lab")
+
+
 @pytest.mark.skipif(
     Path(sys.prefix) != ROOT / ".venv", reason="an environment that make did not build"
 )
