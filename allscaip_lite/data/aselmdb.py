@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase.db
 import lmdb
@@ -22,6 +23,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase_db_backends.aselmdb import LMDBDatabase
 
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
@@ -31,7 +33,7 @@ _LABELS = ("energy", "forces", "stress")
 
 
 def write_aselmdb(
-    path: str | os.PathLike, structures: Iterable[Atoms], overwrite: bool = False
+    path: str | os.PathLike[str], structures: Iterable[Atoms], overwrite: bool = False
 ) -> int:
     """Write labelled structures to one `.aselmdb` file and return how many.
 
@@ -97,17 +99,19 @@ class Dataset:
     """
 
     def __init__(
-        self, paths: str | os.PathLike | Sequence[str | os.PathLike], labelled: bool = True
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        labelled: bool = True,
     ) -> None:
-        single = isinstance(paths, (str, os.PathLike))
-        groups = [_shards(Path(path)) for path in ([paths] if single else paths)]
+        several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        groups = [_shards(Path(path)) for path in several]
         self.paths = [shard for group in groups for shard in group]
         if not self.paths:
             raise DataError("no data: the list of paths is empty")
         self.labelled = labelled
         self._groups = groups
         self._natoms: np.ndarray | None = None
-        self._open: dict[int, ase.db.core.Database] = {}
+        self._open: dict[int, LMDBDatabase] = {}
         self._pid = os.getpid()
         sizes = [len(self._database(shard)) for shard in range(len(self.paths))]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])  # (shards + 1,)
@@ -174,7 +178,7 @@ class Dataset:
             counts = [row.natoms for row in database.select(include_data=False)]
         return np.asarray(counts, dtype=np.int64)
 
-    def _database(self, shard: int) -> ase.db.core.Database:
+    def _database(self, shard: int) -> LMDBDatabase:
         # LMDB handles do not survive a fork: each process opens its own, when it first reads.
         if self._pid != os.getpid():
             self._open, self._pid = {}, os.getpid()
@@ -182,7 +186,7 @@ class Dataset:
             self._open[shard] = _connect(self.paths[shard])
         return self._open[shard]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
 
@@ -234,7 +238,7 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _connect(path: Path) -> ase.db.core.Database:
+def _connect(path: Path) -> LMDBDatabase:
     if path.suffix != ".aselmdb":
         raise DataError(f"{path}: not an .aselmdb file")
     try:  # before ASE does, whose database object complains once more when it is thrown away
@@ -295,7 +299,10 @@ def evenly_spaced(count: int, limit: int) -> np.ndarray:
 
 
 def write_sample(
-    source: str | os.PathLike, out: str | os.PathLike, structures: int, overwrite: bool = False
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    structures: int,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write a small sample of a data set and return how many structures of each split it has.
 
