@@ -86,7 +86,7 @@ def summary(found: Residuals) -> dict[str, float]:
     return row
 
 
-def evaluate(model: AllScAIP, data: Dataset) -> dict[str, float]:
+def evaluate(model: AllScAIP, data: LabelledData) -> dict[str, float]:
     """`summary` of a whole data set."""
     return summary(residuals(model, data))
 
@@ -221,10 +221,11 @@ def xtb_residuals(described: Sequence[Description]) -> Residuals:
 
 
 def _xtb_unfitted(described: Sequence[Description]) -> Residuals:
-    if any(what.xtb is None for what in described):
+    kept = [(w, *w.xtb) for w in described if w.xtb is not None]
+    if len(kept) < len(described):
         raise DataError("not every structure keeps xtb_energy and xtb_forces")
-    energies = [1e3 * (w.xtb[0] - w.energy) / len(w.numbers) for w in described]
-    forces = [torch.as_tensor(1e3 * (w.xtb[1] - w.forces)) for w in described]
+    energies = [1e3 * (energy - w.energy) / len(w.numbers) for w, energy, _ in kept]
+    forces = [torch.as_tensor(1e3 * (force - w.forces)) for w, _, force in kept]
     none = torch.full((len(described), 3, 3), torch.nan)
     return Residuals(torch.tensor(energies), forces, none)
 
@@ -359,7 +360,7 @@ def write_predictions(
             energies.append(energy.cpu().double().numpy())
             forces.append(force.cpu().numpy())
             bar.update(len(members))
-    arrays = {
+    arrays: dict[str, Any] = {
         "ids": np.array(ids),
         "energy": np.concatenate(energies),
         "forces": np.concatenate(forces),
@@ -486,8 +487,8 @@ def run(args: argparse.Namespace) -> None:
     if args.physics:
         from allscaip_lite.evaluation import physics  # its optimisers take long to load
 
-        found = physics.differences(model, data, proton=args.proton)
-        print(physics.table(physics.summary(found)))
+        differences = physics.differences(model, data, proton=args.proton)
+        print(physics.table(physics.summary(differences)))
         return
     described = describe(data)
     tables = _tables(args, described)
@@ -496,7 +497,7 @@ def run(args: argparse.Namespace) -> None:
     if args.fit_references:
         found = fit_references(described, found)
     if args.compare:
-        models = {args.model: (found, args.fit_references)}
+        models: dict[str, tuple[Residuals, bool]] = {args.model: (found, args.fit_references)}
         for name, other in others.items():
             models[name] = _on_one_zero(described, residuals(other, data, progress=True))
         if keep_xtb:
@@ -511,8 +512,8 @@ def run(args: argparse.Namespace) -> None:
             print(table(rows_of(found), head), end="\n\n")
         if keep_xtb and len(described) >= MIN_STRUCTURES:
             print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
-            rows = by_group(described, xtb_residuals(described), GROUPS["domain"])
-            print(table(rows), end="\n\n")
+            of_xtb = by_group(described, xtb_residuals(described), GROUPS["domain"])
+            print(table(of_xtb), end="\n\n")
     if not args.fit_references and found.energies.abs().median() > ANOTHER_LEVEL:
         print(
             "Energies are off by more than 1 eV/atom: labels of another level of theory? "

@@ -231,7 +231,8 @@ def relaxation(start: Atoms, calculator: AllScAIPCalculator) -> Tree:
     atoms.calc = calculator
     initial, last = _result(atoms), atoms.positions.copy()
     try:
-        for _ in LBFGS(atoms, logfile=None).irun(fmax=FMAX, steps=STEPS):
+        # ase's type leaves out the None that its documentation gives
+        for _ in LBFGS(atoms, logfile=None).irun(fmax=FMAX, steps=STEPS):  # type: ignore[arg-type]
             if not np.isfinite(atoms.get_forces()).all():
                 raise FloatingPointError
             last = atoms.positions.copy()

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
+from allscaip_lite.data.aselmdb import Dataset, LabelledData, Subset, evenly_spaced
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
@@ -84,7 +84,9 @@ def conservative_stage(
     return Stage("conservative", steps, learning_rate, *weights, stress_weight=stress_weight)
 
 
-def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tuple[Tensor, float]:
+def fit_units(
+    data: LabelledData, max_num_elements: int, limit: int = 20_000
+) -> tuple[Tensor, float]:
     """Energy references (max_num_elements,) eV by least squares, and the rms force in eV/Å.
 
     Of a data set of more than `limit` structures, evenly spaced ones are taken. Elements that do
@@ -107,7 +109,7 @@ def fit_units(data: Dataset, max_num_elements: int, limit: int = 20_000) -> tupl
 
 
 @torch.no_grad()
-def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tensor:
+def shift_references(model: AllScAIP, data: LabelledData, limit: int = 2_000) -> Tensor:
     """Fit the model's energy references to data of another level of theory.
 
     The energy (eV) by which each element's reference moves, and last that of a unit of charge,
@@ -134,7 +136,7 @@ def shift_references(model: AllScAIP, data: Dataset, limit: int = 2_000) -> Tens
     return shifts
 
 
-def fresh_model(config: AllScAIPConfig, data: Dataset, seed: int | None = None) -> AllScAIP:
+def fresh_model(config: AllScAIPConfig, data: LabelledData, seed: int | None = None) -> AllScAIP:
     """A model with random weights, and with energies of elements and a force unit from the data.
 
     `seed` None takes the random numbers from torch's present state.
@@ -198,7 +200,9 @@ def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer
     steps turn a matrix alike in all its directions, sized as AdamW's are (arXiv:2502.16982).
     """
     blocks = {id(parameter) for parameter in model.blocks.parameters()}
-    decayed, kept, turned = [], [], []
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
+    turned: list[Tensor] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
@@ -211,9 +215,14 @@ def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=stage.learning_rate)]
     if turned:
-        settings = {"weight_decay": stage.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(Muon(turned, lr=stage.learning_rate, **settings))
-        optimizers[1].param_groups[0]["times"] = stage.muon
+        muon = Muon(
+            turned,
+            lr=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append(muon)
+        muon.param_groups[0]["times"] = stage.muon
     return optimizers
 
 
@@ -224,7 +233,7 @@ def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group.get("times", 1.0)
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+def moving_average(decay: float) -> Callable[..., None]:
     """Exponential moving average (EMA) of the weights, for torch's `AveragedModel`.
 
     The decay climbs to `decay`, as (1 + n) / (10 + n) after n steps, so that a short run forgets
@@ -255,7 +264,7 @@ def batch_size(natoms: np.ndarray, max_atoms: int, config: AllScAIPConfig) -> Si
     )
 
 
-def can_record(model: AllScAIP, data: Dataset, fabric: lightning_fabric.Fabric) -> bool:
+def can_record(model: AllScAIP, data: LabelledData, fabric: lightning_fabric.Fabric) -> bool:
     """Whether steps can be recorded: on one CUDA GPU, of molecules, without dropout."""
     config = model.config
     still = max(config.ffn_dropout, config.attention_dropout) == 0
@@ -323,8 +332,8 @@ def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
 def train(
     model: AllScAIP,
     stages: Sequence[Stage],
-    training_data: Dataset,
-    validation_data: Dataset,
+    training_data: LabelledData,
+    validation_data: LabelledData,
     folder: Path,
     *,
     max_atoms: int = 350,
@@ -396,6 +405,7 @@ def train(
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=moving_average(stage.ema_decay)
         ).to(fabric.device)
+        assert isinstance(average.module, AllScAIP)  # a copy of the model
         trained, *optimizers = fabric.setup(model, *make_optimizers(model, stage))
         first = 0
         if saved and saved["stage"] == index:
@@ -643,11 +653,13 @@ def run(args: argparse.Namespace) -> None:
         num_nodes=args.nodes,
     )
     fabric.launch()
-    training_data = Dataset(args.data)
+    data = Dataset(args.data)
+    training_data: LabelledData
+    validation_data: LabelledData
     if args.val:
-        validation_data = Dataset(args.val)
+        training_data, validation_data = data, Dataset(args.val)
     else:
-        training_data, validation_data = hold_out(training_data, args.seed)
+        training_data, validation_data = hold_out(data, args.seed)
     torch.manual_seed(args.seed)
     if args.tf32 and fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
