@@ -35,7 +35,6 @@ from ase.calculators.calculator import Calculator, CalculatorError
 from ase.io.trajectory import Trajectory
 from ase.io.ulm import InvalidULMFileError
 from ase.md.langevinbaoab import LangevinBAOAB
-from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
@@ -61,8 +60,9 @@ LOG_COLUMNS = (
     "density_g_cm3",
 )
 GRAM_PER_CM3 = units.kg / 1000 * 1e-24  # in atomic masses per Å³
+Integrator = VelocityVerlet | LangevinBAOAB | NoseHooverChainNVT | IsotropicMTKNPT
 # What an integrator remembers from step to step besides the atoms themselves.
-MEMORY: dict[type[MolecularDynamics], tuple[str, ...]] = {
+MEMORY: dict[type[Integrator], tuple[str, ...]] = {
     VelocityVerlet: (),
     LangevinBAOAB: ("p_eps", "force_eps"),  # of the volume; and the state of its random numbers
     NoseHooverChainNVT: ("_q", "_p", "_thermostat._eta", "_thermostat._p_eta"),
@@ -141,7 +141,7 @@ def run_md(
     atoms: Atoms,
     calculator: Calculator,
     settings: Settings,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     label: str = "",
     progress: bool = True,
 ) -> Atoms:
@@ -204,7 +204,7 @@ def run_md(
     return moving
 
 
-def is_finished(folder: str | os.PathLike, settings: Settings) -> bool:
+def is_finished(folder: str | os.PathLike[str], settings: Settings) -> bool:
     """Whether the run in `folder` has got to the end of these settings."""
     file = Path(folder) / "state.npz"
     if not file.exists():
@@ -213,9 +213,7 @@ def is_finished(folder: str | os.PathLike, settings: Settings) -> bool:
         return int(state["step"]) >= settings.steps("duration")
 
 
-def make_integrator(
-    atoms: Atoms, settings: Settings, generator: np.random.Generator
-) -> MolecularDynamics:
+def make_integrator(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> Integrator:
     """ASE's integrator for the settings.
 
     Langevin's leaves structures at the temperature whatever the step, for harmonic vibrations
@@ -228,6 +226,7 @@ def make_integrator(
     step = settings.timestep * units.fs
     if settings.ensemble == "nve":
         return VelocityVerlet(atoms, step)
+    assert settings.temperature is not None  # Settings sees to it
     damping = settings.thermostat_time * units.fs
     if settings.thermostat == "langevin":
         volume: dict[str, Any] = {}
@@ -253,7 +252,7 @@ def make_integrator(
     )
 
 
-def _memory(integrator: MolecularDynamics) -> tuple[str, ...]:
+def _memory(integrator: Integrator) -> tuple[str, ...]:
     """Those of MEMORY that this integrator has; at constant volume no volume moves."""
     names = MEMORY[type(integrator)]
     return tuple(name for name in names if hasattr(integrator, name.partition(".")[0]))
@@ -289,6 +288,7 @@ def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> 
     if settings.relax:
         FIRE(atoms, logfile=None).run(fmax=0.5, steps=settings.relax)
     if not atoms.has("momenta"):
+        assert settings.temperature is not None  # `_check` sees to it
         spread = np.sqrt(atoms.get_masses() * units.kB * settings.temperature)  # Maxwell–Boltzmann
         atoms.set_momenta(generator.normal(size=(len(atoms), 3)) * spread[:, None])
         Stationary(atoms, preserve_temperature=False)
@@ -304,7 +304,7 @@ def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> 
 
 
 def _simulate(
-    integrator: MolecularDynamics,
+    integrator: Integrator,
     settings: Settings,
     generator: np.random.Generator,
     folder: Path,
@@ -372,7 +372,7 @@ def _simulate(
             raise _explosion(str(error), integrator.nsteps + 1, atoms, settings, folder) from error
 
 
-def _measure(integrator: MolecularDynamics, settings: Settings) -> dict[str, Any]:
+def _measure(integrator: Integrator, settings: Settings) -> dict[str, Any]:
     """One line of the log; cells without meaning are empty."""
     atoms = integrator.atoms
     potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
@@ -384,7 +384,7 @@ def _measure(integrator: MolecularDynamics, settings: Settings) -> dict[str, Any
             conserved = float(integrator.get_conserved_energy())
         except NotImplementedError:
             conserved = ""  # ASE's chains ask the calculator for a free energy
-    row = dict.fromkeys(LOG_COLUMNS, "")
+    row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
     row |= {
         "step": integrator.nsteps,
         "time_ps": round(integrator.nsteps * settings.timestep / 1000, 9),
@@ -409,7 +409,7 @@ def _temperature(atoms: Atoms, settings: Settings) -> float:
 
 
 def _stop_if_exploded(
-    integrator: MolecularDynamics, volume: float, settings: Settings, folder: Path
+    integrator: Integrator, volume: float, settings: Settings, folder: Path
 ) -> None:
     atoms = integrator.atoms
     temperature, expansion = _temperature(atoms, settings), 1.0
@@ -470,7 +470,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
 
 def _save_state(
     file: Path,
-    integrator: MolecularDynamics,
+    integrator: Integrator,
     generator: np.random.Generator,
     frames: int,
     seconds: float,
@@ -490,7 +490,7 @@ def _save_state(
         np.savez(partial, **arrays)
 
 
-def _set(integrator: MolecularDynamics, name: str, value: np.ndarray) -> None:
+def _set(integrator: Integrator, name: str, value: np.ndarray) -> None:
     owner, _, attribute = name.rpartition(".")
     plain = value.item() if value.ndim == 0 else value
     setattr(attrgetter(owner)(integrator) if owner else integrator, attribute, plain)
@@ -528,7 +528,7 @@ def _cut_log(file: Path, step: int) -> None:
         stream.writelines([head, *(line.rstrip("\r\n") + "\r\n" for line in kept)])
 
 
-def read_log(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_log(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The columns of a run's `log.csv` (names: LOG_COLUMNS) as arrays; empty cells are nan."""
     with (Path(folder) / "log.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -546,7 +546,7 @@ _TIMES = {  # option: setting
     "thermostat_time": "thermostat_time",
     "barostat_time": "barostat_time",
 }
-_PLAIN = {
+_PLAIN: dict[str, type[Any]] = {
     "ensemble": str,
     "temperature": float,
     "pressure": float,
@@ -602,7 +602,8 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
 
     Raises RunError for a key that does not exist or a value of the wrong kind.
     """
-    chosen, others = {}, {}
+    chosen: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for key, value in options.items():
         name = key.replace("-", "_")
         try:
@@ -663,6 +664,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_structure(file: Path) -> Atoms:
     try:
-        return ase.io.read(file)
+        atoms = ase.io.read(file)
     except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError) as error:
         raise RunError(f"{file} is not a structure that ASE can read: {error}") from error
+    assert isinstance(atoms, Atoms)  # a list only where several are asked for
+    return atoms

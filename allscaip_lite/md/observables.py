@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,15 +82,15 @@ def correlation_time(series: Sequence[float] | np.ndarray) -> float:
 
     Summed up to the first lag that is five times the sum so far (Sokal's window).
     """
-    series = np.asarray(series, float)
-    series = series - series.mean()
-    if not series.any():
+    values = np.asarray(series, float)
+    values = values - values.mean()
+    if not values.any():
         return 0.5
-    spectrum = np.abs(np.fft.rfft(series, 2 * len(series))) ** 2
-    correlation = np.fft.irfft(spectrum)[: len(series)]
+    spectrum = np.abs(np.fft.rfft(values, 2 * len(values))) ** 2
+    correlation = np.fft.irfft(spectrum)[: len(values)]
     correlation /= correlation[0]
     sums = 0.5 + np.cumsum(correlation[1:])  # sums[i]: up to lag i + 1
-    window = np.arange(1, len(series)) >= 5 * sums
+    window = np.arange(1, len(values)) >= 5 * sums
     return float(sums[np.argmax(window)] if window.any() else sums[-1])
 
 
@@ -104,9 +104,9 @@ def _blocks(series: np.ndarray, blocks: int) -> list[np.ndarray]:
 
 
 def _scatter(means: Sequence[float]) -> Estimate:
-    means = np.asarray(means, float)
-    error = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else np.nan
-    return Estimate(float(means.mean()), float(error))
+    values = np.asarray(means, float)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return Estimate(float(values.mean()), float(error))
 
 
 def jackknife(
@@ -401,7 +401,7 @@ def _pairs(
     second: str,
     reach: float | None,
     width: float,
-    parts: Sequence[np.ndarray],
+    parts: Iterable[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """r (bins,) and g (parts, bins), each part the structures of these numbers together."""
     from MDAnalysis.analysis.rdf import InterRDF

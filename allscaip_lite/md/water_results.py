@@ -68,7 +68,7 @@ DIFFERENCES = {
 }
 
 
-def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
+def read_results(files: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     """Result files, those of one model pooled; in the order of the names, teacher last.
 
     Raises RunError for files of different settings, which cannot be compared.
@@ -85,7 +85,7 @@ def read_results(files: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
     return [pool(found[name]) for name in sorted(found, key=lambda name: (name == TEACHER, name))]
 
 
-def read_result(file: str | os.PathLike) -> dict[str, Any]:
+def read_result(file: str | os.PathLike[str]) -> dict[str, Any]:
     """A result file, its estimates as `Estimate`. Raises RunError for another file."""
     found = json.loads(Path(file).read_text())
     try:
@@ -147,12 +147,12 @@ def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             tables = [result["distributions"][pair] for result in having]
             mean = weighted(having, "nvt", [list(table.values()) for table in tables])
             pooled["distributions"][pair] = dict(zip(tables[0], mean.tolist(), strict=True))
-    for name, stages in (
+    for name, stage_of in (
         ("series", {**{stage: stage for stage in PRODUCTION}, "beside": "npt"}),
         ("correlation_ps", {"density": "npt", "dipole": "nvt"}),
     ):
         pooled[name] = {}
-        for key, stage in stages.items():
+        for key, stage in stage_of.items():
             having = [result for result in results if key in result[name]]
             if having:
                 longest = max(having, key=lambda result: result["lengths_ps"][stage])
