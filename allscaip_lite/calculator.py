@@ -25,7 +25,7 @@ from allscaip_lite.checkpoints import load_model
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result
-from allscaip_lite.structures import CHARGE_NAMES, SPIN_NAMES
+from allscaip_lite.structures import stated_charge_and_spin
 
 
 class AllScAIPCalculator(Calculator):
@@ -75,8 +75,8 @@ class AllScAIPCalculator(Calculator):
         last = self.atoms
         if last is None:
             return [*all_changes, "charge", "spin"]
-        names = (*CHARGE_NAMES, *SPIN_NAMES)
-        changes = [name for name in names if atoms.info.get(name) != last.info.get(name)]
+        stated, before = stated_charge_and_spin(atoms), stated_charge_and_spin(last)
+        changes = [n for n, x, y in zip(("charge", "spin"), stated, before, strict=True) if x != y]
         for name, old, new in (
             ("positions", last.positions, atoms.positions),
             ("numbers", last.numbers, atoms.numbers),

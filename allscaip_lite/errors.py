@@ -29,3 +29,7 @@ class UnsafeCheckpointError(CheckpointError):
 
 class KernelError(InputError):
     """A set of kernels that cannot be compiled here, or cannot run this model or this batch."""
+
+
+class StructureWarning(UserWarning):
+    """What is assumed of a structure, or is not known to the model; commands repeat it at the end."""

@@ -36,7 +36,9 @@ from allscaip_lite.operations import PLAIN, Operations
 from allscaip_lite.structures import (
     MAX_CHARGE,
     MAX_MULTIPLICITY,
+    Assumptions,
     Structures,
+    say_assumptions,
     structures_from_atoms,
 )
 
@@ -289,6 +291,7 @@ class AllScAIP(nn.Module):
         super().__init__()
         self.config = config
         self.operations = PLAIN
+        self.said: set[str] = set()  # what `predict` has warned of
         self.input = Input(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.energy_head = FeedForward(config, 1)
@@ -452,12 +455,15 @@ class AllScAIP(nn.Module):
     ) -> list[Result]:
         """Energies, forces and stresses of structures, in one batch; `forward` may be recorded.
 
-        Charge and multiplicity come from `atoms.info["charge"]` and `["spin"]`. Raises
-        `StructureError` for what the model cannot answer for.
+        Charge and multiplicity come from `atoms.info["charge"]` and `["spin"]`; what is assumed
+        of them is said, once a formula. Raises `StructureError` for what the model cannot answer
+        for.
         """
         batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         limit = self.config.max_num_elements
-        structures = structures_from_atoms(batch, torch.float64, max_num_elements=limit)
+        assumed: Assumptions = {}
+        structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
+        say_assumptions(assumed, self.said)
         with torch.no_grad(), no_weight_grad(self):  # gradients are switched on for forces alone
             energy, forces, stress = (forward or self)(structures, create_graph=False)
         forces = forces.double().cpu().split(structures.natoms.tolist())

@@ -23,6 +23,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.db.row import AtomsRow
 from ase_db_backends.aselmdb import LMDBDatabase
 
 from allscaip_lite.errors import DataError, InputError
@@ -139,12 +140,7 @@ class Dataset:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         database = self._database(shard)
         row = database.get(id=database.ids[index - int(self._starts[shard])])
-        atoms = row.toatoms()
-        # ASE keeps charge, spin and other metadata with the row, not with the atoms.
-        # (vars: a row's own attribute `charge`, its initial charges, would hide a pair named so.)
-        pairs = {key: vars(row)[key] for key in row.key_value_pairs}
-        atoms.info = pairs | row.data
-        return atoms
+        return atoms_of_row(row)
 
     @property
     def natoms(self) -> np.ndarray:
@@ -188,6 +184,16 @@ class Dataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
+
+
+def atoms_of_row(row: AtomsRow) -> Atoms:
+    """The structure of a row of ASE's databases, with its pairs and its data in `info`."""
+    atoms = row.toatoms()
+    # ASE keeps charge, spin and other metadata with the row, not with the atoms.
+    # (vars: a row's own attribute `charge`, its initial charges, would hide a pair named so.)
+    pairs = {key: vars(row)[key] for key in row.key_value_pairs}
+    atoms.info = pairs | row.data
+    return atoms
 
 
 class Subset:

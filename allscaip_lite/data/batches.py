@@ -69,7 +69,7 @@ def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch
             stress[index] = matrix @ stress[index] @ matrix.T
             systems[index] = turned
     return Batch(
-        structures=structures_from_atoms(systems),
+        structures=structures_from_atoms(systems, assumed={}),  # said of the whole data set
         energy=torch.tensor([s.calc.results["energy"] for s in systems], dtype=torch.float64),
         forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
         stress=torch.as_tensor(np.stack(stress), dtype=torch.float32),

@@ -12,15 +12,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
+from allscaip_lite.data.reading import read_structures
 from allscaip_lite.errors import DataError
-from allscaip_lite.structures import CHARGE_NAMES, SPIN_NAMES, StructureError, charge_and_spin
+from allscaip_lite.structures import (
+    Assumptions,
+    StructureError,
+    charge_and_spin,
+    say_assumptions,
+    states_charge_or_spin,
+)
 
 
 def convert(
@@ -48,23 +54,22 @@ def convert(
         DataError: for a file that ASE cannot read, and for a structure without energy or forces,
             with numbers that are not finite, or with a multiplicity its electrons forbid.
     """
+    assumed: Assumptions = {}
     for name in files:
-        path, index = str(name), ""
-        if not Path(path).exists() and "@" in path:
-            path, _, index = path.rpartition("@")
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file")
-        read = ase.io.iread(path, index=index or ":")
-        try:
-            for number, atoms in enumerate(tqdm(read, desc=path, disable=not progress)):
-                where = f"{path}, structure {number} ({atoms.symbols})"
-                yield _converted(atoms, where, charge, spin, domain, Path(path).stem)
-        except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
-            raise DataError(f"{path} is not a file that ASE can read: {error}") from error
+        path = str(name) if Path(name).exists() else str(name).rpartition("@")[0] or str(name)
+        for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
+            yield _converted(atoms, where, charge, spin, domain, Path(path).stem, assumed)
+    say_assumptions(assumed)
 
 
 def _converted(
-    atoms: Atoms, where: str, charge: int | None, spin: int | None, domain: str | None, file: str
+    atoms: Atoms,
+    where: str,
+    charge: int | None,
+    spin: int | None,
+    domain: str | None,
+    file: str,
+    assumed: Assumptions,
 ) -> Atoms:
     labels = {}
     for label in ("energy", "forces", "stress"):
@@ -83,14 +88,12 @@ def _converted(
     if not all(np.isfinite(value).all() for value in labels.values()):
         raise DataError(f"{where} has labels that are not finite numbers: leave it out")
     try:
-        charge, spin = charge_and_spin(atoms, where, charge, spin)
-        if not spin:
-            raise StructureError(f"{where} states a multiplicity of 0")
+        charge, spin = charge_and_spin(atoms, where, charge, spin, assumed)
     except StructureError as error:
         raise DataError(
             f"{error}: give the right --charge and --spin (2S + 1, 1 for a closed shell)"
         ) from error
-    kept = {key: atoms.info[key] for key in atoms.info if key not in CHARGE_NAMES + SPIN_NAMES}
+    kept = {key: value for key, value in atoms.info.items() if not states_charge_or_spin(key)}
     atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
     if domain:
         atoms.info["data_id"] = domain

@@ -21,6 +21,7 @@ from ase.data import atomic_numbers
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum
 from allscaip_lite.errors import DataError
+from allscaip_lite.structures import charge_and_spin
 from allscaip_lite.tables import markdown_table
 
 
@@ -47,7 +48,7 @@ class Summary:
 
     def add(self, atoms: Atoms) -> None:
         info = atoms.info
-        charge, spin = int(info.get("charge", 0)), int(info.get("spin", 1))
+        charge, spin = charge_and_spin(atoms)
         self.sizes[len(atoms)] += 1
         name = info.get("molecule") or atoms.get_chemical_formula("hill")
         self.systems.add((name, charge, spin))

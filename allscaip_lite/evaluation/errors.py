@@ -30,7 +30,12 @@ from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import structures_from_atoms
+from allscaip_lite.structures import (
+    Assumptions,
+    charge_and_spin,
+    say_assumptions,
+    structures_from_atoms,
+)
 from allscaip_lite.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -114,8 +119,10 @@ class Description(NamedTuple):
 def describe(data: Dataset) -> list[Description]:
     """Of every structure of a labelled data set, in its order."""
     found = []
+    assumed: Assumptions = {}
     for index in range(len(data)):
         atoms = data[index]
+        charge, spin = charge_and_spin(atoms, f"structure {index}", assumed=assumed)
         info, labels = atoms.info, atoms.calc.results
         xtb = (info["xtb_energy"], info["xtb_forces"]) if "xtb_energy" in info else None
         found.append(
@@ -123,14 +130,15 @@ def describe(data: Dataset) -> list[Description]:
                 str(info.get("data_id", "unknown")),
                 str(info.get("source", index)),
                 str(info.get("molecule", "unknown")),
-                int(info.get("charge", 0)),
-                int(info.get("spin", 1)),
+                charge,
+                spin,
                 atoms.numbers,
                 float(labels["energy"]),
                 np.asarray(labels["forces"]),
                 xtb,
             )
         )
+    say_assumptions(assumed)
     return found
 
 
@@ -354,7 +362,7 @@ def write_predictions(
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
         for members in fill_batches(data.natoms, max_atoms):
             atoms = [data[index] for index in members]
-            structures = structures_from_atoms(atoms).to(model.device)
+            structures = structures_from_atoms(atoms, device=model.device)
             energy, force, _ = model(structures, create_graph=False)
             ids += [str(a.info.get("source", i)) for a, i in zip(atoms, members, strict=True)]
             energies.append(energy.cpu().double().numpy())

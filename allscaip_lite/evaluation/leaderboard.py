@@ -42,7 +42,11 @@ from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.files import sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import StructureError, structures_from_atoms
+from allscaip_lite.structures import (
+    StructureError,
+    stated_charge_and_spin,
+    structures_from_atoms,
+)
 
 FMAX, STEPS = 0.01, 500  # eV/Å and steps of LBFGS: OMol25's settings for the evaluations
 
@@ -110,10 +114,10 @@ def jobs(task: str, data: Any, max_num_elements: int = 100) -> list[Job]:
     if not found:
         raise DataError("there are no structures in these inputs")
     for job in found.values():
-        missing = {"charge", "spin"} - job.atoms.info.keys()
-        if missing:
-            raise DataError(f"{job.name}: no {' and no '.join(sorted(missing))} in its info")
         try:
+            stated = stated_charge_and_spin(job.atoms, job.name)
+            if missing := [n for n, v in zip(("charge", "spin"), stated, strict=True) if v is None]:
+                raise DataError(f"{job.name}: no {' and no '.join(missing)} in its info")
             structures_from_atoms(job.atoms, max_num_elements=max_num_elements)
         except StructureError as error:
             raise DataError(f"{job.name}: {error}") from error

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-import ase.io
 from ase import Atoms
 
-from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.data.reading import read_structures
 from allscaip_lite.labels import LabelError, queue
-from allscaip_lite.structures import charge_and_spin, lowest_multiplicity
+from allscaip_lite.structures import Assumptions, charge_and_spin, say_assumptions
 
 METHODS = {
     "gfn2-xtb": "any molecule or crystal of elements up to radon, a second or less each",
@@ -30,7 +29,7 @@ METHODS = {
 LIBRARIES = {"gfn2-xtb": ["tblite"], "wb97m-v": ["pyscf", "numba"], "spc-fw": []}
 
 
-def read_structures(files: Sequence[str | os.PathLike[str]], method: str) -> list[Atoms]:
+def structures_of(files: Sequence[str | os.PathLike[str]], method: str) -> list[Atoms]:
     """The structures of files, without the labels they may have.
 
     Charge and multiplicity are those of `info`, else neutral and the lowest.
@@ -47,34 +46,22 @@ def read_structures(files: Sequence[str | os.PathLike[str]], method: str) -> lis
     from allscaip_lite.labels.spcfw import are_waters
 
     found = []
+    assumed: Assumptions = {}
     for file in map(Path, files):
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: no such file")
-        for index, atoms in enumerate(_read(file)):
-            where = f"{file}, structure {index} ({atoms.symbols})"
+        for where, atoms in read_structures(file):
             if method == "wb97m-v" and atoms.pbc.any():
                 raise LabelError(f"{where} is periodic: {method} takes molecules, gfn2-xtb both")
             if method == "spc-fw" and not are_waters(atoms.numbers):
                 raise LabelError(f"{where} is not water with its atoms in the order O, H, H")
-            charge, spin = charge_and_spin(atoms, where)
-            spin = spin or lowest_multiplicity(atoms, charge)
+            charge, spin = charge_and_spin(atoms, where, assumed=assumed)
             kept = {key: atoms.info[key] for key in ("data_id", "molecule") if key in atoms.info}
             bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
             bare.info = {"data_id": file.stem} | kept | {"charge": charge, "spin": spin}
             bare.info["source"] = str(atoms.info.get("source", where))
             bare.info["reference_source"] = "allscaip-lite label"
             found.append(bare)
+    say_assumptions(assumed)
     return found
-
-
-def _read(file: Path) -> list[Atoms]:
-    if file.suffix == ".aselmdb":
-        data = Dataset(file, labelled=False)
-        return [data[index] for index in range(len(data))]
-    try:
-        return list(ase.io.iread(file, index=":"))
-    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, StopIteration) as error:
-        raise LabelError(f"{file} is not a file that ASE can read: {error}") from error
 
 
 def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
@@ -121,7 +108,7 @@ def label_files(
     out = Path(out)
     folder = out.with_suffix(".jobs") if out.suffix == ".aselmdb" else out
     result = out if out.suffix == ".aselmdb" else folder / "labelled.aselmdb"
-    structures = read_structures(files, method)
+    structures = structures_of(files, method)
     jobs = [_job(atoms, method) for atoms in structures]
     store = folder / "jobs"
     if result.exists() and not any(queue.stored(store, job) for job in jobs):

@@ -22,6 +22,7 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.labels import LabelError
+from allscaip_lite.structures import StructureError, charge_and_spin
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
         )
     started = time.process_time()
     lib.num_threads(1)  # sums in one order: the same label every time, and fastest on few cores
-    charge, spin = int(atoms.info["charge"]), int(atoms.info["spin"])
+    try:
+        charge, spin = charge_and_spin(atoms, atoms.symbols)
+    except StructureError as error:
+        raise LabelError(str(error)) from error
     try:
         molecule = gto.M(
             atom=list(zip(atoms.symbols, atoms.positions, strict=True)),

@@ -27,6 +27,7 @@ from scipy.special import erfc
 from vesin import NeighborList
 
 from allscaip_lite.labels import LabelError
+from allscaip_lite.structures import stated_charge_and_spin
 
 KCAL = units.kcal / units.mol
 BOND_LENGTH = 1.012  # Å
@@ -245,7 +246,8 @@ def label(atoms: Atoms) -> Atoms:
 
     Raises LabelError for what is not water, charged, or no singlet.
     """
-    if int(atoms.info.get("charge", 0)) or int(atoms.info.get("spin", 1)) != 1:
+    charge, spin = stated_charge_and_spin(atoms)
+    if charge or (spin or 1) != 1:
         raise LabelError(f"{atoms.symbols}: SPC/Fw takes neutral singlets")
     labelled = atoms.copy()
     method = SPCFw()

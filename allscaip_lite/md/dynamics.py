@@ -41,10 +41,15 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 from tqdm import tqdm
 
+from allscaip_lite.data.reading import read_structure
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import atomic_write, differing, fingerprint, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.structures import StructureError, stated_charge_and_spin
+from allscaip_lite.structures import (
+    StructureError,
+    stated_charge_and_spin,
+    states_charge_or_spin,
+)
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
@@ -429,6 +434,8 @@ def _stop_if_exploded(
 
 def _explosion(reason: str, step: int, atoms: Atoms, settings: Settings, folder: Path) -> Explosion:
     final = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    stated = zip(("charge", "spin"), stated_charge_and_spin(atoms), strict=True)
+    final.info = {name: value for name, value in stated if value is not None}
     ase.io.write(folder / "exploded.extxyz", final)
     return Explosion(
         f"the run exploded at step {step} ({step * settings.timestep / 1000:g} ps): {reason}. "
@@ -638,10 +645,13 @@ def run(args: argparse.Namespace) -> int:
     settings, others = read_options(given)
     if "structure" not in others:
         raise RunError(f'{args.structure} names no structure: add structure = "box.extxyz"')
-    atoms = _read_structure(start_folder / others["structure"])
-    for key in ("charge", "spin"):
-        if key in others:
-            atoms.info[key] = others[key]
+    atoms = read_structure(start_folder / others["structure"])
+    given_state = {key: others[key] for key in ("charge", "spin") if key in others}
+    if given_state:  # under whatever name the file states another
+        charge, spin = stated_charge_and_spin(atoms, str(others["structure"]))
+        for name in [name for name in atoms.info if states_charge_or_spin(name)]:
+            del atoms.info[name]
+        atoms.info |= {"charge": charge, "spin": spin} | given_state
     model = str(others.get("model", "lite"))
     if model == "spcfw":
         from allscaip_lite.labels.spcfw import SPCFw
@@ -660,12 +670,3 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def _read_structure(file: Path) -> Atoms:
-    try:
-        atoms = ase.io.read(file)
-    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError) as error:
-        raise RunError(f"{file} is not a structure that ASE can read: {error}") from error
-    assert isinstance(atoms, Atoms)  # a list only where several are asked for
-    return atoms

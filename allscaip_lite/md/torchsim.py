@@ -19,6 +19,7 @@ torch-sim: Cohen et al., arXiv:2508.06628.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,17 +28,21 @@ from torch_sim.models.interface import ModelInterface
 from torch_sim.state import SimState
 
 from allscaip_lite.calculator import AllScAIPCalculator
+from allscaip_lite.errors import StructureWarning
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import Structures
+from allscaip_lite.structures import StructureError, Structures
 
 
 class TorchSimModel(ModelInterface):
     """torch-sim's view of a model, or of the name or path of one.
 
     `device` and `model` as for `AllScAIPCalculator`, on whose weights it runs. `charge` and
-    `multiplicity` hold for every structure, since torch-sim's states carry neither; without a
-    multiplicity each has the lowest that its electrons allow. Integrators keep positions in
-    `dtype`; the model computes in its own.
+    `multiplicity` hold for every structure, unless a state carries its own (`charge` and `spin`, a
+    number a structure), which torch-sim 0.3 does not read from `atoms.info`. Without them, charge 0
+    and the lowest multiplicity that the electrons allow are assumed, with a warning the first time.
+    Integrators keep positions in `dtype`; the model computes in its own.
+
+    Raises `StructureError` for a multiplicity that the electrons of a structure forbid.
     """
 
     def __init__(
@@ -45,12 +50,13 @@ class TorchSimModel(ModelInterface):
         model: AllScAIP | str | Path = "lite",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float64,
-        charge: int = 0,
+        charge: int | None = None,
         multiplicity: int | None = None,
     ) -> None:
         super().__init__()
         self.model = AllScAIPCalculator(model, device).model
         self.charge, self.multiplicity = charge, multiplicity
+        self._said = False
         self._device, self._dtype = self.model.device, dtype
         self._compute_forces = True
         self._compute_stress = self.model.config.conservative and self.model.config.stress
@@ -67,16 +73,13 @@ class TorchSimModel(ModelInterface):
         if not bool(pbc.any()):  # as in `structures_from_atoms`: nothing is lost far from 0
             center = positions.new_zeros(count, 3).index_add(0, system, positions)
             positions = positions - (center / natoms[:, None])[system]
-        electrons = numbers.new_zeros(count).index_add(0, system, numbers) - self.charge
-        spin = 1 + electrons % 2
-        if self.multiplicity is not None:
-            spin = torch.full_like(spin, self.multiplicity)
+        charge, spin = self._charge_and_spin(state, numbers, system, count)
         structures = Structures(
             positions=positions,
             atomic_numbers=numbers,
             cell=cell,
             pbc=pbc,
-            charge=torch.full_like(spin, self.charge),
+            charge=charge,
             spin=spin,
             natoms=natoms,
         )
@@ -86,3 +89,37 @@ class TorchSimModel(ModelInterface):
         if self._compute_stress:
             found["stress"] = forces.new_zeros(count, 3, 3) if stress is None else stress
         return {name: value.detach().to(self._dtype) for name, value in found.items()}
+
+    def _charge_and_spin(
+        self, state: SimState, numbers: Tensor, system: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) each: the state's own, those given, or charge 0 and the lowest multiplicity."""
+        given = [getattr(state, "charge", None), getattr(state, "spin", None)]
+        for index, value in enumerate((self.charge, self.multiplicity)):
+            if given[index] is None and value is not None:
+                given[index] = numbers.new_full((count,), value)
+        if given[0] is None and not self._said:
+            self._said = True
+            warnings.warn(
+                "no charge is given for torch-sim's structures, whose states carry none: charge 0 "
+                "and, without a multiplicity, the lowest are assumed for all of them. Give "
+                "TorchSimModel(..., charge=, multiplicity=)",
+                StructureWarning,
+                stacklevel=3,
+            )
+        charge = numbers.new_zeros(count) if given[0] is None else given[0].to(numbers).view(count)
+        electrons = numbers.new_zeros(count).index_add(0, system, numbers) - charge
+        lowest = 1 + electrons % 2
+        if given[1] is None:
+            return charge, lowest
+        spin = given[1].to(numbers).view(count)
+        spin = torch.where(spin == 0, lowest, spin)  # 0: not given
+        impossible = ((spin - lowest) % 2 != 0) | (spin > electrons + 1) | (spin < 1)
+        if bool(impossible.any()):
+            index = int(impossible.nonzero()[0])
+            raise StructureError(
+                f"structure {index}: multiplicity {int(spin[index])} is not possible with "
+                f"{int(electrons[index])} electrons (charge {int(charge[index]):+d}); the lowest "
+                f"is {int(lowest[index])}"
+            )
+        return charge, spin

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import ase.db
 import ase.io
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from allscaip_lite import cli
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.convert import convert
-from allscaip_lite.errors import DataError
+from allscaip_lite.data.reading import read_structure
+from allscaip_lite.errors import DataError, StructureWarning
+from allscaip_lite.structures import charge_and_spin
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:
@@ -61,6 +65,46 @@ def test_charge_and_multiplicity_are_read_given_or_the_lowest(tmp_path: Path) ->
         list(convert([f"{tmp_path}/a.extxyz@0"], spin=1, progress=False))
 
 
+@pytest.mark.parametrize("suffix", ["db", "json", "aselmdb"])
+@pytest.mark.parametrize("place", ["key_value_pairs", "data"])
+def test_databases_keep_charge_and_multiplicity(tmp_path: Path, suffix: str, place: str) -> None:
+    frames = [labelled("OH", charge=-1, spin=1), labelled("O2", charge=0, spin=3)]
+    file = tmp_path / f"mine.{suffix}"
+    with ase.db.connect(file) as database:
+        for atoms in frames:
+            database.write(atoms, **{place: atoms.info})
+    found = list(convert([file], progress=False))
+    states = [(atoms.info["charge"], atoms.info["spin"]) for atoms in found]
+    assert states == [(-1, 1), (0, 3)]
+    (second,) = convert([f"{file}@1"], progress=False)
+    assert second.info["spin"] == 3
+    assert read_structure(file).info["spin"] == 3  # as `md` reads a file: the last
+
+
+def test_a_gaussian_input_states_its_charge_and_multiplicity(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.com", molecule("OH"), charge=-1, mult=3)
+    atoms = read_structure(tmp_path / "a.com")
+    assert charge_and_spin(atoms) == (-1, 3)
+
+
+@pytest.mark.parametrize(
+    ("charge", "expected"),
+    [(1, 1), ("1", 1), (np.array([1]), 1), (None, 0), ("none", 0), (float("nan"), 0)],
+)
+def test_types_of_charges_that_files_bring(tmp_path: Path, charge: object, expected: int) -> None:
+    ase.io.write(tmp_path / "a.traj", labelled("H2O", charge=charge))
+    (atoms,) = convert([tmp_path / "a.traj"], progress=False)
+    assert (atoms.info["charge"], atoms.info["spin"]) == (expected, 1 + expected)
+
+
+def test_what_is_assumed_is_said_at_the_end(tmp_path: Path) -> None:
+    frames = [labelled("OH"), labelled("OH", 1), labelled("H2O", charge=0, spin=1)]
+    ase.io.write(tmp_path / "a.traj", frames)
+    with pytest.warns(StructureWarning, match="^HO: no charge and no multiplicity") as warned:
+        list(convert([tmp_path / "a.traj"], progress=False))
+    assert len(warned) == 1
+
+
 def test_cells_and_stresses_come_along(tmp_path: Path) -> None:
     crystal = bulk("Cu")
     crystal.rattle(0.02, seed=1)
@@ -95,6 +139,9 @@ def test_a_folder_may_have_an_at_in_its_name(tmp_path: Path) -> None:
     ase.io.write(folder / "a.extxyz", [labelled("H2O"), labelled("CH4")])
     assert len(list(convert([folder / "a.extxyz"], progress=False))) == 2
     assert len(list(convert([f"{folder}/a.extxyz@1:"], progress=False))) == 1
+    shutil.copy(folder / "a.extxyz", folder / "water@300K.extxyz")
+    assert len(list(convert([folder / "water@300K.extxyz"], progress=False))) == 2
+    assert len(list(convert([f"{folder}/water@300K.extxyz@0:1"], progress=False))) == 1
 
 
 def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:

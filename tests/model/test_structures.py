@@ -11,19 +11,14 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from allscaip_lite import (
+    AllScAIP,
     AllScAIPConfig,
     StructureError,
-    structures,
     structures_from_atoms,
 )
+from allscaip_lite.errors import StructureWarning
 from allscaip_lite.graph import build_graph
 from allscaip_lite.structures import charge_and_spin
-
-
-@pytest.fixture
-def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a fresh process: nothing has been said about charge and multiplicity yet."""
-    monkeypatch.setattr(structures, "_warned_defaults", False)
 
 
 def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:
@@ -97,14 +92,19 @@ def test_a_periodic_cell_is_completed() -> None:
         ("H2O", {"charge": 1}, (1, 2)),
         ("O2", {"spin": 3}, (0, 3)),
         ("O2", {"charge": 0, "spin": 1}, (0, 1)),
-        ("O2", {"charge": 0, "spin": 0}, (0, 0)),  # 0 says: not given
+        ("O2", {"charge": 0, "spin": 0}, (0, 1)),  # 0 says: not given
+        ("OH", {"charge": None, "total_charge": -1}, (-1, 1)),
+        ("OH", {"charge": float("nan"), "spin": "none"}, (0, 2)),
+        ("OH", {"Total Charge": "-1", "spin-multiplicity": " 3 "}, (-1, 3)),
+        ("OH", {"charge": np.array([-1.0]), "spin": [1]}, (-1, 1)),
+        ("OH", {"charge": torch.tensor([[-1]]), "mult": np.array([None])}, (-1, 1)),
+        ("OH", {"charge": -1, "net_charge": -1.0}, (-1, 1)),
         ("H2O", {"charge": np.int64(2), "spin": 3.0}, (2, 3)),
         ("H2O", {"charge": np.array(1), "spin": "2"}, (1, 2)),
         ("O2", {"total_charge": 1, "multiplicity": 4}, (1, 4)),
-        ("O2", {"charge": -0.9999, "total_charge": 1, "mult": 2}, (-1, 2)),
+        ("O2", {"charge": -0.9999, "total_charge": -1, "mult": 2}, (-1, 2)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:no atoms.info")
 def test_charge_and_lowest_multiplicity(name: str, info: dict, expected: tuple) -> None:
     atoms = molecule(name)
     atoms.info = info
@@ -113,22 +113,53 @@ def test_charge_and_lowest_multiplicity(name: str, info: dict, expected: tuple) 
     assert all(type(number) is int for number in found)
 
 
-def test_defaults_are_said_once(unwarned: None) -> None:
-    radical = molecule("OH")
-    with pytest.warns(UserWarning, match="taking charge 0 and the lowest multiplicity") as said:
-        structures_from_atoms([radical, molecule("H2O")])
-    assert len(said) == 1
-    assert "charge +0, multiplicity 2" in str(said[0].message)
-    assert 'atoms.info["charge"]' in str(said[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        structures_from_atoms(molecule("NH3"))
+def test_names_that_contradict_each_other_are_refused() -> None:
+    atoms = molecule("OH", info={"charge": -1, "total_charge": 1})
+    with pytest.raises(
+        StructureError, match=r'"charge"\] = -1 and .*"total_charge"\] = 1 contradict'
+    ):
+        structures_from_atoms(atoms)
 
 
-def test_nothing_is_said_when_nothing_is_assumed(unwarned: None) -> None:
+def said(warned: list[warnings.WarningMessage]) -> list[str]:
+    return [str(one.message) for one in warned]
+
+
+def test_what_is_assumed_is_said_once_a_case_and_formula() -> None:
+    batch = [molecule(name) for name in ("OH", "H2O", "NH3", "OH")]
+    batch.append(molecule("NH3", info={"charge": 1}))
+    with pytest.warns(StructureWarning) as warned:
+        structures_from_atoms(batch)
+    first, second, third = said(list(warned))
+    assert first.startswith("HO: no charge and no multiplicity in atoms.info: charge +0, mult")
+    assert "charge +0, multiplicity 2 are assumed" in first
+    assert second.startswith("H2O, H3N: no charge and no multiplicity")
+    assert third.startswith("H3N: no multiplicity in atoms.info: charge +1, multiplicity 2 are")
+    model = AllScAIP(AllScAIPConfig(hidden_size=32, num_heads=1, num_layers=1))
+    for names, count in (("OH", 1), ("OH", 0), ("H2O", 1), ("OH", 0)):
+        with warnings.catch_warnings(record=True) as again:
+            warnings.simplefilter("always")
+            model.predict(molecule(names))
+        assert len(again) == count, names
+
+
+def test_initial_charges_and_moments_that_contradict_are_mentioned() -> None:
+    oxygen = molecule("O2")  # with ASE's magnetic moments of a triplet
+    with pytest.warns(
+        StructureWarning, match=r"O2 \(whose .*moments say multiplicity 3\): no charge"
+    ):
+        structures_from_atoms(oxygen)
+    ion = molecule("OH", info={"spin": 2})
+    ion.set_initial_charges([-1.2, 0.2])
+    with pytest.warns(StructureWarning, match=r"\(whose initial charges add up to -1\): no charge"):
+        structures_from_atoms(ion)
+
+
+def test_nothing_is_said_when_nothing_is_assumed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        structures_from_atoms(state(molecule("OH"), spin=2))
+        oxygen = state(molecule("O2"), spin=1)  # against ASE's moments, as it is told
+        structures_from_atoms([state(molecule("OH"), spin=2), oxygen])
 
 
 @pytest.mark.parametrize(
@@ -144,8 +175,12 @@ def test_nothing_is_said_when_nothing_is_assumed(unwarned: None) -> None:
         ("CH4", 0.5, 1, r'"charge"\] = 0.5 is not a whole number'),
         ("CH4", 0, 1.5, r'"spin"\] = 1.5 is not a whole number'),
         ("CH4", "plus", 1, "'plus' is not a whole number"),
-        ("CH4", None, 1, "None is not a whole number"),
-        ("CH4", float("nan"), 1, "nan is not a whole number"),
+        ("CH4", [0, 1], 1, r"\[0, 1\] is not a whole number"),
+        ("CH4", np.zeros(5), 1, "is not a whole number"),
+        ("CH4", True, 1, "True is not a whole number"),
+        ("CH4", {"value": 0}, 1, "is not a whole number"),
+        ("CH4", b"0", 1, "is not a whole number"),
+        ("CH4", "1e999", 1, "'1e999' is not a whole number"),
         ("CH4", float("inf"), 1, "inf is not a whole number"),
     ],
 )

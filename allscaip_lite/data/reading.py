@@ -1,0 +1,102 @@
+"""Structures out of files, whatever wrote them: the one reader of all commands.
+
+In: a file of any format that ASE reads, or the package's own `.aselmdb`. Out: `ase.Atoms`, with the
+charge and multiplicity that the file states in `info`, and labels as it has them. ASE's own reader
+drops what a database keeps beside the atoms, and what a Gaussian input says of charge and spin.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import ase.io
+from ase import Atoms
+from ase.utils import string2index
+
+from allscaip_lite.data.aselmdb import Dataset, atoms_of_row
+from allscaip_lite.errors import DataError, InputError
+
+DATABASES = ("db", "json", "aselmdb")  # names of formats in ASE
+
+
+def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, Atoms]]:
+    """Each structure of a file, after the words that name it in messages.
+
+    Args:
+        name: of the file, with ASE's index perhaps, as in `run.traj@100:200`.
+        index: where the name has none; by default all structures.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        DataError: for a file that ASE cannot read, or that holds no structures.
+    """
+    path = str(name)
+    if not Path(path).exists() and "@" in path:
+        path, _, index = path.rpartition("@")
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not file.is_file():
+        raise DataError(f"{path} is a folder: give the files in it")
+    count = 0
+    try:
+        for atoms in _read(file, index):
+            yield f"{path}, structure {count} ({atoms.symbols})", atoms
+            count += 1
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception as error:  # ASE's readers raise whatever their parsing comes across
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        place = f" after structure {count - 1}" if count else ""
+        raise DataError(f"{path} is not a file that ASE can read{place} ({reason})") from error
+    if not count:
+        raise DataError(f"{path}{'' if index == ':' else '@' + index} has no structures")
+
+
+def read_structure(name: str | Path) -> Atoms:
+    """The last structure of a file, as ASE takes it, or the one of an index: `run.traj@7`."""
+    return [atoms for _, atoms in read_structures(name, "-1")][-1]
+
+
+def _read(file: Path, index: str) -> Iterator[Atoms]:
+    suffix = file.suffix.removeprefix(".").lower()
+    kind = suffix if suffix == "aselmdb" else ase.io.formats.filetype(str(file))
+    if kind in DATABASES:
+        return _read_database(file, kind, index)
+    options: dict[str, Any] = {"attach_calculator": True} if kind == "gaussian-in" else {}
+    wanted = string2index(index)
+    read = ase.io.iread(
+        str(file), index=wanted, format=kind, do_not_split_by_at_sign=True, **options
+    )
+    return map(_with_parameters, read) if options else read
+
+
+def _read_database(file: Path, kind: str, index: str) -> Iterator[Atoms]:
+    if kind == "aselmdb":
+        data = Dataset(file, labelled=False)
+        rows: Iterator[Atoms] = (data[number] for number in range(len(data)))
+    else:
+        database = ase.db.connect(file, type=kind, serial=True)
+        rows = map(atoms_of_row, database.select())
+    wanted = string2index(index)
+    if isinstance(wanted, str):
+        raise DataError(f"{file}@{index}: give numbers, as in {file.name}@0:10")
+    if isinstance(wanted, slice) and all(
+        number is None or number >= 0 for number in (wanted.start, wanted.stop)
+    ):
+        return itertools.islice(rows, wanted.start, wanted.stop, wanted.step)
+    listed = list(rows)[wanted]
+    return iter(listed if isinstance(listed, list) else [listed])
+
+
+def _with_parameters(atoms: Atoms) -> Atoms:
+    """With the charge and multiplicity of the calculator's input in `info`."""
+    parameters = getattr(atoms.calc, "parameters", {})
+    names = {"charge": "charge", "mult": "spin"}
+    atoms.info |= {ours: parameters[key] for key, ours in names.items() if key in parameters}
+    atoms.calc = None
+    return atoms
