@@ -43,7 +43,7 @@ def structures_of(files: Sequence[str | os.PathLike[str]], method: str) -> list[
         ValueError: A file cannot be read, or a structure is nothing for the method: its electrons
             forbid its multiplicity, it is periodic, or it is not water.
     """
-    from allscaip_lite.labels.spcfw import are_waters
+    from allscaip_lite.spcfw import are_waters
 
     found = []
     assumed: Assumptions = {}

@@ -654,7 +654,7 @@ def run(args: argparse.Namespace) -> int:
         atoms.info |= {"charge": charge, "spin": spin} | given_state
     model = str(others.get("model", "lite"))
     if model == "spcfw":
-        from allscaip_lite.labels.spcfw import SPCFw
+        from allscaip_lite.spcfw import SPCFw
 
         calculator: Calculator = SPCFw()
     else:

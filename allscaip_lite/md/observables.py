@@ -29,7 +29,7 @@ from ase.io.trajectory import Trajectory
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import store_text
 from allscaip_lite.data.aselmdb import evenly_spaced
-from allscaip_lite.labels.spcfw import CHARGES, are_waters
+from allscaip_lite.spcfw import CHARGES, are_waters
 from allscaip_lite.md.dynamics import read_log
 
 if TYPE_CHECKING:

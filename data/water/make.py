@@ -7,7 +7,7 @@ In: a plan of trajectories and a seed. Out: `{train,val,test}.aselmdb` with ener
 that was stopped goes on where it was.
 
 Structures are sampled with OpenMM, whose cutoff has to fit into the box; the labels are those of
-`allscaip_lite.labels.spcfw`.
+`allscaip_lite.spcfw`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from ase import Atoms, units
 from allscaip_lite.cli import run_script
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, queue
-from allscaip_lite.labels.spcfw import (
+from allscaip_lite.labels.spcfw import label
+from allscaip_lite.spcfw import (
     ANGLE,
     ANGLE_CONSTANT,
     BOND_CONSTANT,
@@ -35,7 +36,6 @@ from allscaip_lite.labels.spcfw import (
     CHARGES,
     EPSILON,
     SIGMA,
-    label,
     molecules,
     water_box,
 )

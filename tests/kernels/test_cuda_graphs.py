@@ -23,7 +23,7 @@ from allscaip_lite.kernels.padded import (
     pad,
     padded_prediction,
 )
-from allscaip_lite.labels.spcfw import water_box
+from allscaip_lite.spcfw import water_box
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures, structures_from_atoms
 

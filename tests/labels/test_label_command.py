@@ -16,6 +16,7 @@ from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.labels import command as label_command
 from allscaip_lite.labels import spcfw, xtb
+from allscaip_lite.spcfw import water_box
 
 
 def in_state(atoms: Atoms, charge: int = 0, spin: int = 1) -> Atoms:
@@ -58,7 +59,7 @@ def test_gfn2_xtb_labels_structures_of_several_files_and_goes_on(tmp_path, capsy
 def test_water_boxes_are_labelled_into_a_file_that_another_method_does_not_replace(
     tmp_path, capsys
 ):
-    box, out = spcfw.water_box(4), tmp_path / "water.aselmdb"
+    box, out = water_box(4), tmp_path / "water.aselmdb"
     ase.io.write(tmp_path / "box.extxyz", box)
     assert main(command("spc-fw", out, tmp_path / "box.extxyz")) == 0
     [labelled] = Dataset(out)
@@ -69,7 +70,7 @@ def test_water_boxes_are_labelled_into_a_file_that_another_method_does_not_repla
     assert names == {"box.extxyz", "water.aselmdb", "water.jobs"}
     assert main(command("spc-fw", out, tmp_path / "box.extxyz")) == 0, "the same command goes on"
 
-    ase.io.write(tmp_path / "other.extxyz", spcfw.water_box(5))
+    ase.io.write(tmp_path / "other.extxyz", water_box(5))
     assert main(command("spc-fw", out, tmp_path / "other.extxyz")) == 2
     assert "choose another --out" in capsys.readouterr().err
 

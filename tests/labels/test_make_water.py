@@ -13,7 +13,7 @@ from test_spcfw import box, cluster
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset
 from allscaip_lite.labels import LabelError
-from allscaip_lite.labels.spcfw import SPCFw
+from allscaip_lite.spcfw import SPCFw
 
 make = importlib.import_module("data.water.make")
 Trajectory, plan, sample = make.Trajectory, make.plan, make.sample

@@ -8,8 +8,11 @@ from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 
-from allscaip_lite.labels import LabelError, spcfw
-from allscaip_lite.labels.spcfw import SPCFw, molecules, water_box
+from allscaip_lite import spcfw
+from allscaip_lite.errors import InputError
+from allscaip_lite.labels import LabelError
+from allscaip_lite.labels.spcfw import label
+from allscaip_lite.spcfw import SPCFw, molecules, water_box
 
 KCAL = units.kcal / units.mol
 
@@ -138,7 +141,7 @@ def test_rotation_and_translation_change_nothing():
 )
 def test_what_is_not_water_is_refused(atoms, words):
     atoms.calc = SPCFw()
-    with pytest.raises(LabelError, match=words):
+    with pytest.raises(InputError, match=words):
         atoms.get_potential_energy()
 
 
@@ -148,11 +151,11 @@ def test_a_cluster_has_no_stress():
 
 
 def test_a_label_says_what_it_is_and_ions_are_refused():
-    pair, periodic = spcfw.label(cluster(2)), spcfw.label(box())
+    pair, periodic = label(cluster(2)), label(box())
     assert pair.get_potential_energy() == cluster(2).get_potential_energy()
     assert "stress" not in pair.calc.results and periodic.get_stress().shape == (6,)
     assert (pair.info["charge"], pair.info["spin"], pair.info["num_electrons"]) == (0, 1, 20)
     ion = cluster(1)
     ion.info = {"charge": 1}
     with pytest.raises(LabelError, match="neutral"):
-        spcfw.label(ion)
+        label(ion)

@@ -310,7 +310,7 @@ def test_a_folder_belongs_to_one_structure_charge_and_spin(tmp_path):
 
 
 def test_a_killed_command_goes_on_to_the_same_bits(tmp_path):
-    from allscaip_lite.labels.spcfw import water_box
+    from allscaip_lite.spcfw import water_box
 
     write(tmp_path / "box.extxyz", water_box(4, 0.5, seed=1))
     (tmp_path / "input.toml").write_text(

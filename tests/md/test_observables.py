@@ -13,7 +13,7 @@ from ase.io.trajectory import Trajectory
 pytest.importorskip("MDAnalysis")
 
 from allscaip_lite.errors import RunError
-from allscaip_lite.labels.spcfw import SPCFw, molecules, water_box  # noqa: E402
+from allscaip_lite.spcfw import SPCFw, molecules, water_box  # noqa: E402
 from allscaip_lite.md import observables  # noqa: E402
 from allscaip_lite.md.dynamics import Settings, run_md  # noqa: E402
 from allscaip_lite.md.observables import (  # noqa: E402

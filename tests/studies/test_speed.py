@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from allscaip_lite.labels.spcfw import water_cluster
+from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.tables import MARKS
 from docs.studies.speed.run import compare, main, table
 

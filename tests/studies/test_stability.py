@@ -17,7 +17,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.errors import InputError
-from allscaip_lite.labels.spcfw import SPCFw
+from allscaip_lite.spcfw import SPCFw
 from docs.studies.stability.run import (
     Trial,
     choose,

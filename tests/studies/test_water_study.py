@@ -14,7 +14,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 pytest.importorskip("MDAnalysis")
 
-from allscaip_lite.labels.spcfw import SPCFw  # noqa: E402
+from allscaip_lite.spcfw import SPCFw  # noqa: E402
 from allscaip_lite.machine import processor_name  # noqa: E402
 from allscaip_lite.errors import RunError  # noqa: E402
 from allscaip_lite.md.dynamics import read_log  # noqa: E402

@@ -41,7 +41,7 @@ from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
-from allscaip_lite.labels.spcfw import water_cluster
+from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import insert_table, markdown_table

@@ -43,7 +43,7 @@ from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import differing, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.labels.spcfw import SPCFw, molecules, water_box
+from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from allscaip_lite.machine import device_name, processor_name
 from allscaip_lite.md.dynamics import (
     Explosion,
