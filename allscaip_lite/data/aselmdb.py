@@ -21,16 +21,15 @@ import ase.db
 import lmdb
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.row import AtomsRow
 from ase_db_backends.aselmdb import LMDBDatabase
 
+from allscaip_lite.data.checks import checked_labels, held_results
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
 
 SPLITS = ("train", "val", "test")
-_LABELS = ("energy", "forces", "stress")
 
 
 def write_aselmdb(
@@ -43,7 +42,7 @@ def write_aselmdb(
     row's `data`. The file appears under its name only once it is complete.
 
     Raises FileExistsError where the file exists and `overwrite` is false, DataError for a
-    structure without energy and forces.
+    structure without energy and forces, and for labels that `checks` does not take.
     """
     path = Path(path)
     if path.suffix != ".aselmdb":
@@ -59,31 +58,15 @@ def write_aselmdb(
         ase.db.connect(partial, use_lock_file=False) as database,
     ):
         for index, atoms in enumerate(structures):
+            where = f"structure {index} ({atoms.symbols})"
+            labels = checked_labels(held_results(atoms), len(atoms), where)
             labelled = atoms.copy()
-            labelled.calc = SinglePointCalculator(labelled, **_labels(atoms, index))
+            labelled.calc = SinglePointCalculator(labelled, **labels)
             labelled.info = {}
             database.write(labelled, data=dict(atoms.info))
             natoms.append(len(atoms))
         database.metadata = {"natoms": natoms}
     return len(natoms)
-
-
-def _labels(atoms: Atoms, index: int) -> dict[str, float | np.ndarray]:
-    """The labels a structure has, without computing any; DataError if energy or forces lack."""
-    labels = {}
-    for name in _LABELS if atoms.calc is not None else ():
-        try:
-            value = atoms.calc.get_property(name, atoms, allow_calculation=False)
-        except PropertyNotImplementedError:
-            value = None
-        if value is not None:
-            labels[name] = value
-    if "energy" not in labels or "forces" not in labels:
-        raise DataError(
-            f"structure {index} ({atoms.symbols}) has no energy and forces: compute them first, "
-            "or attach a SinglePointCalculator that holds them"
-        )
-    return labels
 
 
 class Dataset:
@@ -96,7 +79,7 @@ class Dataset:
     and forces, such as OMol25's test split.
 
     Raises FileNotFoundError for a missing path, DataError for a folder without data, a file that
-    is not an `.aselmdb`, and (on access) a structure without labels.
+    is not an `.aselmdb`, and (on access) a structure whose labels `checks` does not take.
     """
 
     def __init__(
@@ -127,13 +110,20 @@ class Dataset:
             raise IndexError(f"structure {index} of a data set of {len(self)}")
         index = int(index) % len(self)
         atoms = self._atoms(index)
-        found = atoms.calc.results if atoms.calc is not None else {}
-        if self.labelled and not {"energy", "forces"} <= found.keys():
+        if self.labelled:
+            found = {} if atoms.calc is None else atoms.calc.results
             shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            raise DataError(
-                f"structure {index} (in {self.paths[shard]}) has no energy and forces: label it, "
-                "or open the data set with labelled=False"
-            )
+            number = index - int(self._starts[shard])
+            where = f"{self.paths[shard]}, structure {number} ({atoms.symbols})"
+            try:
+                labels = checked_labels(found, len(atoms), where)
+            except DataError as error:
+                if found:
+                    raise
+                raise DataError(
+                    f"{error}: label it, or open the data set with labelled=False"
+                ) from error
+            atoms.calc.results = {**found, **labels}
         return atoms
 
     def _atoms(self, index: int) -> Atoms:

@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from allscaip_lite.data.aselmdb import LabelledData
+from allscaip_lite.data.checks import checked_labels
 from allscaip_lite.errors import DataError, KernelError
 from allscaip_lite.kernels.padded import PaddedBatch, Size, pad
 from allscaip_lite.neighbors import candidate_pairs
@@ -55,8 +56,12 @@ class Batch:
 def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
     """Labelled structures as one batch; with a seed, each turned by a random rotation."""
     systems = list(systems)
-    forces = [system.calc.results["forces"] for system in systems]
-    stress = [_stress(system) for system in systems]
+    labels = [
+        checked_labels(system.calc.results, len(system), f"structure {index}")
+        for index, system in enumerate(systems)
+    ]
+    forces = [label["forces"] for label in labels]
+    stress = [_full_stress(label.get("stress")) for label in labels]
     if rotation_seed is not None:
         rotations = Rotation.random(len(systems), rng=np.random.default_rng(rotation_seed))
         for index, rotation in enumerate(rotations):
@@ -70,15 +75,14 @@ def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch
             systems[index] = turned
     return Batch(
         structures=structures_from_atoms(systems, assumed={}),  # said of the whole data set
-        energy=torch.tensor([s.calc.results["energy"] for s in systems], dtype=torch.float64),
+        energy=torch.tensor([label["energy"] for label in labels], dtype=torch.float64),
         forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
         stress=torch.as_tensor(np.stack(stress), dtype=torch.float32),
     )
 
 
-def _stress(system: Atoms) -> np.ndarray:
+def _full_stress(voigt: np.ndarray | None) -> np.ndarray:
     """(3, 3) eV/Å³, not a number without a label."""
-    voigt = system.calc.results.get("stress")
     return np.full((3, 3), np.nan) if voigt is None else voigt_6_to_full_3x3_stress(voigt)
 
 

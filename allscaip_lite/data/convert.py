@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
+from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.reading import read_structures
-from allscaip_lite.errors import DataError
+from allscaip_lite.errors import DataError, StructureWarning
 from allscaip_lite.structures import (
     Assumptions,
     StructureError,
@@ -38,6 +39,10 @@ def convert(
 ) -> Iterator[Atoms]:
     """Structures of files ASE reads, each with energy and forces, charge and spin multiplicity.
 
+    Labels under other names (REF_energy, dft_forces, virial, …) are read too, see
+    `checks.labels_under_any_name`; what was read so, and which charges were assumed, is said in
+    warnings at the end.
+
     Args:
         files: names, each with ASE's index perhaps, as in `run.traj@100:200`; all structures are
             read otherwise.
@@ -52,14 +57,18 @@ def convert(
     Raises:
         FileNotFoundError: for a file that does not exist.
         DataError: for a file that ASE cannot read, and for a structure without energy or forces,
-            with numbers that are not finite, or with a multiplicity its electrons forbid.
+            with labels that `checks` does not take, or with a multiplicity its electrons forbid.
     """
     assumed: Assumptions = {}
+    taken: Counter[str] = Counter()
     for name in files:
         path = str(name) if Path(name).exists() else str(name).rpartition("@")[0] or str(name)
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
-            yield _converted(atoms, where, charge, spin, domain, Path(path).stem, assumed)
+            yield _converted(atoms, where, charge, spin, domain, Path(path).stem, assumed, taken)
     say_assumptions(assumed)
+    if taken:
+        listed = "; ".join(f"{count} structures: {what}" for what, count in taken.items())
+        warnings.warn(f"labels under other names: {listed}", StructureWarning, stacklevel=2)
 
 
 def _converted(
@@ -70,23 +79,9 @@ def _converted(
     domain: str | None,
     file: str,
     assumed: Assumptions,
+    taken: Counter[str],
 ) -> Atoms:
-    labels = {}
-    for label in ("energy", "forces", "stress"):
-        try:
-            value = atoms.calc and atoms.calc.get_property(label, atoms, allow_calculation=False)
-        except PropertyNotImplementedError:
-            value = None
-        if value is not None:
-            labels[label] = value
-    lacking = [label for label in ("energy", "forces") if label not in labels]
-    if lacking:
-        raise DataError(
-            f"{where} has no {' and no '.join(lacking)}: compute them, and let ASE write them, as "
-            "in atoms.get_forces(); ase.io.write('mine.extxyz', atoms)"
-        )
-    if not all(np.isfinite(value).all() for value in labels.values()):
-        raise DataError(f"{where} has labels that are not finite numbers: leave it out")
+    labels = labels_under_any_name(atoms, where, taken)
     try:
         charge, spin = charge_and_spin(atoms, where, charge, spin, assumed)
     except StructureError as error:
@@ -97,6 +92,7 @@ def _converted(
     atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
     if domain:
         atoms.info["data_id"] = domain
+    atoms.calc = SinglePointCalculator(atoms, **labels)
     return atoms
 
 
@@ -122,14 +118,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data convert`: convert, and say what came out; the exit status."""
     states: Counter[tuple[int, int]] = Counter()
+    stresses: Counter[str] = Counter()
 
     def counted() -> Iterator[Atoms]:
         for atoms in convert(args.files, args.charge, args.spin, args.domain):
             states[atoms.info["charge"], atoms.info["spin"]] += 1
+            stresses.update(["stress"] if "stress" in atoms.calc.results else [])
             yield atoms
 
     number = write_aselmdb(args.out, counted(), overwrite=args.overwrite)
-    print(f"{args.out}: {number} structures")
+    print(f"{args.out}: {number} structures, {stresses.total()} of them with a stress")
     for (charge, spin), count in sorted(states.items()):
         print(f"  charge {charge:+d}, multiplicity {spin}: {count}", file=sys.stderr)
     return 0

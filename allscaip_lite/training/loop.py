@@ -374,8 +374,11 @@ def train(
         The averaged (EMA) model, in evaluation mode.
 
     Raises:
-        RunError: for a folder of another run, and for a loss that is not finite.
+        RunError: for a folder of another run, for a loss that is not finite, and for a weight of
+            the stress where nothing is learned of it.
     """
+    for stage in stages:
+        _check_stress_weight(stage, model, training_data)
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
     operations = choose(kernels, fabric.device, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -483,6 +486,23 @@ def train(
             save_model(model, folder / f"{stage.name}.safetensors", {"stage": stage.name})
         saved = None
     return model.eval()
+
+
+def _check_stress_weight(stage: Stage, model: AllScAIP, data: LabelledData) -> None:
+    if not stage.stress_weight:
+        return
+    if stage.name != "conservative" or not model.config.stress:
+        raise RunError(
+            f"stress weight {stage.stress_weight:g}: the model has no stress in the stage "
+            f"{stage.name!r} (it needs conservative forces and stress=True)"
+        )
+    if not any(
+        "stress" in data[int(index)].calc.results for index in evenly_spaced(len(data), 20_000)
+    ):
+        raise RunError(
+            f"stress weight {stage.stress_weight:g}, but no training structure has a stress: "
+            "leave --stress-weight out, or convert the data with their stresses or virials"
+        )
 
 
 def report(

@@ -53,7 +53,7 @@ def refit(
     *,
     energy_weight: float = 600.0,
     force_weight: float = 20.0,
-    stress_weight: float = 100.0,
+    stress_weight: float | None = None,
     seed: int = 0,
     kernels: str = "auto",
     progress: bool = True,
@@ -69,7 +69,7 @@ def refit(
         data: labelled structures, more than the layer has weights.
         energy_weight: of energies in the loss.
         force_weight: of forces in the loss.
-        stress_weight: of stresses in the loss.
+        stress_weight: of stresses in the loss; by default 100, of data that have them.
         seed: of the directions of forces.
         kernels: how the model computes, see `allscaip_lite.kernels`.
         progress: whether to show a progress bar.
@@ -78,7 +78,8 @@ def refit(
         The changed model, and errors before and after.
 
     Raises:
-        InputError: for a direct model, and for fewer structures than weights.
+        InputError: for a direct model, for fewer structures than weights, and for a stress weight
+            where no structure has a stress.
     """
     if not model.config.conservative:
         raise InputError("a direct model's forces do not follow from its energy: train it")
@@ -87,6 +88,9 @@ def refit(
         raise InputError(f"{len(data)} structures are too few for {size} weights: give more")
     kinds = dict(zip(KINDS, measure(model, data, seed, kernels, progress), strict=True))
     kinds = {name: rows for name, rows in kinds.items() if len(rows.missing)}
+    if stress_weight is not None and "pressure times volume" not in kinds:
+        raise InputError(f"stress weight {stress_weight:g}, but no structure has a stress")
+    stress_weight = 100.0 if stress_weight is None else stress_weight
     weights = dict(zip(KINDS, (energy_weight, force_weight, stress_weight), strict=True))
     step = solve([(rows, weights[name]) for name, rows in kinds.items()])
     changed = copy.deepcopy(model)
@@ -206,7 +210,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("ENERGY", "FORCES"),
         help="in the loss, as in training (600 20)",
     )
-    parser.add_argument("--stress-weight", type=float, default=100.0, help="likewise (100)")
+    parser.add_argument(
+        "--stress-weight", type=float, help="likewise (100, where the data have stresses)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the directions of forces")
     add_kernels_option(parser)
     parser.add_argument("--device", help="cuda where there is one, else cpu")

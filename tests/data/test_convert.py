@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import ase.db
@@ -15,7 +16,8 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import cli
-from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.convert import convert
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.errors import DataError, StructureWarning
@@ -163,6 +165,72 @@ def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
         list(convert([tmp_path / "text.foo"], progress=False))
     with pytest.raises(FileNotFoundError, match="nowhere.xyz"):
         list(convert([tmp_path / "nowhere.xyz"], progress=False))
+
+
+def bulk_with(**labels: object) -> Atoms:
+    """Two atoms in a cell, with labels where another program might leave them."""
+    atoms = bulk("MgO", "rocksalt", a=4.3)
+    atoms.info.update(charge=0, spin=1)
+    for key, value in labels.items():
+        (atoms.arrays if np.shape(value) == (2, 3) else atoms.info)[key] = np.asarray(value)
+    return atoms
+
+
+SYMMETRIC = np.array([(1.0, 0.1, 0.2), (0.1, 2.0, 0.3), (0.2, 0.3, 3.0)])
+FORCES = np.arange(6.0).reshape(2, 3)
+
+
+def test_labels_under_other_names_and_in_other_shapes() -> None:
+    for atoms in (
+        bulk_with(REF_energy=[-1.5], REF_forces=FORCES, REF_stress=SYMMETRIC),
+        bulk_with(dft_energy=-1.5, dft_force=FORCES, virial=SYMMETRIC),
+        bulk_with(energy_ref=-1.5, forces=FORCES.reshape(1, 2, 3), virials=SYMMETRIC.ravel()),
+    ):
+        labels = labels_under_any_name(atoms, "here", Counter())
+        assert type(labels["energy"]) is float and labels["energy"] == -1.5
+        np.testing.assert_array_equal(labels["forces"], FORCES)
+        factor = 1.0 if "REF_stress" in atoms.info else -1 / atoms.cell.volume
+        expected = factor * np.array([1, 2, 3, 0.3, 0.2, 0.1])
+        np.testing.assert_allclose(labels["stress"], expected, rtol=1e-12)
+
+
+def test_names_that_labels_came_from_are_said(tmp_path: Path) -> None:
+    frames = [bulk_with(REF_energy=-1.5, REF_forces=FORCES, virial=SYMMETRIC) for _ in range(2)]
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    with pytest.warns(StructureWarning, match="2 structures: energy from REF_energy; 2 ") as warned:
+        found = list(convert([tmp_path / "a.extxyz"], progress=False))
+    assert "stress from virial (−virial/volume)" in str(warned[0].message)
+    write_aselmdb(tmp_path / "a.aselmdb", found)
+    stress = Dataset(tmp_path / "a.aselmdb")[1].get_stress(voigt=False)
+    np.testing.assert_allclose(stress, -SYMMETRIC / found[0].cell.volume)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (
+            {"energy": -1.0, "forces": FORCES[:1]},
+            r"structure 0 \(MgO\).*forces have shape \(1, 3\)",
+        ),
+        ({"energy": [-1.0, 2.0], "forces": FORCES}, r"energy has shape \(2,\)"),
+        ({"energy": "low", "forces": FORCES}, "low.*, not numbers"),
+        ({"energy": np.inf, "forces": FORCES}, "energy is not finite"),
+        ({"my_energy": -1.0, "forces": FORCES}, "no energy; what is there: .*forces, my_energy"),
+        ({"energy": -1.0, "REF_energy": -2.0, "forces": FORCES}, "energy and REF_energy are diff"),
+        ({"energy": -1.0, "forces": FORCES, "stress": np.arange(9.0)}, "stress is not symmetric"),
+        ({"energy": -1.0, "forces": FORCES, "stress": SYMMETRIC, "virial": SYMMETRIC}, "different"),
+    ],
+)
+def test_labels_that_are_not_certain_are_refused(labels: dict[str, object], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        labels_under_any_name(bulk_with(**labels), "a.xyz, structure 0 (MgO)", Counter())
+
+
+def test_a_virial_that_cannot_be_a_stress_is_mentioned() -> None:
+    taken: Counter[str] = Counter()
+    atoms = bulk_with(energy=-1.0, forces=FORCES, virial=np.arange(6.0))
+    assert "stress" not in labels_under_any_name(atoms, "here", taken)
+    assert list(taken) == ["no stress from virial (shape (6,), not (3, 3))"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

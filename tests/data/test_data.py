@@ -112,6 +112,31 @@ def test_charge_in_the_key_value_pairs_is_found_too(tmp_path):
     assert Dataset(tmp_path / "other.aselmdb")[0].info == {"charge": 1, "spin": 2}
 
 
+def test_labels_are_checked_when_they_are_written_and_read(tmp_path):
+    odd = labelled("H2O", charge=0, spin=1)
+    odd.calc.results |= {"energy": np.array([-1.5]), "stress": np.eye(3)}
+    write_aselmdb(tmp_path / "a.aselmdb", [odd])
+    results = Dataset(tmp_path / "a.aselmdb")[0].calc.results
+    assert results["energy"] == -1.5 and np.ndim(results["energy"]) == 0
+    np.testing.assert_array_equal(results["stress"], [1, 1, 1, 0, 0, 0])
+    for change, words in (
+        ({"energy": np.nan}, "energy is not finite"),
+        ({"forces": np.zeros((2, 3))}, r"structure 1 \(OH2\): its forces have shape \(2, 3\); 3"),
+        ({"stress": np.zeros(5)}, "stress has shape"),
+    ):
+        broken = labelled("H2O")
+        broken.calc.results |= change
+        with pytest.raises(DataError, match=words):
+            write_aselmdb(tmp_path / "b.aselmdb", [labelled("H2O"), broken])
+        with ase.db.connect(tmp_path / "theirs.aselmdb") as database:  # as others write it
+            database.write(labelled("H2O"))
+            database.write(broken)
+        with pytest.raises(DataError, match=f"theirs.aselmdb, .*{words}"):
+            Dataset(tmp_path / "theirs.aselmdb")[1]
+        (tmp_path / "theirs.aselmdb").unlink()
+    assert not (tmp_path / "b.aselmdb").exists()
+
+
 def test_rows_deleted_from_a_file_are_skipped(tmp_path):
     path = tmp_path / "a.aselmdb"
     write_aselmdb(path, [labelled(name) for name in ("H2O", "CH4", "H2")])
@@ -217,7 +242,7 @@ def test_structures_without_labels_are_not_written(tmp_path):
     moved = labelled("H2O")
     moved.positions[0] += 0.1  # the labels are those of another structure now
     for atoms in (molecule("H2O"), half, moved):
-        with pytest.raises(DataError, match="structure 1 .* has no energy and forces"):
+        with pytest.raises(DataError, match="structure 1 .* has no (energy and no )?forces"):
             write_aselmdb(tmp_path / "a.aselmdb", [labelled("H2O"), atoms])
         assert not list(tmp_path.iterdir())
 
@@ -225,7 +250,7 @@ def test_structures_without_labels_are_not_written(tmp_path):
 def test_rows_without_labels_are_read_only_when_asked(tmp_path):
     with ase.db.connect(tmp_path / "test.aselmdb") as database:
         database.write(molecule("H2O"), data={"charge": 0, "spin": 1})
-    with pytest.raises(DataError, match="structure 0 .*test.aselmdb.* labelled=False"):
+    with pytest.raises(DataError, match="test.aselmdb, structure 0 .* labelled=False"):
         Dataset(tmp_path)[0]
     read = Dataset(tmp_path, labelled=False)[0]
     assert read.calc is None

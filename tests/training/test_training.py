@@ -529,6 +529,15 @@ def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> No
     assert state["step"] >= 1 and not (tmp_path / "direct.safetensors").exists()
 
 
+def test_a_stress_weight_that_meets_no_stress_is_refused(data: Dataset, tmp_path: Path) -> None:
+    model = small_model(data, conservative=True)
+    with pytest.raises(RunError, match="stress weight 100, but no training structure has a stress"):
+        train(model, [conservative_stage(1, stress_weight=100.0)], data, data, tmp_path)
+    direct = replace(direct_stage(1), stress_weight=1.0)
+    with pytest.raises(RunError, match="has no stress in the stage 'direct'"):
+        train(small_model(data), [direct], data, data, tmp_path)
+
+
 def test_training_lowers_the_errors(twenty: Path, tmp_path: Path) -> None:
     """Both stages, on 20 structures: the log's losses and errors fall."""
     data = Dataset(twenty)

@@ -1,0 +1,183 @@
+"""Labels as the package keeps them: the one check of all that is written and read.
+
+In: energies, forces and stresses in the shapes and under the names that programs use. Out: energy
+as one number (eV), forces (N, 3) (eV/Å), stress (6,) (eV/Å³, ASE's signs and Voigt order), all
+finite; or an error that says what was found.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from allscaip_lite.errors import DataError
+
+LABELS = ("energy", "forces", "stress")
+Labels = dict[str, Any]  # by names of LABELS: a float, arrays (N, 3) and (6,)
+# REF_energy, dft_force, energy_ref, virials …, and what is before and after the quantity
+_SPELLING = re.compile(
+    r"(?:(?:ref|reference|dft|qm|target)_)?(energy|forces?|stress|virials?)(?:_(?:ref|dft))?"
+)
+SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
+
+
+def checked_labels(
+    found: Mapping[str, Any],
+    natoms: int,
+    where: object,
+    required: Collection[str] = ("energy", "forces"),
+) -> Labels:
+    """Energy, forces and stress among `found`, in the package's shapes.
+
+    Args:
+        found: values by their names; others than `LABELS` are left out.
+        natoms: how many atoms the structure has.
+        where: what messages call the structure, its file and its place there included.
+        required: labels that must be there.
+
+    Returns:
+        The labels that are there.
+
+    Raises:
+        DataError: for a label that is missing, has another shape or is not finite.
+    """
+    labels: Labels = {}
+    for name in LABELS:
+        if found.get(name) is not None:
+            labels[name] = _SHAPES[name](_numbers(found[name], name, where), natoms, where)
+            if not np.isfinite(labels[name]).all():
+                raise DataError(f"{where}: its {name} is not finite; leave the structure out")
+    if lacking := [name for name in required if name not in labels]:
+        raise DataError(f"{where} has no {' and no '.join(lacking)}; {_listed(found)}")
+    return labels
+
+
+def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> Labels:
+    """`checked_labels` of a structure that another program wrote.
+
+    Names such as REF_energy or dft_forces count, in the calculator, `info` and `arrays`, and a
+    virial (3, 3) in eV, which is -stress · volume.
+
+    Args:
+        atoms: the structure; its calculator is not asked to compute.
+        where: what messages call it.
+        taken: counts the names, other than the package's own, that labels were read from, and the
+            virials that were not.
+
+    Raises:
+        DataError: as `checked_labels`, and for labels of one kind that contradict each other.
+    """
+    results = held_results(atoms)
+    keys: dict[str, Any] = {**atoms.info, **atoms.arrays, **results}
+    candidates: dict[str, dict[str, Any]] = {}
+    for place in (results, atoms.info, atoms.arrays):
+        for key, value in place.items():
+            match = _SPELLING.fullmatch(str(key).strip().lower().replace(" ", "_"))
+            if match and value is not None:
+                kind = {"force": "forces", "virials": "virial"}.get(match[1], match[1])
+                candidates.setdefault(kind, {}).setdefault(str(key), value)
+    _virial_as_stress(atoms, where, candidates, taken)
+    found: Labels = {}
+    for kind, spellings in candidates.items():
+        for key, value in spellings.items():
+            label = checked_labels({kind: value}, len(atoms), f"{where}, {key}", ())[kind]
+            if kind not in found:
+                found[kind], first = label, key
+                if key != kind:
+                    taken[f"{kind} from {key}"] += 1
+            elif not np.allclose(found[kind], label, rtol=1e-5, atol=1e-5):
+                raise DataError(
+                    f"{where}: {first} and {key} are different, and both may be the {kind}: keep "
+                    "the right one"
+                )
+    try:
+        return checked_labels(found, len(atoms), where)
+    except DataError as error:
+        raise DataError(
+            f"{where} has no {' and no '.join(k for k in LABELS[:2] if k not in found)}; "
+            f"{_listed(keys)}. Call them energy and forces, or compute them and let ASE write "
+            "them: atoms.get_forces(); ase.io.write('mine.extxyz', atoms)"
+        ) from error
+
+
+def held_results(atoms: Atoms) -> dict[str, Any]:
+    """What the calculator, if there is one, holds of this very structure; nothing is computed."""
+    if atoms.calc is None:
+        return {}
+    held = dict(getattr(atoms.calc, "results", {}))
+    for name in LABELS:
+        try:
+            value = atoms.calc.get_property(name, atoms, allow_calculation=False)
+        except PropertyNotImplementedError:
+            value = None
+        if value is None:
+            held.pop(name, None)  # of the structure before a change
+        else:
+            held[name] = value
+    return held
+
+
+def _virial_as_stress(
+    atoms: Atoms, where: object, candidates: dict[str, dict[str, Any]], taken: Counter[str]
+) -> None:
+    for key, value in candidates.pop("virial", {}).items():
+        virial = np.asarray(_numbers(value, key, where)).squeeze()
+        if virial.size != 9 or atoms.cell.rank < 3 or not atoms.pbc.all():
+            reason = "no cell" if virial.size == 9 else f"shape {virial.shape}, not (3, 3)"
+            taken[f"no stress from {key} ({reason})"] += 1
+        else:
+            stress = -virial.reshape(3, 3) / atoms.cell.volume
+            candidates.setdefault("stress", {})[f"{key} (−{key}/volume)"] = stress
+
+
+def _numbers(value: Any, name: str, where: object) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=float)
+    except (TypeError, ValueError) as error:
+        shown = reprlib.repr(value)
+        raise DataError(f"{where}: its {name} is {shown}, not numbers") from error
+
+
+def _energy(value: np.ndarray, natoms: int, where: object) -> float:
+    if value.size != 1:
+        raise DataError(f"{where}: its energy has shape {value.shape}; one number is needed")
+    return float(value.item())
+
+
+def _forces(value: np.ndarray, natoms: int, where: object) -> np.ndarray:
+    if value.shape != (natoms, 3):
+        if value.squeeze().shape not in ((3 * natoms,), (natoms, 3)):
+            raise DataError(
+                f"{where}: its forces have shape {value.shape}; {natoms} atoms need ({natoms}, 3)"
+            )
+        value = value.reshape(natoms, 3)
+    return value
+
+
+def _stress(value: np.ndarray, natoms: int, where: object) -> np.ndarray:
+    if value.shape == (6,):
+        return value
+    if value.size == 6:
+        return value.reshape(6)
+    if value.size != 9:
+        raise DataError(f"{where}: its stress has shape {value.shape}; (6,) or (3, 3) is needed")
+    matrix = value.reshape(3, 3)
+    if np.abs(matrix - matrix.T).max() > SYMMETRIC * np.abs(matrix).max():
+        raise DataError(f"{where}: its stress is not symmetric: {matrix.round(5).tolist()}")
+    return full_3x3_to_voigt_6_stress(matrix)
+
+
+_SHAPES = {"energy": _energy, "forces": _forces, "stress": _stress}
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    names = sorted(set(map(str, found)) - {"numbers", "positions"})
+    return f"what is there: {', '.join(names)}" if names else "nothing else is there"
