@@ -214,12 +214,16 @@ def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
     return [Atoms(numbers, molecule.GetConformer(index).GetPositions()) for index in found]
 
 
-def assemble(parts: Sequence[Atoms], rng: np.random.Generator, contact: float) -> Atoms:
+def assemble(
+    parts: Sequence[Atoms], rng: np.random.Generator, contact: float | Sequence[float]
+) -> Atoms:
     """Molecules around the first, each turned at random and slid towards it from a random side
-    until its closest atom is `contact` (Å) away from one that is there already."""
+    until its closest atom is `contact` (Å) away from one that is there already: one contact for
+    all, or one for each molecule but the first."""
+    contacts = np.broadcast_to(contact, len(parts) - 1)
     whole = parts[0].copy()
     whole.positions -= whole.positions.mean(0)
-    for part in parts[1:]:
+    for part, closest in zip(parts[1:], contacts, strict=True):
         turned = part.copy()
         centred = part.positions - part.positions.mean(0)
         turned.positions = Rotation.random(random_state=rng).apply(centred)
@@ -227,7 +231,7 @@ def assemble(parts: Sequence[Atoms], rng: np.random.Generator, contact: float) -
         direction /= np.linalg.norm(direction)
         for distance in np.arange(0.0, 30.0, 0.1):
             moved = turned.positions + distance * direction
-            if np.linalg.norm(moved[:, None] - whole.positions, axis=-1).min() >= contact:
+            if np.linalg.norm(moved[:, None] - whole.positions, axis=-1).min() >= closest:
                 break
         turned.positions = moved
         whole += turned

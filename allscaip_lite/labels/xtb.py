@@ -29,7 +29,8 @@ class GFN2xTB(Calculator):
 
     Charge and spin multiplicity come from `atoms.info["charge"]` and `["spin"]`; absent means
     neutral and the lowest multiplicity. Results: energy (eV), forces (N, 3) (eV/Å), stress (6,)
-    (eV/Å³) of a periodic system, homo_lumo_gap [eV], one number for each occupied spin channel.
+    (eV/Å³) of a periodic system, Mulliken charges (N,) (e), homo_lumo_gap [eV], one number for each
+    occupied spin channel.
     `accuracy` scales tblite's SCF thresholds (smaller is tighter). A step of a trajectory starts
     from the electronic state of the step before; `reset()` forgets it.
 
@@ -37,7 +38,7 @@ class GFN2xTB(Calculator):
     does not converge.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress", "charges"]
 
     def __init__(self, accuracy: float = 1.0) -> None:
         super().__init__()
@@ -97,6 +98,7 @@ class GFN2xTB(Calculator):
             "energy": energy,
             "free_energy": energy,
             "forces": -np.asarray(self._state["gradient"]) * (units.Hartree / units.Bohr),
+            "charges": np.asarray(self._state["charges"]),
             "homo_lumo_gap": _gaps(self._state, spin),
         }
         if lattice is not None:

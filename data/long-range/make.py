@@ -110,7 +110,7 @@ class Fragments(GFN2xTB):
             super().calculate(atoms, properties, system_changes)
         except CalculatorError as error:
             raise LabelError(str(error)) from error
-        found = np.asarray(self._state["charges"])[: self.count].sum()
+        found = self.results["charges"][: self.count].sum()
         if abs(found - self.charge) > LEAKED:
             raise LabelError(f"{found:+.2f} e on the first fragment, not {self.charge:+d}")
         if np.abs(self.results["forces"]).max() > MAX_FORCE:
@@ -131,7 +131,7 @@ def fragment(name: str) -> Atoms:
         BFGS(atoms, logfile=None).run(fmax=0.005, steps=200)
     atoms.get_potential_energy()
     atoms.positions -= atoms.positions.mean(0)
-    atoms.info["dipole"] = np.asarray(method._state["charges"]) @ atoms.positions
+    atoms.info["dipole"] = method.results["charges"] @ atoms.positions
     atoms.calc = None
     return atoms
 

@@ -251,6 +251,57 @@ CHARGED = {
 VERTICAL = ((1, 2), (-1, 2), (0, 3))
 WIDEST_GAP = 14.0  # Å, of the set `apart`
 
+# The set `ionic`: ions and what they meet.
+CATIONS = """
+[Li+] [Na+] [K+] [Mg+2] [Ca+2] [Zn+2] [OH3+] [NH4+] C[OH2+] C[NH3+] CC[NH3+] C[NH2+]C C[NH+](C)C
+C[N+](C)(C)C CC(C)[NH3+] C=CC[NH3+] OCC[NH3+] NCC[NH3+] C1C[NH2+]C1 C1CC[NH2+]C1 [NH3+]O [NH3+]N
+[NH3+]CC(N)=O [NH3+]CC#N [NH3+]CC(F)(F)F NC=[NH2+] CC(N)=[NH2+] NC(N)=[NH2+] CNC(N)=[NH2+]
+c1c[nH]c[nH+]1 Cc1c[nH]c[nH+]1 Cn1cc[nH+]c1 Cn1cc[n+](C)c1 c1[nH][nH+]cc1 c1c[nH]n[nH+]1
+Nc1c[nH]c[nH+]1 c1cc[nH+]cc1 C[n+]1ccccc1 Nc1cc[nH+]cc1 C[PH3+] C[P+](C)(C)C C[S+](C)C C[S+](C)(C)=O
+"""
+ANIONS = """
+[F-] [Cl-] [Br-] [I-] [OH-] [SH-] [C-]#N [S-]C#N [O-]C#N [N-]=[N+]=[N-] N#C[N-]C#N C[O-] CC[O-]
+[O-]c1ccccc1 C[S-] CC[S-] CC(C)[S-] [S-]c1ccccc1 O=C[O-] CC(=O)[O-] CCC(=O)[O-] C=CC(=O)[O-] C#CC(=O)[O-]
+OCC(=O)[O-] NCC(=O)[O-] O=C([O-])CS CC(=O)C(=O)[O-] O=C([O-])C(F)(F)F O=C([O-])CF OC(=O)[O-] OC(=O)C(=O)[O-]
+O=C([O-])c1ccccc1 CC([S-])=O OP(=O)(O)[O-] O[PH](=O)[O-] COP(=O)(O)[O-] CP(=O)(O)[O-] O=P([O-])(F)F
+CS(=O)(=O)[O-] CS(=O)[O-] OS(=O)(=O)[O-] COS(=O)(=O)[O-] NS(=O)(=O)[O-] FC(F)(F)S(=O)(=O)[O-]
+O=[N+]([O-])[O-] O=N[O-] [O-]Cl(=O)(=O)=O F[B-](F)(F)F OB([O-])O c1c[n-]cn1 c1cc[n-]c1 c1c[n-]nn1
+O=c1cc[n-]c(=O)[nH]1 CC(=O)[N-]C [CH2-][N+](=O)[O-]
+"""
+POLAR = """
+O N F Cl S C#N CO CN CS OCCO COC C1CO1 C1CCOC1 CC#N C=O CC=O CC(C)=O OC=O CC(=O)O NC=O CC(N)=O
+CNC(C)=O NC(N)=O COC(=O)OC O=C1OCCO1 CS(C)=O CS(C)(=O)=O O=S=O C[N+](=O)[O-] CCl FC(F)F OB(O)O
+COP(=O)(OC)OC c1ccncc1 c1c[nH]cn1 c1cc[nH]c1
+"""
+# Shares of all pairs and trios of each kind.
+MEETINGS = {
+    ("cation", "anion"): 1.0,
+    ("cation", "polar"): 0.4,
+    ("anion", "polar"): 0.4,
+    ("cation", "cation"): 0.2,
+    ("anion", "anion"): 0.2,
+    ("polar", "polar"): 0.2,
+    ("cation", "anion", "polar"): 0.004,
+    ("cation", "anion", "cation"): 0.004,
+    ("cation", "anion", "anion"): 0.003,
+}
+DIATOMICS = """
+[H][H] N#N [C-]#[O+] F Cl Br I FF ClCl BrBr II FCl ClBr ClI BrI [Li][H] [Na][H] [K][H] [H][H]|0|3
+N#N|0|3 F|0|3 Cl|0|3 FF|0|3 ClCl|0|3 [O][O]|0|3 [O][O]|0|1 [S][S]|0|3 [O][S]|0|3 [O]=[Si]|0|1
+[S]=[C]|0|1 P#P P#N [B]F|0|1 [BH]|0|1 [OH] [SH] [CH]|0|2 [C]#N [N]=O [O]F [O]Cl [O]Br [NH]|0|3
+[PH]|0|3 [OH-] [SH-] [C-]#N [N+]=O|1|1 [H][H]|1|2 N#N|1|2 [O][O]|1|2 [O][O]|-1|2 [C-]#[O+]|1|2 F|1|2 Cl|1|2
+"""
+LINEAR = """
+C#C C#N N#CC#N C#CC#C C#CC#N FC#C ClC#C CC#C CC#N CC#CC O=C=O O=C=S S=C=S O=C=C=C=O N#N=O [N-]=[N+]=O
+[N-]=[N+]=[N-] [S-]C#N [O-]C#N N#[N+][H] [O-]C#C [C-]#C C[N+]#[C-] [H][Mg][H] Cl[Mg]Cl Cl[Zn]Cl
+[H][Zn][H]
+"""
+ATOMS = """
+[H]|0|2 [Li]|0|2 [B]|0|2 [C]|0|3 [N]|0|4 [O]|0|3 [F]|0|2 [Na]|0|2 [Mg]|0|1 [Si]|0|3 [P]|0|4 [S]|0|3
+[Cl]|0|2 [K]|0|2 [Ca]|0|1 [Zn]|0|1 [Br]|0|2 [I]|0|2 [Li+] [Na+] [K+] [Mg+2] [Ca+2] [Zn+2] [F-] [Cl-]
+[Br-] [I-]
+"""
+
 # --- Which systems ---------------------------------------------------------------------------
 
 
@@ -262,18 +313,22 @@ class SampledSystem(System):
         weight: Its share of the structures, relative to the other systems.
         moves_as: Charge and multiplicity of the state that is relaxed and run, if it is not the one
             that is labelled: ionised or excited at once, before the atoms have moved.
-        reach: If given, the two molecules are separated, at gaps (Å) from contact up to it.
+        reach: If given, the molecules are separated, at gaps (Å) from contact up to it.
+        stretched: Two atoms at distances from the wall to where they are free.
     """
 
     weight: float = 1.0
     moves_as: tuple[int, int] | None = None
     reach: float | None = None
+    stretched: bool = False
 
     @property
     def name(self) -> str:
         state = super().name
         if self.moves_as is not None:
             state += f", {self.moves_as[0]}|{self.moves_as[1]}"
+        if self.stretched:
+            state += ", stretched"
         return state if self.reach is None else f"{state}, to {self.reach:g} Å"
 
 
@@ -341,6 +396,36 @@ def separated_systems() -> list[SampledSystem]:
     return _each_once([replace(system, reach=WIDEST_GAP) for system in found])
 
 
+def ionic_systems() -> list[SampledSystem]:
+    """Every system of the set `ionic`, each once, in a fixed order.
+
+    Ions with ions and polar molecules, two or three, from contact to `FARTHEST`; diatomics over
+    the whole curve; linear molecules; free atoms.
+    """
+    words = {"cation": CATIONS.split(), "anion": ANIONS.split(), "polar": POLAR.split()}
+    found = []
+    for kinds, share in MEETINGS.items():
+        domain = "ionic_pairs" if len(kinds) == 2 else "ionic_trios"
+        together = [".".join(met) for met in itertools.product(*(words[kind] for kind in kinds))]
+        found += [_system(domain, word) for _, word in _thinned(domain, together, share)]
+    apart = [replace(system, reach=FARTHEST) for system in _each_meeting_once(found)]
+    diatomics = [_system("diatomics", word, weight=8.0) for word in DIATOMICS.split()]
+    return _each_once(
+        [system for system in apart if abs(system.charge) <= 2]
+        + [replace(system, stretched=True) for system in diatomics]
+        + [_system("linear", word, weight=4.0) for word in LINEAR.split()]
+        + [_system("atoms", word) for word in ATOMS.split()]
+    )
+
+
+def _each_meeting_once(found: Iterable[SampledSystem]) -> list[SampledSystem]:
+    """Without those that differ in the order of their molecules alone."""
+    unique: dict[tuple[str, ...], SampledSystem] = {}
+    for system in found:
+        unique.setdefault(tuple(sorted(system.parts)), system)
+    return list(unique.values())
+
+
 def _each_once(found: Iterable[SampledSystem]) -> list[SampledSystem]:
     unique: dict[str, SampledSystem] = {}
     for system in found:
@@ -401,20 +486,28 @@ def _system(domain: str, word: str, weight: float = 1.0) -> SampledSystem:
     return SampledSystem(domain, system.parts, system.charge, system.multiplicity, weight)
 
 
-# The place of a set in this list makes its seed, so that no structure is in two of them; the fourth
-# place is that of `data/omol-mini/make.py --method gfn2-xtb`.
-SETS = {"main": systems, "charged": charged_systems, "apart": separated_systems}
+# The systems of a set, and the millions of its seed, so that no structure is in two of them; the
+# third million is that of `data/omol-mini/make.py --method gfn2-xtb`.
+SETS = {
+    "main": (systems, 0),
+    "charged": (charged_systems, 1),
+    "apart": (separated_systems, 2),
+    "ionic": (ionic_systems, 4),
+}
 
 
 def plan(structures: int, kind: str = "main", seed: int = 0) -> list[Job]:
     """The jobs that together yield about `structures` structures of one of `SETS`."""
-    chosen = SETS[kind]()
+    make_systems, millions = SETS[kind]
+    chosen = make_systems()
     share = 1.05 * structures / sum(system.weight for system in chosen)
-    seed += 1_000_000 * list(SETS).index(kind)
-    return [
-        Job(system, max(2, round(share * system.weight)), split_of(system), seed)
-        for system in chosen
-    ]
+    seed += 1_000_000 * millions
+    return [Job(system, _count(system, share), split_of(system), seed) for system in chosen]
+
+
+def _count(system: SampledSystem, share: float) -> int:
+    """How many structures of a system: one of an atom, which has no other, else two or more."""
+    return 1 if system.domain == "atoms" else max(2, round(share * system.weight))
 
 
 # --- Sampling --------------------------------------------------------------------------------
@@ -424,6 +517,12 @@ STATE_TOLERANCE = 0.02  # eV between a run's electronic state and one found from
 # Two molecules with a gap of FAR (Å) or more must have the energy of each alone, plus Coulomb's,
 # within FAR_TOLERANCE (eV): GFN2-xTB tends to spread the charge of one over both.
 FAR, FAR_TOLERANCE = 5.0, 0.3
+# In the set `ionic` a molecule that has a gap of FAR or more to all others must have its own charge
+# within LEAKED e (Mulliken).
+FARTHEST, LEAKED = 20.0, 0.05  # Å, e
+# Of two stretched atoms: distances in units of the sum of their covalent radii, and the largest
+# force (eV/Å).
+STRETCHES, STRETCHED_MAX_FORCE = (0.4, 6.0), 80.0
 
 
 def sample(job: Job) -> list[Atoms]:
@@ -434,14 +533,17 @@ def sample(job: Job) -> list[Atoms]:
     rotated bonds (complexes: new ones) and random displacements. A system that `moves_as` another
     state is relaxed and run in that one, and labelled in its own. One with a `reach` is molecules
     relaxed alone, displaced at random and put at gaps from 1.6 Å to it, as many between 2 and 4 Å
-    as between 4 and 8; from 5 Å on only if their energy is that of each alone, plus Coulomb's of
-    their charges.
+    as between 4 and 8. From 5 Å on there are only those whose energy is that of each alone, plus
+    Coulomb's of their charges, or, in the set `ionic`, whose molecules have their own charges.
+    Two `stretched` atoms are at distances from 0.4 to 6 sums of their covalent radii.
 
     Raises LabelError if fewer than half of the structures wanted come out usable.
     """
     system, count = job.system, job.count
     digest = hashlib.sha256(f"{job.seed}:{system.name}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    if system.stretched:
+        return _stretched(system, count, rng)
     number = min(6, max(2, count // 4))
     charge, multiplicity = system.moves_as or (system.charge, system.multiplicity)
     moving = replace(system, charge=charge, multiplicity=multiplicity)
@@ -453,6 +555,8 @@ def sample(job: Job) -> list[Atoms]:
     def keep(atoms: Atoms, how: str, expected: float | None = None) -> None:
         tolerance = STATE_TOLERANCE if system.reach is None else FAR_TOLERANCE
         labelled = _label(atoms, system, None if system.moves_as else expected, tolerance)
+        if labelled is not None and system.domain.startswith("ionic") and _charge_moved(labelled):
+            return
         if labelled is not None and len(kept) < count:
             labelled.info["source"] = f"xtb/{system.domain}/{system.name}/{len(kept)}/{how}"
             kept.append(labelled)
@@ -462,10 +566,11 @@ def sample(job: Job) -> list[Atoms]:
         for _ in range(4 * count):
             if len(kept) >= count:
                 break
-            gap = 1.6 * (system.reach / 1.6) ** rng.random()
-            atoms = _shape(system, molecules, rng, gap)
+            gaps = [1.6 * (system.reach / 1.6) ** rng.random() for _ in system.parts[1:]]
+            atoms = _shape(system, molecules, rng, gaps)
             atoms.positions += rng.normal(size=(len(atoms), 3)) * rng.choice([0.01, 0.03, 0.06])
-            keep(atoms, "apart", None if gap < FAR else _energy_when_separated(atoms, system))
+            checked = system.domain == "apart" and gaps[0] >= FAR
+            keep(atoms, "apart", _energy_when_separated(atoms, system) if checked else None)
         return _enough(kept, count)
 
     runs = max(1, min(len(shapes), count // 6))
@@ -500,6 +605,51 @@ def _enough(kept: list[Atoms], count: int) -> list[Atoms]:
     return kept
 
 
+def _stretched(system: SampledSystem, count: int, rng: np.random.Generator) -> list[Atoms]:
+    """Two atoms at `count` distances, evenly spread in their logarithm but for a random part; those
+    whose force is too large, or whose SCF fails, are left out."""
+    numbers = [atom.GetAtomicNum() for atom in with_hydrogens(system.parts[0]).GetAtoms()]
+    bond, (least, most) = covalent_radii[numbers].sum(), STRETCHES
+    kept = []
+    for index in range(count):
+        factor = least * (most / least) ** ((index + rng.random()) / count)
+        axis = rng.normal(size=3)
+        axis *= factor * bond / (2 * np.linalg.norm(axis))
+        atoms = Atoms(numbers, [-axis, axis], info=_metadata(system))
+        atoms.info["source"] = f"xtb/{system.domain}/{system.name}/{index}/{factor:.2f} bonds"
+        try:
+            kept.append(xtb.label(atoms, STRETCHED_MAX_FORCE))
+        except LabelError:
+            continue
+    return _enough(kept, 2)
+
+
+def _charge_moved(atoms: Atoms) -> bool:
+    """Whether a molecule far from all others has not its own charge: GFN2-xTB spreads charges over
+    molecules in vacuum where an electron of one is higher than an empty level of another."""
+    parts = [parse_system("", part) for part in atoms.info["molecule"].split(".")]
+    ends = np.cumsum([atom_count(part) for part in parts])
+    distances = atoms.get_all_distances()
+    charges = xtb.results_of(atoms)["charges"]
+    for part, end in zip(parts, ends, strict=True):
+        inside = np.zeros(len(atoms), dtype=bool)
+        inside[end - atom_count(part) : end] = True
+        alone = distances[inside][:, ~inside].min() >= FAR
+        if alone and abs(charges[inside].sum() - part.charge) > LEAKED:
+            return True
+    return False
+
+
+def _metadata(system: System) -> dict[str, str | int]:
+    return {
+        "charge": system.charge,
+        "spin": system.multiplicity,
+        "reference_source": "allscaip-lite, data/xtb/make.py",
+        "data_id": system.domain,
+        "molecule": system.molecule,
+    }
+
+
 def _label(
     atoms: Atoms,
     system: SampledSystem,
@@ -516,14 +666,7 @@ def _label(
     reach = 1.8 * bond if len(system.parts) == 1 else system.reach or 6.0
     if not _connected(distance < reach):
         return None
-    centred = Atoms(numbers, positions - positions.mean(axis=0))
-    centred.info = {
-        "charge": system.charge,
-        "spin": system.multiplicity,
-        "reference_source": "allscaip-lite, data/xtb/make.py",
-        "data_id": system.domain,
-        "molecule": system.molecule,
-    }
+    centred = Atoms(numbers, positions - positions.mean(axis=0), info=_metadata(system))
     try:
         labelled = xtb.label(centred, MAX_FORCE)
     except LabelError:
@@ -582,7 +725,10 @@ def _langevin(
 
 
 def _shape(
-    system: System, molecules: dict[str, list[Atoms]], rng: np.random.Generator, contact: float
+    system: System,
+    molecules: dict[str, list[Atoms]],
+    rng: np.random.Generator,
+    contact: float | Sequence[float],
 ) -> Atoms:
     """A conformer of a molecule, or a random complex of conformers of several."""
     parts = [molecules[part][rng.integers(len(molecules[part]))] for part in system.parts]
@@ -630,7 +776,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(SETS),
         default="main",
         help="main; charged: more ions, radicals, triplets and metals, of which main has few; "
-        "apart: two molecules from contact to 14 Å (bonds that break: data/omol-mini/make.py)",
+        "apart: two molecules from contact to 14 Å; ionic: ions with ions and polar molecules from "
+        "contact to 20 Å, diatomics, atoms (bonds that break: data/omol-mini/make.py)",
     )
     parser.add_argument("--structures", type=int, default=60_000, help="about how many")
     parser.add_argument(
