@@ -220,7 +220,53 @@ class InMemory:
         return self.structures[index]
 
 
-LabelledData = Dataset | Subset | InMemory  # what training and evaluation read
+class Mixture:
+    """Several data sets as one, of which training takes given shares of its structures.
+
+    Args:
+        sets: the data sets; the mixture is read by index from the first of them to the last.
+        shares: of each set, the share of the structures that are trained on; their sum is 1.
+
+    Raises InputError for shares that are not one for each set, positive and of sum 1.
+    """
+
+    def __init__(self, sets: Sequence[Dataset | Subset], shares: Sequence[float]) -> None:
+        if len(shares) != len(sets) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise InputError(
+                f"shares {', '.join(map(str, shares))} of {len(sets)} data sets: give one for each, "
+                "above 0 and with the sum 1"
+            )
+        self.sets, self.shares = list(sets), tuple(shares)
+        self.natoms = np.concatenate([one.natoms for one in self.sets])
+        self._starts = np.cumsum([0] + [len(one) for one in self.sets])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Atoms:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.sets[number][index - int(self._starts[number])]
+
+    def epoch(self, seed: int, number: int) -> np.ndarray:
+        """Shuffled indices (about len(self),) of what one epoch trains on.
+
+        No structure of a set comes again before all of that set have come: an epoch goes on in the
+        shuffled set where the one before it stopped.
+        """
+        chosen = []
+        for part, (one, share) in enumerate(zip(self.sets, self.shares, strict=True)):
+            count, size = max(1, round(share * len(self))), len(one)
+            first, last = number * count, (number + 1) * count
+            passes = [
+                np.random.default_rng([seed, part, turn]).permutation(size)
+                for turn in range(first // size, (last - 1) // size + 1)
+            ]
+            start = first - first // size * size
+            chosen.append(np.concatenate(passes)[start : start + count] + self._starts[part])
+        return np.random.default_rng([seed, number]).permutation(np.concatenate(chosen))
+
+
+LabelledData = Dataset | Subset | InMemory | Mixture  # what training and evaluation read
 
 
 def _shards(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from allscaip_lite.data.aselmdb import LabelledData
+from allscaip_lite.data.aselmdb import LabelledData, Mixture
 from allscaip_lite.data.checks import checked_labels
 from allscaip_lite.errors import DataError, KernelError
 from allscaip_lite.kernels.padded import PaddedBatch, Size, pad
@@ -144,7 +144,10 @@ class Batches(torch.utils.data.Dataset[Batch]):
             return batch
 
     def _fill(self, epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        if isinstance(self.data, Mixture):
+            order = self.data.epoch(self.seed, epoch)
+        else:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
         return [np.array(part) for part in fill_batches(self.data.natoms, self.max_atoms, order)]
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data.aselmdb import Dataset, LabelledData, Subset, evenly_spaced
+from allscaip_lite.data.aselmdb import Dataset, LabelledData, Mixture, Subset, evenly_spaced
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
@@ -390,6 +390,7 @@ def train(
         "seed": seed,
         "start": start,
         "data": fingerprint([training_data.natoms]),
+        "shares": list(getattr(training_data, "shares", ())),
     }
     saved = None
     if state_file.exists():
@@ -538,6 +539,13 @@ def report(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, type=Path, nargs="+", help="training .aselmdb")
     parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        help="of each --data, the share of the structures trained on, with the sum 1; without it "
+        "all structures come equally often",
+    )
+    parser.add_argument(
         "--val",
         type=Path,
         nargs="+",
@@ -673,12 +681,16 @@ def run(args: argparse.Namespace) -> None:
         num_nodes=args.nodes,
     )
     fabric.launch()
-    data = Dataset(args.data)
+    data: Dataset | Mixture = Dataset(args.data)
+    if args.shares:
+        data = Mixture([Dataset(path) for path in args.data], args.shares)
     training_data: LabelledData
     validation_data: LabelledData
     if args.val:
         training_data, validation_data = data, Dataset(args.val)
     else:
+        if isinstance(data, Mixture):
+            raise InputError("--shares needs --val: a tenth drawn at random would be of any set")
         training_data, validation_data = hold_out(data, args.seed)
     torch.manual_seed(args.seed)
     if args.tf32 and fabric.device.type == "cuda":

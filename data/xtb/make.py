@@ -251,7 +251,7 @@ CHARGED = {
 VERTICAL = ((1, 2), (-1, 2), (0, 3))
 WIDEST_GAP = 14.0  # Å, of the set `apart`
 
-# The set `ionic`: ions and what they meet.
+# The set `ionic`: ions, and what they meet.
 CATIONS = """
 [Li+] [Na+] [K+] [Mg+2] [Ca+2] [Zn+2] [OH3+] [NH4+] C[OH2+] C[NH3+] CC[NH3+] C[NH2+]C C[NH+](C)C
 C[N+](C)(C)C CC(C)[NH3+] C=CC[NH3+] OCC[NH3+] NCC[NH3+] C1C[NH2+]C1 C1CC[NH2+]C1 [NH3+]O [NH3+]N
@@ -285,6 +285,7 @@ MEETINGS = {
     ("cation", "anion", "cation"): 0.004,
     ("cation", "anion", "anion"): 0.003,
 }
+# The set `simplest`.
 DIATOMICS = """
 [H][H] N#N [C-]#[O+] F Cl Br I FF ClCl BrBr II FCl ClBr ClI BrI [Li][H] [Na][H] [K][H] [H][H]|0|3
 N#N|0|3 F|0|3 Cl|0|3 FF|0|3 ClCl|0|3 [O][O]|0|3 [O][O]|0|1 [S][S]|0|3 [O][S]|0|3 [O]=[Si]|0|1
@@ -399,8 +400,7 @@ def separated_systems() -> list[SampledSystem]:
 def ionic_systems() -> list[SampledSystem]:
     """Every system of the set `ionic`, each once, in a fixed order.
 
-    Ions with ions and polar molecules, two or three, from contact to `FARTHEST`; diatomics over
-    the whole curve; linear molecules; free atoms.
+    Ions with ions and polar molecules, two or three, from contact to `FARTHEST`.
     """
     words = {"cation": CATIONS.split(), "anion": ANIONS.split(), "polar": POLAR.split()}
     found = []
@@ -409,13 +409,17 @@ def ionic_systems() -> list[SampledSystem]:
         together = [".".join(met) for met in itertools.product(*(words[kind] for kind in kinds))]
         found += [_system(domain, word) for _, word in _thinned(domain, together, share)]
     apart = [replace(system, reach=FARTHEST) for system in _each_meeting_once(found)]
+    return _each_once([system for system in apart if abs(system.charge) <= 2])
+
+
+def simplest_systems() -> list[SampledSystem]:
+    """Every system of the set `simplest`, each once, in a fixed order: free atoms and their ions,
+    diatomics over the whole curve, linear molecules."""
     diatomics = [_system("diatomics", word, weight=8.0) for word in DIATOMICS.split()]
-    return _each_once(
-        [system for system in apart if abs(system.charge) <= 2]
-        + [replace(system, stretched=True) for system in diatomics]
-        + [_system("linear", word, weight=4.0) for word in LINEAR.split()]
-        + [_system("atoms", word) for word in ATOMS.split()]
-    )
+    found = [replace(system, stretched=True) for system in diatomics]
+    found += [_system("linear", word, weight=4.0) for word in LINEAR.split()]
+    found += [_system("atoms", word) for word in ATOMS.split()]
+    return _each_once(found)
 
 
 def _each_meeting_once(found: Iterable[SampledSystem]) -> list[SampledSystem]:
@@ -493,6 +497,7 @@ SETS = {
     "charged": (charged_systems, 1),
     "apart": (separated_systems, 2),
     "ionic": (ionic_systems, 4),
+    "simplest": (simplest_systems, 5),
 }
 
 
@@ -522,7 +527,7 @@ FAR, FAR_TOLERANCE = 5.0, 0.3
 FARTHEST, LEAKED = 20.0, 0.05  # Å, e
 # Of two stretched atoms: distances in units of the sum of their covalent radii, and the largest
 # force (eV/Å).
-STRETCHES, STRETCHED_MAX_FORCE = (0.4, 6.0), 80.0
+STRETCHES, STRETCHED_MAX_FORCE = (0.4, 6.0), 300.0
 
 
 def sample(job: Job) -> list[Atoms]:
@@ -563,14 +568,18 @@ def sample(job: Job) -> list[Atoms]:
 
     if system.reach is not None:
         molecules = {part: _relax_each(system, part, molecules[part]) for part in molecules}
+        reach = system.reach
         for _ in range(4 * count):
             if len(kept) >= count:
                 break
-            gaps = [1.6 * (system.reach / 1.6) ** rng.random() for _ in system.parts[1:]]
+            gaps = [1.6 * (reach / 1.6) ** rng.random() for _ in system.parts[1:]]
             atoms = _shape(system, molecules, rng, gaps)
             atoms.positions += rng.normal(size=(len(atoms), 3)) * rng.choice([0.01, 0.03, 0.06])
             checked = system.domain == "apart" and gaps[0] >= FAR
+            before = len(kept)
             keep(atoms, "apart", _energy_when_separated(atoms, system) if checked else None)
+            if system.domain != "apart" and len(kept) == before and max(gaps) > FAR:
+                reach = max(gaps)  # a charge that has moved is not to be expected back farther away
         return _enough(kept, count)
 
     runs = max(1, min(len(shapes), count // 6))
@@ -777,7 +786,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="main",
         help="main; charged: more ions, radicals, triplets and metals, of which main has few; "
         "apart: two molecules from contact to 14 Å; ionic: ions with ions and polar molecules from "
-        "contact to 20 Å, diatomics, atoms (bonds that break: data/omol-mini/make.py)",
+        "contact to 20 Å; simplest: atoms, diatomics from the wall to dissociation, linear "
+        "molecules (bonds that break: data/omol-mini/make.py)",
     )
     parser.add_argument("--structures", type=int, default=60_000, help="about how many")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,86 @@ def test_the_apart_set_keeps_the_splits_of_the_main_one(jobs):
     shared = [job for job in apart if tuple(sorted(job.system.parts)) in split]
     assert len(shared) > 500
     assert all(split[tuple(sorted(job.system.parts))] == job.split for job in shared)
+
+
+@pytest.fixture(scope="module")
+def ionic() -> list[Job]:
+    return plan(4_000, "ionic")
+
+
+def test_the_ionic_set_holds_ions_out_and_has_no_meeting_twice(jobs, ionic):
+    met = [tuple(sorted(job.system.parts)) for job in ionic if job.system.reach]
+    assert len(met) == len(set(met)) > 5_000
+    split = {job.system.molecule: job.split for job in jobs if len(job.system.parts) == 1}
+    ions = [make.parse_system("", ion) for ion in make.ANIONS.split() + make.CATIONS.split()]
+    held_out = {ion.molecule for ion in ions if sampling.split_of(ion) == "test"}
+    assert {"[N-]=[N+]=[N-]", "O=P([O-])(O)O"} < held_out
+    for job in ionic:
+        for part in job.system.parts:
+            if len(job.system.parts) > 1 and split.get(part, job.split) != "train":
+                assert job.split != "train", job.system
+    tested = Counter(job.system.domain for job in ionic if job.split == "test")
+    assert tested["ionic_pairs"] > 500 and tested["ionic_trios"] > 50
+
+
+def pair(word: str, count: int) -> Job:
+    return Job(replace(make._system("ionic_pairs", word), reach=make.FARTHEST), count, "train")
+
+
+def test_like_organic_ions_repel_as_coulomb_says_far_away():
+    """Methylammonium and tetramethylammonium: all distances, and two charges from 12 Å on."""
+    structures = sample(pair("C[NH3+].C[N+](C)(C)C", 16))
+    far = 0
+    gaps = [atoms.get_all_distances()[:8, 8:].min() for atoms in structures]
+    for gap, atoms in zip(gaps, structures, strict=True):
+        if gap > 12:
+            far += 1
+            alone = energy(atoms[:8], 1) + energy(atoms[8:], 1)
+            distance = np.linalg.norm(atoms.positions[1] - atoms.positions[9])
+            expected = 14.4 / distance
+            assert atoms.get_potential_energy() - alone == pytest.approx(expected, rel=0.06)
+    assert min(gaps) < 3 and max(gaps) > 12 and far >= 2
+
+
+def test_ions_that_lose_their_charge_are_left_out():
+    """GFN2-xTB gives acetate's electron back to methylammonium from about 7 Å on."""
+    structures = sample(pair("C[NH3+].CC(=O)[O-]", 8))
+    gaps = [atoms.get_all_distances()[:8, 8:].min() for atoms in structures]
+    assert len(gaps) == 8 and max(gaps) < 9
+    magnesium = sample(pair("[Mg+2].CO", 2))[0]
+    assert not make._charge_moved(magnesium)
+    magnesium.positions[0] += 10 * (magnesium.positions[0] - magnesium.positions[1:].mean(0))
+    assert make._charge_moved(magnesium)
+
+
+def test_three_molecules_have_gaps_of_their_own(ionic):
+    trios = [job for job in ionic if job.system.domain == "ionic_trios"]
+    (atoms,) = sample(replace(trios[3], count=1))
+    sizes = [sampling.atom_count(make.parse_system("", p)) for p in trios[3].system.parts]
+    first, second, third = np.split(np.arange(len(atoms)), np.cumsum(sizes)[:2])
+    distances = atoms.get_all_distances()
+    one = distances[np.ix_(first, second)].min()
+    other = distances[np.ix_(np.r_[first, second], third)].min()
+    assert abs(one - other) > 0.3 and max(one, other) < make.FARTHEST + 1
+
+
+def test_two_atoms_have_a_wall_a_minimum_and_an_end():
+    simplest = plan(1_000, "simplest")
+    assert {job.count for job in simplest if job.system.domain == "atoms"} == {1}
+    hydrogen, nitrogen = (
+        next(j for j in simplest if j.system.stretched and j.system.name.startswith(name))
+        for name in ("[H][H]|0|1", "N#N|0|1")
+    )
+    structures = sample(replace(hydrogen, count=24))
+    lengths = np.array([atoms.get_distance(0, 1) for atoms in structures])
+    energies = np.array([atoms.get_potential_energy() for atoms in structures])
+    assert lengths.min() < 0.33 and lengths.max() > 2.5
+    best = lengths[energies.argmin()]
+    assert 0.6 < best < 0.95
+    assert energies[lengths.argmin()] > energies.min() + 3
+    assert energies[lengths.argmax()] > energies.min() + 3
+    walls = [np.abs(atoms.get_forces()).max() for atoms in sample(replace(nitrogen, count=24))]
+    assert make.MAX_FORCE < 100 < max(walls) < make.STRETCHED_MAX_FORCE
 
 
 def test_what_is_unfit_for_training_is_rejected(jobs):

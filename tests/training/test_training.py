@@ -21,9 +21,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
-from allscaip_lite.errors import RunError
+from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.config import PRESETS
-from allscaip_lite.data.aselmdb import DataError, Dataset, Subset, write_aselmdb
+from allscaip_lite.data.aselmdb import DataError, Dataset, Mixture, Subset, write_aselmdb
 from allscaip_lite.data.batches import Batch, Batches, collate, in_order
 from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.kernels import compiled
@@ -219,6 +219,30 @@ def test_resumed_and_distributed_batches_are_the_same_ones(data: Dataset) -> Non
     for step in range(3):
         for r in (0, 1):
             assert_same(ranks[r][step], whole[2 * (2 + step) + r])
+
+
+def test_a_mixture_gives_each_set_its_share(data: Dataset) -> None:
+    """Over two epochs: the shares asked for, of a small set each structure as often as any other,
+    give or take one, and the same batches again from the middle."""
+    few, many = Subset(data, np.arange(10)), Subset(data, np.arange(10, len(data)))
+    mixture = Mixture([few, many], [0.4, 0.6])
+    assert len(mixture) == len(data) and mixture.natoms.tolist() == data.natoms.tolist()
+    energies = [data[i].get_potential_energy() for i in range(len(data))]
+    assert [mixture[i].get_potential_energy() for i in range(len(data))] == energies
+    epochs = [mixture.epoch(3, number) for number in (0, 1, 2)]
+    seen = np.bincount(np.concatenate(epochs), minlength=len(data))
+    assert abs(seen[:10].sum() / seen.sum() - 0.4) < 0.01
+    assert np.ptp(seen[:10]) <= 1 and np.ptp(seen[10:]) <= 1
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert sorted(epochs[0]) != epochs[0].tolist()  # shuffled
+    whole, resumed = Batches(mixture, 60, 3), Batches(mixture, 60, 3, first=40)
+    assert_same(whole[45], resumed[5])
+
+
+@pytest.mark.parametrize("shares", [(0.5,), (0.5, 0.6), (1.0, 0.0)])
+def test_shares_that_are_none_are_refused(data: Dataset, shares: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="one for each"):
+        Mixture([data, data], shares)
 
 
 def test_in_order_is_the_data_once(data: Dataset) -> None:
@@ -591,6 +615,21 @@ def test_the_command_trains(
     assert tuned.config.conservative
     for name, weight in tuned.state_dict().items():  # nearly no learning: the same backbone
         torch.testing.assert_close(weight, direct.state_dict()[name], rtol=0, atol=1e-7)
+
+
+def test_the_command_trains_on_a_mixture(
+    twenty: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "lite", SMALL)
+    val = str(SAMPLE / "val.aselmdb")
+    both = ["train", "--data", str(twenty), val, "--out", str(tmp_path), "--max-atoms", "40"]
+    both += ["--direct-steps", "1", "--conservative-steps", "0", "--shares"]
+    assert cli.main([*both, "0.3", "0.7", "--val", val]) == 0
+    assert "110 structures to train on" in capsys.readouterr().out
+    assert cli.main([*both, "0.5", "0.5", "--val", val]) == 2  # the folder has another mixture
+    assert "shares" in capsys.readouterr().err
+    assert cli.main([*both, "0.3", "0.7"]) == 2
+    assert "--shares needs --val" in capsys.readouterr().err
 
 
 def moved_labels(twenty: Path, file: Path) -> dict[str, float]:
