@@ -6,7 +6,6 @@ In: `ase.Atoms`, charge and multiplicity in `atoms.info`. Out: energy and free e
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +18,11 @@ from ase.calculators.calculator import (
     all_changes,
 )
 from ase.stress import full_3x3_to_voigt_6_stress
-from torch import nn
 
 from allscaip_lite.checkpoints import load_model
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
-from allscaip_lite.model import AllScAIP, Result
+from allscaip_lite.model import AllScAIP, Result, without_weight_grad
 from allscaip_lite.structures import stated_charge_and_spin
 
 
@@ -62,7 +60,7 @@ class AllScAIPCalculator(Calculator):
         if not isinstance(model, AllScAIP):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model, kernels="plain")
-        self.model = _without_weight_grad(model).to(device=device, dtype=dtype).eval()
+        self.model = without_weight_grad(model).to(device=device, dtype=dtype).eval()
         self.model.operations = choose(kernels, self.model.device, self.model.dtype)
         self.recorded = None
         if self.model.device.type == "cuda" and kernels in ("auto", "cuda-graphs"):
@@ -119,11 +117,3 @@ class AllScAIPCalculator(Calculator):
     def answer(self, atoms: Atoms) -> Result:
         """What the model gives, computed anew."""
         return self.model.predict(atoms, self.recorded)[0]
-
-
-def _without_weight_grad(model: AllScAIP) -> AllScAIP:
-    """A second module on the same weights, which asks for no gradients of them."""
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for weight in model.parameters():
-        shared[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
-    return copy.deepcopy(model, shared)

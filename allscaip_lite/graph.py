@@ -25,6 +25,7 @@ from torch import Tensor
 
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.neighbors import (
+    TIE,
     candidate_pairs,
     pair_vectors,
     places_in_rows,
@@ -165,16 +166,19 @@ def pair_envelopes(
     """The envelope of each candidate pair (P,), and which of the pairs are edges, (P,) bool.
 
     near (P,) bool: which of the pairs count at all. width: candidates of an atom, itself included,
-    that are ranked; as many as there are, where it is not given.
+    that are ranked; where it is not given the k + 20 nearest, and those as far as the last.
     """
     # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
     rows = torch.cat([first, second])  # (2P,)
     order = torch.where(near, distances.double() / config.reach, ABSENT)
     position = places_in_rows(rows, order, n)
-    if width is None:
-        width = int(position.max()) + 1 if len(rows) else 1
-        width = min(width, config.k + EXTRA_CANDIDATES) if config.truncated_rank else width
-    kept = (position < width) & near.repeat(2)
+    kept = near.repeat(2)
+    if width is not None:
+        kept = kept & (position < width)
+    else:
+        if config.truncated_rank:
+            kept = _first_candidates(rows, position, distances, config.k + EXTRA_CANDIDATES, n)
+        width = 1 + (int(position[kept].max()) if len(rows) else 0)
     listed = kept.view(2, -1).all(0)  # pairs that both atoms count among their nearest
     # place in the table, slot 0 being the atom itself; what has no place goes to the very last one
     entry = torch.where(kept, rows * width + position, n * width)
@@ -195,6 +199,19 @@ def pair_envelopes(
     smooth = soft_maximum(limits, config.envelope_temperature)
     envelope = smooth if config.soft_rank else limits.amax(0)
     return envelope, listed & (envelope < 1)
+
+
+def _first_candidates(
+    rows: Tensor, position: Tensor, distances: Tensor, width: int, n: int
+) -> Tensor:
+    """(2P,) bool: places 1 .. width - 1 of each row, and what is as far as the last of them.
+
+    Atoms of a perfect crystal stand at equal distances; cutting through them would let the order of
+    the atoms decide.
+    """
+    last = torch.where(position == width - 1, distances.detach().repeat(2), 0.0)
+    last = last.new_zeros(n).index_add(0, rows, last)  # one entry a row, 0 of a shorter row
+    return (position < width) | (distances.repeat(2) < last[rows] + TIE)
 
 
 def in_slots(pairs: tuple[Tensor, ...], edge_slot: Tensor, n: int, num_slots: int) -> Graph:

@@ -9,10 +9,10 @@ States are one flat list (M, H): the N atoms, then the 2P edges (see `graph`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from allscaip_lite.structures import (
     structures_from_atoms,
 )
 
+M = TypeVar("M", bound=nn.Module)
 # In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.
 UNITS = ("energy_scale", "energy_mean", "force_scale", "element_references", "charge_reference")
 
@@ -287,6 +288,7 @@ class AllScAIP(nn.Module):
     element_references: Tensor
     charge_reference: Tensor
 
+    @torch.inference_mode(mode=False)  # forces need weights that allow gradients
     def __init__(self, config: AllScAIPConfig) -> None:
         super().__init__()
         self.config = config
@@ -339,6 +341,9 @@ class AllScAIP(nn.Module):
         replace `self.geometry`, for padded input.
         """
         create_graph = self.training if create_graph is None else create_graph
+        if torch.is_inference_mode_enabled():  # forces are gradients, and here none can be taken
+            with torch.inference_mode(False), torch.no_grad():
+                return self(structures.clone(), create_graph, geometry)
         structures = structures.to(self.device, self.dtype)
         if not self.config.conservative:
             nodes = self.features(structures, self.operations, geometry=geometry)
@@ -464,8 +469,11 @@ class AllScAIP(nn.Module):
         assumed: Assumptions = {}
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
         say_assumptions(assumed, self.said)
-        with torch.no_grad(), no_weight_grad(self):  # gradients are switched on for forces alone
-            energy, forces, stress = (forward or self)(structures, create_graph=False)
+        if forward is None:
+            asks = any(weight.requires_grad for weight in self.parameters())
+            forward = without_weight_grad(self) if asks else self
+        with torch.no_grad():  # gradients are switched on for forces alone
+            energy, forces, stress = forward(structures, create_graph=False)
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
         full = [bool(system.pbc.any()) and system.cell.rank == 3 for system in batch]
@@ -475,14 +483,16 @@ class AllScAIP(nn.Module):
         ]
 
 
-@contextmanager
-def no_weight_grad(module: nn.Module) -> Iterator[None]:
-    """Within it the weights of `module` ask for no gradients, which nobody would read."""
-    asking = [weight for weight in module.parameters() if weight.requires_grad]
-    try:
-        for weight in asking:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in asking:
-            weight.requires_grad_(True)
+def without_weight_grad(module: M) -> M:
+    """A second module on the same weights, which asks for no gradients of them.
+
+    The weights of `module` stay as they are, so that another thread may train it meanwhile.
+    """
+    twin = copy.copy(module)
+    weights = module.named_parameters(recurse=False)
+    vars(twin).update(
+        _parameters={name: nn.Parameter(weight.detach(), False) for name, weight in weights},
+        _buffers=dict(module.named_buffers(recurse=False)),
+        _modules={name: without_weight_grad(part) for name, part in module.named_children()},
+    )
+    return twin

@@ -17,6 +17,7 @@ from allscaip_lite.structures import StructureError, Structures
 
 DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at once
 COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
+TIE = 1e-5  # Å; distances that differ by less count as equal
 
 
 @torch.no_grad()
@@ -77,32 +78,52 @@ def _raise_coincident(first: Tensor, second: Tensor, index: int) -> None:
 
 
 @torch.no_grad()
-def nearest_images(positions: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
-    """(N, N, 3) integer shifts that bring atom j nearest to atom i, in lattice vectors.
+def nearest_images(
+    positions: Tensor, cell: Tensor, pbc: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Which image of atom j is nearest to atom i, and which others are equally near.
 
     Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
     is among the 27 around it, and it is the difference itself where the lattice is orthogonal or
     the difference shorter than half of every lattice vector. Lattice vectors that are not periodic
-    give way to normals of the others, or a tilted one would lead to the wrong image. Where two
-    images are equally near, i and j take the same one: shift[j, i] = -shift[i, j].
+    give way to normals of the others, or a tilted one would lead to the wrong image.
+
+    Args:
+        positions: (N, 3) Å.
+        cell: (3, 3) Å, rows are lattice vectors.
+        pbc: (3,) bool.
+
+    Returns:
+        Shifts (N, N, 3) in whole lattice vectors; and i (T,), j (T,), shift (T, 3) of the further
+        images whose distance is the same within `TIE`.
     """
     lattice = complete_cell((cell.double() * pbc.unsqueeze(1)).cpu().numpy())
     reduced, operation = minkowski_reduce(lattice, pbc.cpu().numpy())
     reduced = torch.as_tensor(np.asarray(reduced), device=cell.device)
     operation = torch.as_tensor(operation, device=cell.device).double()  # lattice to reduced
     difference = positions.double().unsqueeze(0) - positions.double().unsqueeze(1)  # (N, N, 3)
-    shift = -(difference @ torch.linalg.inv(reduced)).round() * pbc  # (N, N, 3)
+    place = difference @ torch.linalg.inv(reduced)
+    shift = -place.round() * pbc  # (N, N, 3)
     products = reduced @ reduced.T
     lengths = products.diagonal()  # squared
     if bool((products - lengths.diag()).abs().max() > 1e-12 * lengths.max()):
         wrapped = difference + shift @ reduced
-        far = (wrapped.square().sum(-1) > lengths[pbc].min() / 4).nonzero(as_tuple=True)
-        along = [torch.arange(-1, 2) if flag else torch.arange(1) for flag in pbc.tolist()]
-        steps = torch.cartesian_prod(*along).to(reduced)
-        images = wrapped[far] + (steps @ reduced).unsqueeze(1)  # (27, Q, 3)
-        shift[far] += steps[images.square().sum(-1).argmin(0)]
-    upper = (shift @ operation).permute(2, 0, 1).triu(1).permute(1, 2, 0)
-    return upper - upper.transpose(0, 1)
+        far = wrapped.square().sum(-1).sqrt() > lengths[pbc].min().sqrt() / 2 - TIE
+    else:
+        margin = (0.5 - (place + shift).abs()) * lengths.sqrt()  # Å
+        far = ((margin < TIE) & pbc).any(-1)
+    rows, columns = far.nonzero(as_tuple=True)  # (Q,)
+    along = [torch.arange(-1, 2) if flag else torch.arange(1) for flag in pbc.tolist()]
+    steps = torch.cartesian_prod(*along).to(reduced)  # (27, 3)
+    images = (difference[far] + shift[far] @ reduced) + (steps @ reduced).unsqueeze(1)  # (27, Q, 3)
+    distances = images.square().sum(-1).sqrt()  # (27, Q)
+    nearest = distances.argmin(0)
+    tied = distances < distances.gather(0, nearest.unsqueeze(0)) + TIE
+    tied[nearest, torch.arange(len(nearest), device=tied.device)] = False
+    step, pair = tied.nonzero(as_tuple=True)  # (T,)
+    others = (shift[far][pair] + steps[step]) @ operation
+    shift[far] += steps[nearest]
+    return shift @ operation, (rows[pair], columns[pair], others)
 
 
 def pair_vectors(structures: Structures, first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
@@ -126,19 +147,33 @@ def safe_norm(vectors: Tensor) -> Tensor:
 
 
 def system_distances(structures: Structures, positions: Tensor) -> Tensor:
-    """(B, n, 3) padded positions → (B, n, n) Å between nearest images; differentiable."""
+    """(B, n, 3) padded positions → (B, n, n) Å between nearest images; differentiable.
+
+    Where several images are equally near, as in a perfect crystal, the distance is their mean: the
+    value is the same, and the force does not pull to one side.
+    """
     vectors = positions.unsqueeze(1) - positions.unsqueeze(2)  # (B, n, n, 3)
-    if structures.periodic:
-        shift = torch.zeros_like(vectors)
-        for index in structures.pbc.any(1).nonzero().flatten().tolist():
-            size = int(structures.natoms[index])
-            shift[index, :size, :size] = nearest_images(
-                positions[index, :size].detach(),
-                structures.cell[index].detach(),
-                structures.pbc[index],
-            )
-        vectors = vectors + torch.einsum("bijs,bsx->bijx", shift, structures.cell)
-    return safe_norm(vectors)
+    if not structures.periodic:
+        return safe_norm(vectors)
+    shift, ties = torch.zeros_like(vectors), []
+    for index in structures.pbc.any(1).nonzero().flatten().tolist():
+        size = int(structures.natoms[index])
+        shift[index, :size, :size], (i, j, others) = nearest_images(
+            positions[index, :size].detach(),
+            structures.cell[index].detach(),
+            structures.pbc[index],
+        )
+        ties.append((torch.full_like(i, index), i, j, others.to(vectors.dtype)))
+    moved = torch.einsum("bijs,bsx->bijx", shift, structures.cell)
+    distances = safe_norm(vectors + moved)
+    system, i, j, others = (torch.cat(parts) for parts in zip(*ties, strict=True))
+    if not len(system):
+        return distances
+    moved = torch.einsum("ts,tsx->tx", others, structures.cell[system])
+    equally_near = safe_norm(vectors[system, i, j] + moved)  # (T,)
+    place, ones = (system, i, j), torch.ones_like(equally_near)
+    counts = torch.ones_like(distances).index_put(place, ones, accumulate=True)
+    return distances.index_put(place, equally_near, accumulate=True) / counts
 
 
 def places_in_rows(rows: Tensor, value: Tensor, n: int) -> Tensor:

@@ -98,6 +98,24 @@ class Structures:
         """The same batch with some tensors changed."""
         return replace(self, **changes)
 
+    def centered(self) -> Structures:
+        """The same systems near the origin, where float32 rounds least.
+
+        Along a direction that is not periodic the mean moves to 0. Along a periodic one an atom
+        that is more than a cell away from the cell moves by whole lattice vectors; one that just
+        left the cell stays, so that a list of near pairs keeps its images.
+        """
+        periodic = self.pbc.any(1)
+        unit = torch.eye(3, dtype=self.cell.dtype, device=self.cell.device)
+        lattice = torch.where(periodic[:, None, None], self.cell, unit)  # (B, 3, 3)
+        system, inverse = self.system, torch.linalg.inv_ex(lattice).inverse
+        place = (self.positions.unsqueeze(1) @ inverse[system]).squeeze(1)  # (N, 3)
+        total = place.new_zeros(len(self), 3).index_add(0, system, place)
+        mean = (total / self.natoms.unsqueeze(1))[system]
+        cells = torch.where((place - 0.5).abs() > 1.5, place.floor(), 0.0)
+        moved = torch.where(self.pbc[system], cells, mean).unsqueeze(1) @ lattice[system]
+        return self.replace(positions=self.positions - moved.squeeze(1))
+
     def strained(self, strain: Tensor) -> Structures:
         """Positions and cells under the symmetric part of a strain (B, 3, 3); differentiable."""
         symmetric = (strain + strain.transpose(1, 2)) / 2
@@ -116,6 +134,10 @@ class Structures:
         }
         return self.replace(**moved)
 
+    def clone(self) -> Structures:
+        """The same batch in tensors of its own."""
+        return self.replace(**{name: value.clone() for name, value in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch, by name."""
         names = [field.name for field in fields(self) if field.name != "periodic"]
@@ -131,15 +153,14 @@ def structures_from_atoms(
 ) -> Structures:
     """Check structures and turn them into one batch.
 
-    Positions and cell keep ASE's float64 until they are cast to `dtype`; atoms are centred on
-    their mean first where no direction is periodic, so that float32 loses nothing far from the
-    origin. Where a charge or multiplicity is assumed, it is noted in `assumed`, or a warning says
-    so. Raises `StructureError` for what the model cannot answer for.
+    Positions and cell keep ASE's float64 until they are cast to `dtype`, after `centered`. Where a
+    charge or multiplicity is assumed, it is noted in `assumed`, or a warning says so. Raises
+    `StructureError` for what the model cannot answer for.
     """
     batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     if not batch:
         raise StructureError("no structures: give one ase.Atoms or a non-empty list of them")
-    positions, cells, charges, spins = [], [], [], []
+    cells, charges, spins = [], [], []
     noted: Assumptions = {} if assumed is None else assumed
     for index, system in enumerate(batch):
         if not isinstance(system, Atoms):
@@ -150,19 +171,20 @@ def structures_from_atoms(
         charges.append(charge)
         spins.append(spin)
         cells.append(system.cell.complete().array if system.pbc.any() else system.cell.array)
-        center = 0.0 if system.pbc.any() else system.positions.mean(0)
-        positions.append(system.positions - center)
     if assumed is None:
         say_assumptions(noted)
-    return Structures(
-        positions=torch.as_tensor(np.concatenate(positions), dtype=dtype),
+    structures = Structures(
+        positions=torch.as_tensor(
+            np.concatenate([a.positions for a in batch]), dtype=torch.float64
+        ),
         atomic_numbers=torch.as_tensor(np.concatenate([a.numbers for a in batch])).long(),
-        cell=torch.as_tensor(np.stack(cells), dtype=dtype),
+        cell=torch.as_tensor(np.stack(cells), dtype=torch.float64),
         pbc=torch.as_tensor(np.stack([a.pbc for a in batch])),
         charge=torch.tensor(charges),
         spin=torch.tensor(spins),
         natoms=torch.tensor([len(a) for a in batch]),
-    ).to(device)
+    )
+    return structures.centered().to(device, dtype)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def bundled_models() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
+@torch.inference_mode(mode=False)  # weights made in that mode allow no gradients, so no forces
 def load_model(
     name_or_path: str | Path,
     device: torch.device | str | None = None,

@@ -26,7 +26,7 @@ from allscaip_lite.kernels.padded import (
     padded_prediction,
     reduced_cells,
 )
-from allscaip_lite.model import AllScAIP, Prediction, no_weight_grad
+from allscaip_lite.model import AllScAIP, Prediction, without_weight_grad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures
 
@@ -102,7 +102,7 @@ class RecordedModel:
     """
 
     def __init__(self, model: AllScAIP, *, patient: bool = False) -> None:
-        self.model, self.patient = model, patient
+        self.model, self.patient = without_weight_grad(model), patient
         self.reach = model.config.reach + SKIN
         self.calls = 0  # of the composition of the last call
         self.last: Structures | None = None  # in the last call
@@ -158,8 +158,7 @@ class RecordedModel:
             parts = [overflow, *(part for part in found if part is not None)]
             return torch.cat([part.detach().double().flatten() for part in parts])
 
-        with no_weight_grad(self.model):
-            prepared.recording = Recording(predict, batch.tensors())
+        prepared.recording = Recording(predict, batch.tensors())
         prepared.batch = batch.like(prepared.recording.inputs)
 
     def _prepare(self, structures: Structures, before: _Prepared | None) -> _Prepared:

@@ -31,7 +31,7 @@ from allscaip_lite.graph import (
     pair_envelopes,
 )
 from allscaip_lite.model import AllScAIP, Geometry, Prediction
-from allscaip_lite.neighbors import pair_vectors, places_in_rows, safe_norm
+from allscaip_lite.neighbors import TIE, pair_vectors, places_in_rows, safe_norm
 from allscaip_lite.operations import Operations
 from allscaip_lite.structures import Structures
 
@@ -210,22 +210,27 @@ def padded_graph(
 
 
 def padded_distances(batch: PaddedBatch, positions: Tensor) -> Tensor:
-    """(B, n, 3) padded positions → (B, n, n) Å between nearest images: `system_distances`."""
+    """(B, n, 3) padded positions → (B, n, n) Å between nearest images: `system_distances`.
+
+    At most eight images are equally near.
+    """
     vectors = positions.unsqueeze(1) - positions.unsqueeze(2)  # (B, n, n, 3)
-    if batch.structures.periodic:
-        with torch.no_grad():
-            periodic = batch.structures.pbc.all(1)
-            shift = -torch.einsum("bijx,bxs->bijs", vectors, batch.inverse).round()
-            wrapped = vectors + torch.einsum("bijs,bsx->bijx", shift, batch.reduced)
-            one = torch.arange(-1, 2, device=vectors.device, dtype=vectors.dtype)
-            steps = torch.cartesian_prod(one, one, one)  # (27, 3)
-            images = torch.einsum("qs,bsx->qbx", steps, batch.reduced)  # (27, B, 3)
-            images = wrapped.unsqueeze(0) + images[:, :, None, None]  # (27, B, n, n, 3)
-            shift = shift + steps[images.square().sum(-1).argmin(0)]
-            shift = torch.einsum("bijs,bst->bijt", shift, batch.operation)
-            shift = shift * periodic[:, None, None, None]
-        vectors = vectors + torch.einsum("bijs,bsx->bijx", shift, batch.structures.cell)
-    return safe_norm(vectors)
+    if not batch.structures.periodic:
+        return safe_norm(vectors)
+    with torch.no_grad():
+        periodic = batch.structures.pbc.all(1)[:, None, None, None]
+        shift = -torch.einsum("bijx,bxs->bijs", vectors, batch.inverse).round()
+        wrapped = vectors + torch.einsum("bijs,bsx->bijx", shift, batch.reduced)
+        one = torch.arange(-1, 2, device=vectors.device, dtype=vectors.dtype)
+        steps = torch.cartesian_prod(one, one, one)  # (27, 3)
+        images = torch.einsum("qs,bsx->qbx", steps, batch.reduced)  # (27, B, 3)
+        images = wrapped.unsqueeze(0) + images[:, :, None, None]  # (27, B, n, n, 3)
+        near, index = images.square().sum(-1).sqrt().topk(8, dim=0, largest=False)
+        tied = near < near[0] + TIE  # (8, B, n, n)
+        shift = (shift + steps[index]) * periodic  # (8, B, n, n, 3)
+        shift = torch.einsum("qbijs,bst->qbijt", shift, batch.operation)
+    vectors = vectors + torch.einsum("qbijs,bsx->qbijx", shift, batch.structures.cell)
+    return (safe_norm(vectors) * tied).sum(0) / tied.sum(0)
 
 
 def padded_geometry(

@@ -67,22 +67,18 @@ class TorchSimModel(ModelInterface):
         numbers, system = state.atomic_numbers, state.system_idx
         cell = state.cell.transpose(1, 2)  # rows are lattice vectors here, columns there
         count = len(cell)
-        positions = state.positions
-        pbc = torch.as_tensor(state.pbc, device=positions.device).expand(count, 3)
+        pbc = torch.as_tensor(state.pbc, device=cell.device).expand(count, 3)
         natoms = torch.bincount(system, minlength=count)
-        if not bool(pbc.any()):  # as in `structures_from_atoms`: nothing is lost far from 0
-            center = positions.new_zeros(count, 3).index_add(0, system, positions)
-            positions = positions - (center / natoms[:, None])[system]
         charge, spin = self._charge_and_spin(state, numbers, system, count)
         structures = Structures(
-            positions=positions,
+            positions=state.positions,
             atomic_numbers=numbers,
             cell=cell,
             pbc=pbc,
             charge=charge,
             spin=spin,
             natoms=natoms,
-        )
+        ).centered()
         with torch.no_grad():
             energy, forces, stress = self.model(structures, create_graph=False)
         found = {"energy": energy, "forces": forces}

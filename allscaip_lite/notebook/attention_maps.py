@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
 
 from allscaip_lite.model import AllScAIP, AttentionRecord
 from allscaip_lite.operations import PLAIN
-from allscaip_lite.structures import structures_from_atoms
+from allscaip_lite.structures import Structures, structures_from_atoms
 
 KINDS = ("node", "source", "destination")
 
@@ -90,7 +91,9 @@ def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
     image = torch.zeros(*occupied.shape, 3, dtype=torch.long, device=occupied.device)
     own = torch.arange(len(occupied), device=occupied.device)
     neighbor.view(-1)[graph.source_slot] = torch.cat([own, graph.target])
-    image.view(-1, 3)[graph.source_slot[len(own) :]] = graph.shift.long()
+    cells = _cells_away(atoms, structures)
+    shift = graph.shift.long() + cells[graph.source] - cells[graph.target]
+    image.view(-1, 3)[graph.source_slot[len(own) :]] = shift
     # the softmax has rows for empty slots too, without a meaning
     in_use = occupied.unsqueeze(2)  # (N, K, 1)
     return AttentionMaps(
@@ -103,3 +106,12 @@ def attention_maps(model: AllScAIP, atoms: Atoms) -> AttentionMaps:
         atomic_numbers=structures.atomic_numbers.cpu(),
         energy=float(model.in_electronvolts(atomic, structures)),
     )
+
+
+def _cells_away(atoms: Atoms, structures: Structures) -> Tensor:
+    """(N, 3) lattice vectors by which `Structures.centered` moved each atom back."""
+    if not atoms.pbc.any():
+        return torch.zeros(len(atoms), 3, dtype=torch.long, device=structures.positions.device)
+    moved = atoms.positions - structures.positions.double().cpu().numpy()
+    cells = np.rint(atoms.cell.complete().scaled_positions(moved)) * atoms.pbc
+    return torch.as_tensor(cells, device=structures.positions.device).long()

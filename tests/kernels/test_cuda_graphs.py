@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms, units
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +99,16 @@ def test_periodic_boxes_beside_each_other(model: AllScAIP, tilted: bool) -> None
     prediction, overflow = padded_prediction(model, padded, size)
     assert int(overflow) == 0
     assert_same(prediction, model(structures, create_graph=False))
+
+
+def test_equally_near_images_in_padded_form(model: AllScAIP) -> None:
+    crystal = bulk("NaCl", "rocksalt", a=5.6, cubic=True)
+    crystal.info.update(charge=0, spin=1)
+    size = Size(20, 3, 10, 20_000, 40)
+    structures, padded = as_batch([crystal], model, size)
+    prediction, overflow = padded_prediction(model, padded, size)
+    assert int(overflow) == 0
+    assert_same(prediction, model(structures, create_graph=False), atol=1e-8)
 
 
 def test_gradients_of_the_weights(make_model: ModelMaker) -> None:

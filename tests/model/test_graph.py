@@ -64,13 +64,14 @@ def step(x: float) -> float:
 
 def ranks_of(distances: list[float], config: AllScAIPConfig) -> list[float]:
     """The rank of each candidate of one atom, the atom itself among them."""
-    nearest = np.sort(distances)[: config.k + 20]
+    cut = np.sort(distances)[: config.k + 20][-1] + 1e-5  # what is as far as the last counts too
+    nearest = np.array(distances)[np.array(distances) < cut]
     found = []
     for d in distances:
         if not config.soft_rank:
             found.append(float(np.sum(np.array(distances) < d)))
         elif config.truncated_rank:
-            inside = d <= nearest[-1]
+            inside = d < cut
             count = sum(step((d - other) / config.rank_width) for other in nearest)
             found.append(count if inside else np.inf)
         else:
@@ -457,8 +458,11 @@ def test_nearest_images(name: str, pbc: tuple) -> None:
     """
     cell, n = np.array(SKEWED[name], dtype=float), 9
     positions = np.random.default_rng(3).uniform(-1.5, 2.5, (n, 3)) @ cell
-    found = nearest_images(torch.tensor(positions), torch.tensor(cell), torch.tensor(pbc).bool())
-    shift = found.numpy()
+    shift, ties = nearest_images(
+        torch.tensor(positions), torch.tensor(cell), torch.tensor(pbc).bool()
+    )
+    assert len(ties[0]) == 0
+    shift = shift.numpy()
     np.testing.assert_allclose(shift, shift.round(), atol=1e-9)
     assert (shift[..., np.array(pbc) == 0] == 0).all()
     apart = positions[None] - positions[:, None]
@@ -471,6 +475,58 @@ def test_nearest_images(name: str, pbc: tuple) -> None:
     vectors = apart + shift @ cell
     nearest = [np.linalg.norm(vectors + step, axis=2) for step in around]
     np.testing.assert_allclose(distances, np.min(nearest, axis=0), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("crystal", "most"),
+    [
+        (bulk("NaCl", "rocksalt", a=5.6, cubic=True), 8),  # the body centre of a cube
+        (bulk("NaCl", "rocksalt", a=5.6), 6),  # an octahedral hole of a face-centred lattice
+        (bulk("Ti", "hcp", a=2.95, c=4.68) * (2, 2, 1), 6),
+    ],
+    ids=["cube", "primitive", "hexagonal"],
+)
+def test_all_of_the_equally_near_images_are_found(crystal: Atoms, most: int) -> None:
+    crystal = closed(crystal)
+    crystal.rattle(1e-7, seed=1)  # as float32 leaves them
+    positions, cell, pbc = (
+        torch.tensor(x) for x in (crystal.positions, crystal.cell.array, crystal.pbc)
+    )
+    shift, (rows, columns, others) = nearest_images(positions, cell, pbc)
+    steps = np.array(list(product(range(-3, 4), repeat=3)))
+    for i, j in product(range(len(crystal)), repeat=2):
+        apart = crystal.positions[j] - crystal.positions[i] + steps @ crystal.cell.array
+        lengths = np.linalg.norm(apart, axis=1)
+        expected = {tuple(step) for step in steps[lengths < lengths.min() + 1e-5]}
+        found = [shift[i, j], *others[(rows == i) & (columns == j)]]
+        assert {tuple(int(x) for x in image.round()) for image in found} == expected
+        assert len(found) == len(expected)
+    assert np.unique(rows * len(crystal) + columns, return_counts=True)[1].max() + 1 == most
+
+
+def test_equally_near_images_pull_equally() -> None:
+    """The slope of a distance at a tie is the mean of the slopes to its two sides."""
+    atoms = closed(Atoms("H2", [(0, 0, 0), (2, 0, 0)], cell=[4, 9, 9], pbc=True))
+
+    def distance(x: float) -> torch.Tensor:
+        structures = structures_from_atoms(atoms, torch.float64)
+        positions = torch.tensor([[[0, 0, 0], [x, 0.0, 0]]], dtype=torch.float64)
+        positions.requires_grad_()
+        between = system_distances(structures, positions)[0, 0, 1]
+        return between.detach(), torch.autograd.grad(between, positions)[0][0, 1, 0]
+
+    assert [round(float(distance(x)[1]), 12) for x in (1.99, 2.0, 2.01)] == [1, 0, -1]
+    assert float(distance(2.0)[0]) == 2
+
+
+def test_order_of_the_atoms_does_not_choose_the_candidates(make_graph: GraphMaker) -> None:
+    """In a crystal the shell of the last candidate is ranked as a whole."""
+    slab = closed(bulk("Cu", a=3.6, cubic=True) * (3, 3, 2))
+    order = np.random.default_rng(0).permutation(len(slab))
+    weights = [
+        make_graph(atoms, k=10, cutoff=6.0).log_weight.exp().sum(1) for atoms in (slab, slab[order])
+    ]
+    np.testing.assert_allclose(weights[1], weights[0][order], rtol=0, atol=1e-13)
 
 
 def test_system_distances_of_a_batch(cluster: Atoms, crystal: Atoms, slab: Atoms) -> None:

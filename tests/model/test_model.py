@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ase.geometry.minkowski_reduction import minkowski_reduce
 from torch import Tensor
 
 from allscaip_lite import PRESETS, AllScAIP, AllScAIPConfig, Result, StructureError
+from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.graph import build_graph
 from allscaip_lite.kernels import choose
 from allscaip_lite.model import UNITS
@@ -152,6 +154,34 @@ def test_forces_add_up_to_zero(model: AllScAIP, cluster: Atoms, crystal: Atoms) 
         np.testing.assert_allclose(result.forces.sum(0), 0, atol=1e-10)
 
 
+def test_inference_mode_changes_nothing(
+    make_model: ModelMaker, cluster: Atoms, tmp_path: Path
+) -> None:
+    """Forces are gradients, which that mode forbids: the model leaves it."""
+    path = save_model(make_model(), tmp_path / "model.safetensors")
+    outside = load_model(path).predict(cluster)[0]
+    with torch.inference_mode():
+        inside = load_model(path)
+        assert_same(outside, inside.predict(cluster)[0])
+        found = inside(structures_from_atoms(cluster, torch.float64), create_graph=False)
+    assert_same(outside, inside.predict(cluster)[0])
+    np.testing.assert_allclose(found.forces, outside.forces, atol=1e-10)
+
+
+def test_predicting_leaves_the_weights_as_they_are(make_model: ModelMaker, cluster: Atoms) -> None:
+    """Another thread may train meanwhile: at no moment do they stop asking for gradients."""
+    model = make_model()
+    asked = []
+    model.input.register_forward_hook(
+        lambda *_: asked.extend(weight.requires_grad for weight in model.parameters())
+    )
+    model.predict(cluster)
+    assert asked and all(asked)
+    model.requires_grad_(False)
+    model.predict(cluster)
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
 def test_wrap_through_the_periodic_cell_changes_nothing(
     model: AllScAIP, crystal: Atoms, slab: Atoms
 ) -> None:
@@ -163,6 +193,24 @@ def test_wrap_through_the_periodic_cell_changes_nothing(
         tidy = atoms.copy()
         tidy.wrap()
         assert_same(*model.predict([atoms, tidy]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forces_of_a_perfect_crystal_are_not_one_sided(
+    make_model: ModelMaker, dtype: torch.dtype
+) -> None:
+    """Atoms half a lattice vector apart have several nearest images, and all of them pull."""
+    model = make_model(dtype=dtype)
+    crystal = neutral(bulk("NaCl", "rocksalt", a=5.6, cubic=True))
+    moved = crystal.copy()
+    moved.positions += np.random.default_rng(2).integers(-3, 4, (8, 3)) @ crystal.cell.array + 0.1
+    assert_same(
+        *model.predict([crystal, moved]), tolerance=1e-4 if dtype == torch.float32 else 1e-8
+    )
+    if dtype == torch.float64:
+        direction = np.random.default_rng(0).normal(size=(8, 3))
+        expected = -(model.predict(crystal)[0].forces * direction).sum()
+        assert slope(model, crystal, direction) == pytest.approx(expected, abs=1e-4)
 
 
 def test_another_choice_of_lattice_vectors_changes_nothing(model: AllScAIP, crystal: Atoms) -> None:

@@ -22,7 +22,7 @@ from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.kernels import choose
 from allscaip_lite.model import Result
-from allscaip_lite.neighbors import nearest_images
+from allscaip_lite.neighbors import TIE, nearest_images
 from allscaip_lite.notebook.attention_maps import attention_maps
 from allscaip_lite.operations import Operations
 from allscaip_lite.structures import structures_from_atoms
@@ -155,19 +155,23 @@ def pairs_over_images(
 
 def edges_over_images(atoms: Atoms, config: AllScAIPConfig) -> tuple[Edges, float]:
     """The graph by its formulas; and how near the envelope of any pair comes to 1, the end."""
+    atoms = atoms.copy()
+    atoms.positions = graph_positions(atoms)
     reach = config.cutoff + 4 * config.rank_width
     i, j, shift, distances, vectors = pairs_over_images(atoms, reach)
     ranks = np.zeros(len(i))
     for atom in range(len(atoms)):
         mine = i == atom
-        nearest = np.sort([0, *distances[mine]])[: config.k + 20]
+        nearest = np.sort([0, *distances[mine]])
+        cut = nearest[: config.k + 20][-1] + TIE  # what is as far as the last is ranked too
+        nearest = nearest[nearest < cut]
         x = (distances[mine][:, None] - nearest) / config.rank_width / 4
         inside = np.abs(x) < 0.9999
         x = np.where(inside, x, 0)
         a, b = np.exp(-2 / (1 + x)), np.exp(-2 / (1 - x))
         smaller = distances[mine][:, None] > nearest
         counts = np.where(inside, a / (a + b), smaller).sum(1)
-        ranks[mine] = np.where(distances[mine] <= nearest[-1], counts, 1e3)
+        ranks[mine] = np.where(distances[mine] < cut, counts, 1e3)
     names = [(a, b, *s) for a, b, s in zip(i.tolist(), j.tolist(), shift.tolist(), strict=True)]
     rank = dict(zip(names, ranks.tolist(), strict=True))
     found, margin = {}, np.inf
@@ -184,6 +188,11 @@ def edges_over_images(atoms: Atoms, config: AllScAIPConfig) -> tuple[Edges, floa
 
 def graph_of(atoms: Atoms | list[Atoms], config: AllScAIPConfig) -> Graph:
     return build_graph(structures_from_atoms(atoms, torch.float64), config)
+
+
+def graph_positions(atoms: Atoms) -> np.ndarray:
+    """(N, 3) Å, to which the images of `graph_of` belong."""
+    return structures_from_atoms(atoms, torch.float64).positions.numpy()
 
 
 def edges_of(graph: Graph) -> Edges:
@@ -247,7 +256,8 @@ def test_nearest_images_are_those_found_among_all_images(
     """Of points anywhere in three cells and more, for node attention."""
     points = np.random.default_rng(seed).uniform(-1, 2, (6, 3)) @ cell
     atoms = Atoms("H6", points, cell=cell, pbc=flags)
-    shift = nearest_images(*(torch.as_tensor(x) for x in (points, cell, atoms.pbc))).numpy()
+    shift, _ = nearest_images(*(torch.as_tensor(x) for x in (points, cell, atoms.pbc)))
+    shift = shift.numpy()
     np.testing.assert_allclose(shift, shift.round(), rtol=0, atol=1e-9)
     assert (shift[..., ~atoms.pbc] == 0).all()
     found = np.linalg.norm(points[None] - points[:, None] + shift @ cell, axis=2)
@@ -359,6 +369,9 @@ def test_an_atom_and_its_image_are_the_same(
     moved = atoms.copy()
     moved.positions += carried @ atoms.cell.array
     assert_same(*model.predict([moved, atoms]))
+    # an atom far from the cell is brought back to it
+    apart = (graph_positions(moved) - graph_positions(atoms)) @ np.linalg.pinv(atoms.cell.array)
+    carried = (apart - apart[0]).round().astype(int)
     expected = {
         (i, j, *(np.array(shift) + carried[i] - carried[j]).tolist()): edge
         for (i, j, *shift), edge in edges_of(graph_of(atoms, model.config)).items()

@@ -32,7 +32,7 @@ def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:
 def test_a_batch_of_a_molecule_and_a_crystal() -> None:
     water = state(molecule("H2O"), charge=1, spin=2)
     salt = state(bulk("NaCl", "rocksalt", a=5.6))
-    salt.positions += 30
+    salt.positions += 3  # all atoms within a cell of the cell
     batch = structures_from_atoms([water, salt])
     assert len(batch) == 2
     assert batch.natoms.tolist() == [3, 2] and batch.system.tolist() == [0, 0, 0, 1, 1]
@@ -52,6 +52,32 @@ def test_far_from_the_origin_nothing_is_lost() -> None:
     far.positions += 1e5
     a, b = structures_from_atoms(near).positions, structures_from_atoms(far).positions
     assert (a - b).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("a", "vacuum"), [(1, None), (2, None), (3, 12.0)])
+def test_unwrapped_periodic_atoms_lose_nothing_in_float32(a: int, vacuum: float | None) -> None:
+    """Distances between nearest images, a thousand cells away and a surface high above."""
+    atoms = state(bulk("NaCl", "rocksalt", a=5.6, cubic=True) * (a, 1, 1))
+    if vacuum is not None:
+        atoms.center(vacuum, axis=2)
+        atoms.pbc = True, True, False
+    near, far = atoms.copy(), atoms.copy()
+    cells = np.random.default_rng(1).integers(-1000, 1000, (len(atoms), 3)) * atoms.pbc
+    far.positions += cells @ atoms.cell.array + 1e6 * ~atoms.pbc
+    found = [structures_from_atoms(x).positions.double().numpy() for x in (near, far)]
+    moved = found[1] - found[0]
+    shift = np.linalg.solve(atoms.cell.array.T, (moved - moved[0]).T).T
+    assert np.abs(shift - shift.round()).max() < 2e-7
+    assert np.abs(found[1]).max() < 2.1 * np.abs(atoms.cell.array).max()
+
+
+def test_an_atom_that_just_left_the_cell_stays() -> None:
+    """So a list of near pairs keeps its images from one step of dynamics to the next."""
+    atoms = state(bulk("NaCl", "rocksalt", a=5.6, cubic=True))
+    atoms.positions[0] -= 0.1
+    assert torch.equal(
+        structures_from_atoms(atoms, torch.float64).positions, torch.tensor(atoms.positions)
+    )
 
 
 def test_atoms_are_left_as_they_are() -> None:
