@@ -7,6 +7,10 @@ In: the tables below and a seed. Out: `{train,val,test}.aselmdb`, split by molec
 atoms. Labels are made in an order in which every beginning is a fair sample of the whole: labelling
 that stops early still leaves a data set (`--collect`), and the same command goes on.
 
+With `--set thermal`: pieces of drugs, peptides, electrolytes and reagents at 300 to 600 K, and ions
+with ions and water from contact to 8 Å. Of several candidates the one is labelled on whose forces
+`lite` and `lite-local` disagree most.
+
 With `--method gfn2-xtb` the same systems, sampled by the same rules, are labelled with GFN2-xTB
 alone: many more structures, and other ones, half of them far from any minimum (the set `reactive`
 of `data/xtb/README.md`).
@@ -32,6 +36,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from scipy.spatial.transform import Rotation
 
+from allscaip_lite.checkpoints import load_model
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS
 from allscaip_lite.files import store_text
@@ -49,6 +54,7 @@ from allscaip_lite.labels.sampling import (
     with_hydrogens,
 )
 from allscaip_lite.labels.xtb import GFN2xTB
+from allscaip_lite.model import AllScAIP
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
@@ -158,6 +164,55 @@ METALS = """
 """
 
 
+# The set `thermal`: pieces of larger molecules, of 5 to 12 atoms.
+FRAGMENTS = """
+NC=O CNC=O CN(C)C=O CC(N)=O CNC(C)=O C=CC(N)=O C#CC(N)=O NC(N)=O CNC(N)=O NC(=O)NO NNC(N)=O NNC=O
+COC(N)=O NC(=O)C(N)=O NC(=O)CO NC(=O)C=O NC(=O)NC=O O=CNC=O NC(=O)C#N NC(=O)CF NC(=O)CCl ONC=O
+CC(=O)NO NC=N CC(=N)N NC(N)=N NC(N)=S CC(N)=S NC=S CNC=S CN=C=O CN=C=S NC#N CNC#N NCC=O NCC(=O)O
+NCC(N)=O NCC#N O=CNCC=O NC(CO)=O OC(=O)C=O OC(=O)CO OCC=O CC(=O)C=O CC(=O)C(=O)O OC(=O)C(=O)O
+OC(=O)CC(=O)O SCC(=O)O CC(=O)OO CC(=O)S CC(=O)SC COC(C)=O COC=O CCOC=O O=COC=O CC(=O)F CC(=O)Cl
+O=C(Cl)C(=O)Cl CS(N)(=O)=O NS(N)(=O)=O NS(=O)(=O)O CS(=O)(=O)O CS(=O)(=O)F CS(=O)(=O)Cl CS(C)=O
+CS(C)(=O)=O CS(=O)O C=CS(=O)(=O)F NS(=O)(=O)F NS(=O)(=O)C(F)(F)F CSSC CSC#N CSCO CSCF CS(=O)Cl
+c1ccoc1 c1ccsc1 c1cc[nH]c1 c1c[nH]cn1 c1cn[nH]c1 c1cocn1 c1cnoc1 c1cscn1 c1cnsc1 c1c[nH]nn1 c1nc[nH]n1
+c1nnn[nH]1 c1nnco1 c1cnon1 c1nnsc1 c1ncon1 c1ccncc1 c1cncnc1 c1cnccn1 c1ccnnc1 c1ncncn1 Fc1ccccn1
+Fc1ccccc1 Clc1ccccc1 Clc1cccs1 Fc1ccco1 Clc1nccs1 Nc1ncon1 Nc1nnn[nH]1 Nc1ncc[nH]1 Nc1cc[nH]n1
+Cc1ccno1 Cc1cnco1 Cc1nnn[nH]1 Cn1ccnc1 Cn1ccnn1 Cc1cscn1 O=c1cccco1 O=c1cc[nH]c(=O)[nH]1
+O=C1C=CC(=O)N1 O=C1CCC(=O)N1 O=C1CNC(=O)N1 O=C1NCCO1 O=C1CCN1 O=c1cc[nH]s1 O=c1[nH]ccs1 OC1=NOC=C1
+O=C1OCCO1 O=C1OC=CO1 O=C1OCC(F)O1 COC(=O)OC COC(=O)F COC(=O)Cl O=C1CCCO1 O=C1CCO1 C1COCO1 O=S1OCCO1
+O=S1(=O)OCCO1 CC#N CCC#N N#CCC#N N#CCCC#N C=CC#N CC(C)=O CCC=O C[N+](=O)[O-] CC[N+](=O)[O-]
+NC[N+](=O)[O-] C=C[N+](=O)[O-] CO[N+](=O)[O-] CON=O COC(F)F FC(F)OC(F)F COC OCC(F)(F)F OCC(F)F NCC(F)F
+FC(F)C(F)F CC(F)F CC(F)(F)F C=C(F)F FC=CF C=CF C=CCl C=CBr ClC=CCl ClCCCl BrCCBr BrCCO ClCCO FCCO
+CC(=O)CF CC(=O)CCl CC(=O)CBr CC(=O)C(F)(F)F O=CC(F)(F)F OC(=O)C(F)(F)F OC(=O)CF OC(=O)CCl OC(=O)CBr
+OC(=O)C(Cl)Cl FC(F)(F)C(Cl)Br C=CCF C=CCCl C#CCBr N#CCCl ClCC1CO1 FC1CC1 OP(O)(O)=O COP(O)(O)=O
+CP(O)(O)=O NP(O)(O)=O OP(O)(=O)F O=P(O)(F)F C[PH](=O)O COP(=O)(F)F CP(=O)(F)F CP(=O)(Cl)Cl CPC OP(O)O
+CB(O)O OB(O)O C=CB(O)O COB(O)O CB(F)F NB(O)O OB(O)F C1OBO1 [BH3-][NH3+] B1NBNBN1 C[SiH2]O C[SiH2]Cl
+O[SiH2]O C[SiH2]F NN CNN CN(C)N CNC CCN NCCO NCCF CON CNO ON=C CC=NO C=NN CC=NN CN=[N+]=[N-] C1CN1 C1CO1
+C1CS1 CC1CO1 C1COC1 C1CNC1 C1CSC1 C=CO C=CN COC=C C=CC=O C=CC(=O)O C#CC=O C#CC(=O)O C#CCO C=CCO CC=C=O
+CCO OCCO COCO CC(O)O CCS CCCl CCBr OCCS NCCS CC=C C=CC=C CC#CC C#CC=C CCC C1CC1 C1CCC1 C=C1CC1
+NCC(=O)[O-] [NH3+]CC(=O)O [NH3+]CC(N)=O NC(N)=[NH2+] CC(N)=[NH2+] NC=[NH2+] c1c[nH]c[nH+]1 c1cc[nH+]cc1
+c1c[n-]cn1 C[NH3+] CC[NH3+] C[NH2+]C [NH3+]CCO CC(=O)[O-] O=C[O-] O=C([O-])C(F)(F)F
+OCC(=O)[O-] CS(=O)(=O)[O-] FC(F)(F)S(=O)(=O)[O-] NS(=O)(=O)[O-] O=S(=O)(F)[N-]S(=O)(=O)F OP(=O)(O)[O-]
+COP(=O)(O)[O-] F[B-](F)(F)F OC(=O)[O-] [O-]c1ccccc1 CC([S-])=O CC[S-] C[O-] CC(C)=[OH+] CC(O)=[OH+]
+NC(N)=[OH+] CC(N)=[OH+]
+"""
+# Ions with ions, polar molecules and water, and such molecules with water.
+CONTACTS = """
+[Na+].[Cl-] [Li+].[F-] [Li+].[Cl-] [K+].[Cl-] [K+].[Br-] [Na+].[F-] [NH4+].[Cl-] [NH4+].[F-] [NH4+].[Br-]
+[NH4+].O=C[O-] [NH4+].CC(=O)[O-] [NH4+].C[S-] [NH4+].O=[N+]([O-])[O-] [NH4+].OP(=O)(O)[O-]
+[NH4+].F[B-](F)(F)F C[NH3+].[Cl-] C[NH3+].[F-] C[NH3+].[Br-] C[NH3+].O=C[O-] C[NH3+].[OH-]
+C[NH2+]C.[Cl-] NC=[NH2+].[Cl-] NC=[NH2+].O=C[O-] NC(N)=[NH2+].[Cl-] NC(N)=[NH2+].[F-]
+c1c[nH]c[nH+]1.[Cl-] c1c[nH]c[nH+]1.[F-] [Li+].F[B-](F)(F)F [Li+].O=C([O-])C(F)(F)F [Na+].CC(=O)[O-]
+[Na+].O=C[O-] [Na+].OP(=O)(O)[O-] [Na+].CS(=O)(=O)[O-] [Na+].FC(F)(F)S(=O)(=O)[O-] [K+].CC(=O)[O-]
+[K+].O=[N+]([O-])[O-] [Na+].C[S-] [Na+].OC(=O)[O-] [Mg+2].CC(=O)[O-] [Mg+2].O=C[O-] [Ca+2].CC(=O)[O-]
+[Ca+2].OP(=O)(O)[O-] [Zn+2].C[S-] [Zn+2].O=C[O-] [Zn+2].c1c[nH]cn1 [Na+].c1c[nH]cn1 [Li+].O=C1OCCO1
+[Li+].COC(C)=O [Na+].CC(N)=O [K+].CC#N [Li+].CS(C)=O [Na+].NC=O [Mg+2].NC=O [Cl-].NC=O [Cl-].CC(N)=O
+[F-].NC=O [Cl-].NC(N)=O [Br-].CO [Cl-].CC#N [F-].CC#N [Li+].O [Na+].O [K+].O [Mg+2].O [Ca+2].O [Zn+2].O
+[F-].O [Cl-].O [Br-].O [OH-].O [NH4+].O [OH3+].O C[NH3+].O NC=[NH2+].O
+c1c[n-]cn1.O CC(=O)[O-].O O=C[O-].O C[S-].O OP(=O)(O)[O-].O CS(=O)(=O)[O-].O O=[N+]([O-])[O-].O
+F[B-](F)(F)F.O NC=O.O CC(N)=O.O NC(N)=O.O OC=O.O c1c[nH]cn1.O CC#N.O CO.O CN.O
+[NH4+].[NH4+] [Na+].[K+] [Cl-].[F-] [NH4+].[Na+] C[NH3+].[K+] O=C[O-].[Cl-] CC(=O)[O-].[F-]
+"""
+
 # How many structures each domain gets.
 SIZES = {
     "organic": 380,
@@ -182,6 +237,7 @@ REACTIVE = SIZES | {
     "water_clusters": 20,
     "metal_complexes": 120,
 }
+THERMAL = {"fragments": 2200, "contacts": 600}
 SHARES = {"train": 0.80, "val": 0.08, "test": 0.12}
 MOST_ATOMS = 12
 MAX_FORCE = 30.0  # eV/Å, by GFN2-xTB: a structure with a larger one is left out
@@ -235,6 +291,15 @@ def systems() -> dict[str, list[System]]:
         "dimers": DIMERS.split(),
         "metal_complexes": METALS.split(),
     }
+    return _each_once(words)
+
+
+def thermal_systems() -> dict[str, list[System]]:
+    """The systems of the two domains of the set `thermal`, each once, of 2 to 12 atoms."""
+    return _each_once({"fragments": FRAGMENTS.split(), "contacts": CONTACTS.split()})
+
+
+def _each_once(words: dict[str, list[str]]) -> dict[str, list[System]]:
     found: dict[str, list[System]] = {}
     for domain, listed in words.items():
         unique = {system.name: system for system in (parse_system(domain, word) for word in listed)}
@@ -246,20 +311,25 @@ def systems() -> dict[str, list[System]]:
     return found
 
 
-def plan(seed: int = 0) -> list[Item]:
-    """The whole list, in the order of labelling: any beginning of it is a fair sample.
+# The systems of a set, and how many structures each of its domains gets.
+SETS = {"mini": (systems, SIZES), "thermal": (thermal_systems, THERMAL)}
+
+
+def plan(seed: int = 0, kind: str = "mini") -> list[Item]:
+    """The whole list of one of `SETS`, in the order of labelling: any beginning is a fair sample.
 
     Every domain gives each split its share; within a split its systems take turns, in the order of
     a hash of their names. The entries of all domains and splits are then merged, each
     evenly spread over the whole.
     """
     placed = []
-    for domain, listed in systems().items():
+    make_systems, sizes = SETS[kind]
+    for domain, listed in make_systems().items():
         groups: dict[str, list[System]] = {split: [] for split in SPLITS}
         for system in sorted(listed, key=lambda system: _digest(f"{seed}:{system.name}")):
             groups[split_of(system)].append(system)
         for split, members in groups.items():
-            entries = SIZES[domain] // 2 if domain == "two_spins" else SIZES[domain]
+            entries = sizes[domain] // 2 if domain == "two_spins" else sizes[domain]
             wanted = round(SHARES[split] * entries)
             if not members or not wanted:
                 continue
@@ -294,6 +364,34 @@ def _distorted(start: Atoms, way: int, rng: np.random.Generator) -> tuple[Atoms,
         return _along_modes(start, temperature, rng), f"modes {temperature:.0f} K"
     size = float(rng.choice([0.02, 0.05, 0.1]))
     return _rattled(start, size, rng), f"displaced {size} A"
+
+
+CANDIDATES = 4
+
+
+def _thermal(item: Item, rng: np.random.Generator) -> Made:
+    """A conformer at 300 to 600 K, of `CANDIDATES` the one that two models disagree on most."""
+    found = []
+    for number in range(CANDIDATES):
+        start = _relaxed(item.system, number)
+        temperature = float(rng.choice([300, 400, 500, 600]))
+        if number % 2:
+            found.append((_snapshot(start, temperature, rng), f"langevin {temperature:.0f} K"))
+        else:
+            found.append((_along_modes(start, temperature, rng), f"modes {temperature:.0f} K"))
+    return [found[int(np.argmax(_disagreement([atoms for atoms, _ in found])))]]
+
+
+def _disagreement(structures: Sequence[Atoms]) -> list[float]:
+    """Root mean square difference of the forces of `lite` and `lite-local`, in eV/Å."""
+    first, second = (model.predict(structures) for model in _models())
+    pairs = zip(first, second, strict=True)
+    return [float(np.sqrt(((one.forces - other.forces) ** 2).mean())) for one, other in pairs]
+
+
+@cache
+def _models() -> tuple[AllScAIP, AllScAIP]:
+    return load_model("lite", device="cpu"), load_model("lite-local", device="cpu")
 
 
 def _two_spins(item: Item, rng: np.random.Generator) -> Made:
@@ -424,6 +522,8 @@ _MAKERS: dict[str, Callable[[Item, np.random.Generator], Made]] = {
     "water_clusters": _complex,
     "dimers": _separated,
     "metal_complexes": _complex,
+    "fragments": _thermal,
+    "contacts": _separated,
 }
 
 
@@ -679,6 +779,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wb97m-v",
         help="wb97m-v: a quarter of a minute a structure; gfn2-xtb: the set reactive of data/xtb",
     )
+    parser.add_argument(
+        "--set",
+        choices=tuple(SETS),
+        default="mini",
+        help="with wb97m-v: thermal is pieces of drugs, peptides, electrolytes and reagents at 300 "
+        "to 600 K, and ions with ions and water",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument(
@@ -701,12 +808,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.method == "gfn2-xtb":
-        if args.known or args.collect:
-            raise LabelError("--known and --collect go with --method wb97m-v")
+        if args.known or args.collect or args.set != "mini":
+            raise LabelError("--known, --collect and --set go with --method wb97m-v")
         jobs = take_share(reactive_plan(args.structures, args.seed), args.share)
         make_set(args.out, jobs, sample_reactive, args.workers)
         return
-    entries = [*(FreeAtom(element) for element in GROUND_STATES), *plan(args.seed)]
+    atoms = [FreeAtom(element) for element in GROUND_STATES] if args.set == "mini" else []
+    entries = [*atoms, *plan(args.seed, args.set)]
     make(args.out, entries, args.workers, args.known, args.collect)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import Atoms
 
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
@@ -42,6 +43,53 @@ def test_every_domain_is_there_and_any_beginning_is_a_fair_sample(items):
         assert half[domain] == pytest.approx(count * 400 / len(items), rel=0.15, abs=3)
     shares = Counter(item.split for item in items[:400])
     assert shares["train"] / 400 == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_order_of_what_is_labelled_stays_as_it_was(items):
+    """A digest of all names: a changed one would make the labels in the repository worthless."""
+    names = ",".join(item.name for item in items)
+    assert make._digest(names).startswith("5df0ea3b6c1d0758")
+
+
+def test_the_thermal_set_is_small_systems_split_as_the_others():
+    thermal = plan(0, "thermal")
+    domains = Counter(item.domain for item in thermal[:280])
+    assert domains["fragments"] == pytest.approx(220, abs=4)
+    assert {item.domain for item in thermal} == {"fragments", "contacts"}
+    first = [item.system for item in thermal if item.domain == "fragments"][:200]
+    assert len(set(first)) > 150  # many systems before the second structure of any
+    for item in thermal:
+        assert 2 <= sampling.atom_count(item.system) <= MOST_ATOMS
+        assert item.split == sampling.split_of(item.system)
+        assert item.system.multiplicity == 1
+
+
+def test_a_fragment_is_warm_and_the_one_that_models_disagree_on(monkeypatch):
+    item = next(i for i in plan(0, "thermal") if i.system.parts == ("CC(N)=O",))
+    calls = []
+
+    def choose(structures):
+        calls.append([atoms.positions.copy() for atoms in structures])
+        return [0.1, 0.3, 0.2, 0.1]
+
+    monkeypatch.setattr(make, "_disagreement", choose)
+    [atoms] = item.structures()
+    [candidates] = calls
+    assert len(candidates) == make.CANDIDATES
+    centred = candidates[1] - candidates[1].mean(axis=0)
+    np.testing.assert_allclose(atoms.positions, centred, atol=1e-6)
+    assert "langevin" in atoms.info["source"]
+    warmest = {how.split()[1] for how in [atoms.info["source"].rpartition("/")[2]]}
+    assert warmest <= {"300", "400", "500", "600"}
+
+
+def test_models_disagree_more_on_a_stretched_bond():
+    water = Atoms("OH2", [[0, 0, 0], [0.76, 0, 0.58], [-0.76, 0, 0.58]])
+    water.info = {"charge": 0, "spin": 1}
+    torn = water.copy()
+    torn.positions[1] *= 1.8
+    same, more = make._disagreement([water, torn])
+    assert 0 < same < more < 10
 
 
 def test_systems_are_small_and_have_electrons_for_their_multiplicity():
