@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import CalculatorError
@@ -55,6 +56,7 @@ from allscaip_lite.labels.sampling import (
 )
 from allscaip_lite.labels.xtb import GFN2xTB
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.tables import markdown_table
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
@@ -724,6 +726,74 @@ def sample_reactive(job: Job) -> list[Atoms]:
     return found
 
 
+# --- Against OMol25's own labels ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A structure that OMol25 has labelled: a file that ASE reads, with charge, multiplicity,
+    energy_eV, max_force_eV_per_A and homo_lumo_gap_eV in its comment."""
+
+    path: Path
+
+    def read(self) -> Atoms:
+        """The structure; LabelError where its comment lacks one of these."""
+        atoms = ase.io.read(self.path)
+        needed = ("charge", "multiplicity", "energy_eV", "max_force_eV_per_A", "homo_lumo_gap_eV")
+        if lacking := [key for key in needed if key not in atoms.info]:
+            raise LabelError(f"{self.path} has no {', '.join(lacking)} in its comment line")
+        return atoms
+
+    def structures(self) -> list[Atoms]:
+        theirs = self.read()
+        state = int(theirs.info["charge"]), int(theirs.info["multiplicity"])
+        return [in_state(theirs, *state)]
+
+
+def compare(folder: Path, published: Path, workers: int = 1, collect_only: bool = False) -> str:
+    """Label structures of OMol25, or go on with it, the smallest first; a table of what is done.
+
+    Args:
+        folder: Where the results are kept, in `folder/jobs`.
+        published: Folder of `Published` files, named `*.xyz`.
+        workers: Processes, one core each.
+        collect_only: Label nothing.
+
+    Raises:
+        LabelError: `published` has no such files.
+    """
+    from allscaip_lite.labels import dft
+
+    entries = sorted(map(Published, published.glob("*.xyz")), key=lambda one: len(one.read()))
+    if not entries:
+        raise LabelError(f"{published} has no .xyz files")
+    jobs = [queue.Job(one.path.stem, dft.job_file(one.path.stem), "all", one) for one in entries]
+    if not collect_only:
+        queue.run_jobs(folder / "jobs", jobs, dft.label_entry, workers)
+    rows = []
+    for job in jobs:
+        for ours in queue.stored(folder / "jobs", job):
+            theirs = job.task.read().info
+            energy = 1000 * (ours.get_potential_energy() - float(theirs["energy_eV"]))
+            force = np.linalg.norm(ours.get_forces(), axis=1).max()
+            rows.append(
+                [
+                    f"{ours.symbols.formula:hill}",
+                    theirs.get("data_id", ""),
+                    len(ours),
+                    f"{energy:+.1f}",
+                    f"{energy / len(ours):+.2f}",
+                    f"{force:.3f}",
+                    f"{float(theirs['max_force_eV_per_A']):.3f}",
+                    f"{min(ours.info['homo_lumo_gap']):.2f}",
+                    f"{float(theirs['homo_lumo_gap_eV']):.2f}",
+                ]
+            )
+    head = ["molecule", "domain", "atoms", "energy, ours − theirs (meV)", "per atom"]
+    head += ["largest force (eV/Å): ours", "OMol25", "gap (eV): ours", "OMol25"]
+    return markdown_table(head, rows, "llrrrrrrr")
+
+
 # --- The command -----------------------------------------------------------------------------
 
 
@@ -804,14 +874,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with wb97m-v: label nothing, write the data set of what is labelled so far",
     )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        help="label the structures of OMol25 in this folder instead, and print a table of ours and "
+        "theirs (*.xyz with energy_eV and max_force_eV_per_A in the comment)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.method == "gfn2-xtb":
-        if args.known or args.collect or args.set != "mini":
-            raise LabelError("--known, --collect and --set go with --method wb97m-v")
+        if args.known or args.collect or args.published or args.set != "mini":
+            raise LabelError("--known, --collect, --published and --set go with --method wb97m-v")
         jobs = take_share(reactive_plan(args.structures, args.seed), args.share)
         make_set(args.out, jobs, sample_reactive, args.workers)
+        return
+    if args.published:
+        print(compare(args.out, args.published, args.workers, args.collect))
         return
     atoms = [FreeAtom(element) for element in GROUND_STATES] if args.set == "mini" else []
     entries = [*atoms, *plan(args.seed, args.set)]

@@ -92,6 +92,30 @@ def test_models_disagree_more_on_a_stretched_bond():
     assert 0 < same < more < 10
 
 
+def test_ours_beside_published_labels(tmp_path, capsys):
+    """Hydrogen's molecule, 10 meV above what a file says of it; the second call labels nothing."""
+    from allscaip_lite.labels import dft
+
+    pytest.importorskip("pyscf")
+    hydrogen = Atoms("H2", [[0, 0, 0], [0, 0, 0.8]], info={"charge": 0, "spin": 1})
+    ours = dft.label(hydrogen)
+    energy, force = ours.get_potential_energy(), np.abs(ours.get_forces()).max()
+    text = f"data_id=spice charge=0 multiplicity=1 energy_eV={energy - 0.01} max_force_eV_per_A={force}"
+    file = tmp_path / "published" / "one.xyz"
+    file.parent.mkdir()
+    command = ["--out", str(tmp_path / "out"), "--published", str(file.parent)]
+    assert make.main(command) == 2 and "no .xyz files" in capsys.readouterr().err
+    file.write_text(f"2\n{text}\nH 0 0 0\nH 0 0 0.8\n")
+    assert make.main(command) == 2 and "homo_lumo_gap_eV" in capsys.readouterr().err
+    file.write_text(f"2\n{text} homo_lumo_gap_eV=20.0\nH 0 0 0\nH 0 0 0.8\n")
+    for more in ([], ["--collect"]):
+        assert make.main(command + more) == 0
+        row = capsys.readouterr().out.strip().splitlines()[-1].strip("| ").split(" | ")
+        assert row[:5] == ["H2", "spice", "2", "+10.0", "+5.00"]
+        assert row[5] == row[6] == f"{force:.3f}"
+        assert float(row[8]) == 20
+
+
 def test_systems_are_small_and_have_electrons_for_their_multiplicity():
     for domain, listed in systems().items():
         assert len(listed) > 2, domain
