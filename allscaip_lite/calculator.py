@@ -23,7 +23,7 @@ from allscaip_lite.checkpoints import load_model
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result, without_weight_grad
-from allscaip_lite.structures import stated_charge_and_spin
+from allscaip_lite.electrons import stated_charge_and_spin
 
 
 class AllScAIPCalculator(Calculator):

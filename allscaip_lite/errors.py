@@ -2,8 +2,7 @@
 
 The command line prints the message of an `InputError` as one line and ends with status 2. Any other
 exception, a bare `ValueError` of this package too, is a fault of the package and shows its
-traceback. The subclasses are those that some caller tells apart; `structures.StructureError`,
-about a structure that the model has no answer for, is one more.
+traceback. The subclasses are those that some caller tells apart.
 """
 
 
@@ -29,6 +28,10 @@ class UnsafeCheckpointError(CheckpointError):
 
 class KernelError(InputError):
     """A set of kernels that cannot be compiled here, or cannot run this model or this batch."""
+
+
+class StructureError(InputError):
+    """A structure the model cannot answer for; the message says what to change."""
 
 
 class StructureWarning(UserWarning):

@@ -33,14 +33,8 @@ from allscaip_lite.layers import (
 )
 from allscaip_lite.neighbors import system_distances
 from allscaip_lite.operations import PLAIN, Operations
-from allscaip_lite.structures import (
-    MAX_CHARGE,
-    MAX_MULTIPLICITY,
-    Assumptions,
-    Structures,
-    say_assumptions,
-    structures_from_atoms,
-)
+from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
+from allscaip_lite.structures import Structures, structures_from_atoms
 
 M = TypeVar("M", bound=nn.Module)
 # In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.

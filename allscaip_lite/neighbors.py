@@ -13,7 +13,8 @@ import vesin
 from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
 
-from allscaip_lite.structures import StructureError, Structures
+from allscaip_lite.errors import StructureError
+from allscaip_lite.structures import Structures
 
 DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at once
 COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot

@@ -20,10 +20,9 @@ from tqdm import tqdm
 from allscaip_lite.data.aselmdb import write_aselmdb
 from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.reading import read_structures
-from allscaip_lite.errors import DataError, StructureWarning
-from allscaip_lite.structures import (
+from allscaip_lite.errors import DataError, StructureError, StructureWarning
+from allscaip_lite.electrons import (
     Assumptions,
-    StructureError,
     charge_and_spin,
     say_assumptions,
     states_charge_or_spin,

@@ -21,7 +21,7 @@ from ase.data import atomic_numbers
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum
 from allscaip_lite.errors import DataError
-from allscaip_lite.structures import charge_and_spin
+from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.tables import markdown_table
 
 

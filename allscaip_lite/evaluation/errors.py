@@ -30,12 +30,8 @@ from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import (
-    Assumptions,
-    charge_and_spin,
-    say_assumptions,
-    structures_from_atoms,
-)
+from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
+from allscaip_lite.structures import structures_from_atoms
 from allscaip_lite.tables import markdown_table
 
 if TYPE_CHECKING:

@@ -42,11 +42,9 @@ from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.files import sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import (
-    StructureError,
-    stated_charge_and_spin,
-    structures_from_atoms,
-)
+from allscaip_lite.electrons import stated_charge_and_spin
+from allscaip_lite.errors import StructureError
+from allscaip_lite.structures import structures_from_atoms
 
 FMAX, STEPS = 0.01, 500  # eV/Å and steps of LBFGS: OMol25's settings for the evaluations
 

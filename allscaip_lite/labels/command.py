@@ -18,7 +18,7 @@ from ase import Atoms
 
 from allscaip_lite.data.reading import read_structures
 from allscaip_lite.labels import LabelError, queue
-from allscaip_lite.structures import Assumptions, charge_and_spin, say_assumptions
+from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 
 METHODS = {
     "gfn2-xtb": "any molecule or crystal of elements up to radon, a second or less each",

@@ -22,7 +22,8 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.labels import LabelError
-from allscaip_lite.structures import StructureError, charge_and_spin
+from allscaip_lite.electrons import charge_and_spin
+from allscaip_lite.errors import StructureError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.labels import LabelError
 from allscaip_lite.spcfw import SPCFw
-from allscaip_lite.structures import stated_charge_and_spin
+from allscaip_lite.electrons import stated_charge_and_spin
 
 
 def label(atoms: Atoms) -> Atoms:

@@ -21,7 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite.labels import LabelError
-from allscaip_lite.structures import lowest_multiplicity, stated_charge_and_spin
+from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
 
 
 class GFN2xTB(Calculator):

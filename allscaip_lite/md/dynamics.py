@@ -45,11 +45,8 @@ from allscaip_lite.data.reading import read_structure
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import atomic_write, differing, fingerprint, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.structures import (
-    StructureError,
-    stated_charge_and_spin,
-    states_charge_or_spin,
-)
+from allscaip_lite.electrons import stated_charge_and_spin, states_charge_or_spin
+from allscaip_lite.errors import StructureError
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")

@@ -30,7 +30,8 @@ from torch_sim.state import SimState
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.errors import StructureWarning
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import StructureError, Structures
+from allscaip_lite.errors import StructureError
+from allscaip_lite.structures import Structures
 
 
 class TorchSimModel(ModelInterface):

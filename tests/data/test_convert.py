@@ -21,7 +21,7 @@ from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.convert import convert
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.errors import DataError, StructureWarning
-from allscaip_lite.structures import charge_and_spin
+from allscaip_lite.electrons import charge_and_spin
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:

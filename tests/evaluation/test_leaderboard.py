@@ -40,7 +40,7 @@ from allscaip_lite.evaluation.leaderboard import (
     table,
 )
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import StructureError
+from allscaip_lite.errors import StructureError
 
 
 @pytest.fixture(scope="module")

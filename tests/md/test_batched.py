@@ -13,7 +13,7 @@ from ase.calculators.calculator import Calculator
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.md.batched import side_by_side
-from allscaip_lite.structures import StructureError
+from allscaip_lite.errors import StructureError
 
 NEUTRAL = {"charge": 0, "spin": 1}
 

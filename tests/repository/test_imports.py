@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import allscaip_lite
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
@@ -49,3 +52,21 @@ def test_nothing_imports_a_maker_or_a_study():
     }
     assert len(files) > 60
     assert not found
+
+
+def test_the_command_line_and_workers_that_label_do_without_torch():
+    modules = ("cli", "data.convert", "labels.command", "labels.dft", "labels.xtb")
+    imports = ", ".join(f"allscaip_lite.{module}" for module in modules)
+    code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_package_has_the_names_that_it_imports_when_they_are_used():
+    code = (
+        "import allscaip_lite as package; assert set(package.__all__) <= set(dir(package)); "
+        "from allscaip_lite import *; assert load_model is package.load_model; "
+        "assert StructureError.__module__ == 'allscaip_lite.errors'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        _ = allscaip_lite.load_modle
