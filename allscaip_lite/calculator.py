@@ -19,7 +19,9 @@ from ase.calculators.calculator import (
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from allscaip_lite.applicability import WAYS
 from allscaip_lite.checkpoints import load_model
+from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result, without_weight_grad
@@ -40,6 +42,10 @@ class AllScAIPCalculator(Calculator):
     a C compiler (the first call on a machine compiles them, in a second or two); on a CUDA GPU a
     step that is recorded and repeated, once a composition has been asked for several times.
 
+    `outside_training` says what happens where a structure has something that the model did not see
+    in training (elements, charges, sizes, distances, …, see `model.seen`): "warn", once a kind and
+    formula, "error" (`StructureError`) or "ignore".
+
     Raises `KernelError` where `kernels="c"` cannot be compiled, and where
     `kernels="cuda-graphs"` cannot record a step, `StructureError` for structures the model cannot
     answer for, and ASE's `PropertyNotImplementedError` for a stress that does not exist: of a
@@ -54,9 +60,13 @@ class AllScAIPCalculator(Calculator):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         kernels: str = "auto",
+        outside_training: str = "warn",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if outside_training not in WAYS:
+            raise InputError(f"outside_training {outside_training!r}: one of {', '.join(WAYS)}")
+        self.outside_training = outside_training
         if not isinstance(model, AllScAIP):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model = load_model(model, kernels="plain")
@@ -116,4 +126,4 @@ class AllScAIPCalculator(Calculator):
 
     def answer(self, atoms: Atoms) -> Result:
         """What the model gives, computed anew."""
-        return self.model.predict(atoms, self.recorded)[0]
+        return self.model.predict(atoms, self.recorded, self.outside_training)[0]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from allscaip_lite import __version__
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import InputError, StructureWarning
 
 
 class Command(NamedTuple):
@@ -134,7 +136,8 @@ def _exit_status(program: str, parse: Callable[[], argparse.Namespace]) -> int:
     try:
         args = parse()
         stopped = args.stopped
-        return args.run(args) or 0
+        with _notes_at_the_end(program):
+            return args.run(args) or 0
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; {stopped}", file=sys.stderr)
         return 130
@@ -144,6 +147,32 @@ def _exit_status(program: str, parse: Callable[[], argparse.Namespace]) -> int:
             raise
         print(f"{program}: {message}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _notes_at_the_end(program: str) -> Iterator[None]:
+    """Say what is assumed of structures or unknown to a model when it comes up, and at the end."""
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(
+            message: Warning | str, category: type[Warning], *others: Any, **named: Any
+        ) -> None:
+            if issubclass(category, StructureWarning):
+                notes.append(str(message))
+                print(f"{program}: note: {message}", file=sys.stderr)
+            else:
+                show(message, category, *others, **named)
+
+        warnings.showwarning = note
+        try:
+            yield
+        finally:
+            if notes:
+                print(f"{program}: once more, what to keep in mind:", file=sys.stderr)
+                for text in dict.fromkeys(notes):
+                    print(f"  {text}", file=sys.stderr)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -176,6 +205,8 @@ def _info(args: argparse.Namespace) -> None:
     model = load_model(args.model, kernels="plain")  # nothing is computed
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     _print_table("configuration", model.config.to_dict())
+    seen = None if model.seen is None else model.seen.to_dict()
+    _print_table("seen in training", seen or {"not known": "the file does not say"})
     _print_table("card", read_card(args.model))
 
 

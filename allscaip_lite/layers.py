@@ -83,10 +83,13 @@ class FeedForward(nn.Module):
         self.contract = Linear(config.ffn_ratio * size, out)
 
     def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
-        x = self.expand(self.norm(x, operations), operations)  # (R, 2H)
-        x = F.dropout(self.activation(x, operations), self.dropout, self.training)
-        x = self.contract(x, operations)  # (R, out)
+        x = self.contract(self.hidden(x, operations), operations)  # (R, out)
         return F.dropout(x, self.dropout, self.training)
+
+    def hidden(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        """(R, H) → (R, 2H): what the last layer reads."""
+        x = self.expand(self.norm(x, operations), operations)
+        return F.dropout(self.activation(x, operations), self.dropout, self.training)
 
 
 class SelfAttention(nn.Module):

@@ -21,8 +21,10 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from allscaip_lite import encodings
+from allscaip_lite.applicability import Seen, warn_outside
 from allscaip_lite.attention import SystemTable, channel_groups
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.errors import InputError
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import (
     Activation,
@@ -56,6 +58,7 @@ class Result:
     energy: float
     forces: np.ndarray
     stress: np.ndarray | None
+    uncertainty: float | None = None  # of the energy, eV, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,10 @@ class AllScAIP(nn.Module):
         super().__init__()
         self.config = config
         self.operations = PLAIN
+        self.seen: Seen | None = None  # of training, where that is known
         self.said: set[str] = set()  # what `predict` has warned of
+        # (2H + 1, 2H + 1), lower: of the covariance of the last layer's weights, where it is known
+        self.posterior: Tensor | None = None
         self.input = Input(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.energy_head = FeedForward(config, 1)
@@ -449,11 +455,42 @@ class AllScAIP(nn.Module):
         energy = per_atom.new_zeros(len(structures)).index_add(0, structures.system, per_atom)
         return energy + self.energy_mean + self.charge_reference * structures.charge
 
+    @torch.no_grad()
+    def energy_uncertainty(self, structures: Structures) -> Tensor:
+        """(B,) eV: the standard deviation of each energy by the last layer's posterior.
+
+        The energy is linear in the weights of the last layer, so that their covariance C gives its
+        variance φᵀCφ, with φ the sum over the atoms of what that layer reads (Bayesian linear
+        regression on the network's features). It tells how far a structure is from those of the
+        training, in the terms of the network; it does not know of errors that all of them share.
+
+        Raises `InputError` for a model without `posterior`.
+        """
+        if self.posterior is None:
+            raise InputError(
+                "this model has no uncertainty: `allscaip-lite calibrate` makes it from the data "
+                "that the model was trained on"
+            )
+        structures = structures.to(self.device, self.dtype)
+        hidden = self.energy_head.hidden(self.features(structures, self.operations)).double()
+        rows = hidden.new_zeros(len(structures), hidden.shape[1]).index_add(
+            0, structures.system, hidden
+        )  # (B, 2H)
+        rows = torch.cat([rows, structures.natoms[:, None].to(rows)], 1) * self.energy_scale
+        return torch.linalg.vector_norm(rows @ self.posterior.to(rows), dim=1)
+
     def predict(
-        self, atoms: Atoms | Sequence[Atoms], forward: Callable[..., Prediction] | None = None
+        self,
+        atoms: Atoms | Sequence[Atoms],
+        forward: Callable[..., Prediction] | None = None,
+        outside_training: str = "warn",
+        uncertainty: bool = False,
     ) -> list[Result]:
         """Energies, forces and stresses of structures, in one batch; `forward` may be recorded.
 
+        What of a structure is outside of what training saw is said in a warning, once a kind and
+        formula; with `outside_training="error"` it is a `StructureError`, with "ignore" nothing.
+        `uncertainty=True` adds `energy_uncertainty` to the results.
         Charge and multiplicity come from `atoms.info["charge"]` and `["spin"]`; what is assumed
         of them is said, once a formula. Raises `StructureError` for what the model cannot answer
         for.
@@ -463,16 +500,23 @@ class AllScAIP(nn.Module):
         assumed: Assumptions = {}
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
         say_assumptions(assumed, self.said)
+        warn_outside(self.seen, structures, outside_training, self.said)
         if forward is None:
             asks = any(weight.requires_grad for weight in self.parameters())
             forward = without_weight_grad(self) if asks else self
         with torch.no_grad():  # gradients are switched on for forces alone
             energy, forces, stress = forward(structures, create_graph=False)
+        doubts = self.energy_uncertainty(structures).tolist() if uncertainty else None
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
         full = [bool(system.pbc.any()) and system.cell.rank == 3 for system in batch]
         return [
-            Result(float(energy[i]), forces[i].numpy(), stress[i] if full[i] else None)
+            Result(
+                float(energy[i]),
+                forces[i].numpy(),
+                stress[i] if full[i] else None,
+                doubts[i] if doubts else None,
+            )
             for i in range(len(batch))
         ]
 

@@ -9,6 +9,7 @@ In: a name or a path. Out: an `AllScAIP` in evaluation mode; and back into a fil
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints.official import check_weights, read_official
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import CheckpointError, InputError
@@ -77,8 +80,10 @@ def load_model(
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model = AllScAIP(config)
     state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
+    posterior = state.pop("posterior", None)
     check_weights(model.state_dict(), state, path.name)
     model.load_state_dict(state, assign=True)
+    model.seen, model.posterior = _seen(name_or_path, path), _factor(posterior, model, path)
     model = model.to(device=device, dtype=dtype).eval()
     model.operations = choose(kernels, model.device, model.dtype)
     return model
@@ -222,10 +227,51 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
         "config": json.dumps(model.config.to_dict()),
         "card": json.dumps(dict(card or {})),
     }
+    if model.seen is not None:
+        metadata["seen"] = json.dumps(model.seen.to_dict())
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if model.posterior is not None:  # half of it, since the other half is zero
+        row, column = torch.tril_indices(*model.posterior.shape)
+        state["posterior"] = model.posterior[row, column].float().cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata)
     return path
+
+
+# Levine et al., arXiv:2505.08762: H to Bi, charges −10 to +10, up to ten unpaired electrons, no
+# cells; shortest and longest distances are not published.
+OMOL25 = Seen(
+    elements=set(chemical_symbols[1:84]),
+    charges=set(range(-10, 11)),
+    multiplicities=set(range(1, 12)),
+    atoms=350,
+    closest=None,
+    farthest=None,
+    kinds={"molecules"},
+)
+
+
+def _seen(name: str | Path, path: Path) -> Seen | None:
+    """What the training of a model in a file saw, where that is known."""
+    if _is_safetensors(path):
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("seen", "null"))
+        return None if found is None else Seen.from_dict(found)
+    released = {Path(file).name for file in OFFICIAL_FILES.values()}
+    return copy.deepcopy(OMOL25) if name in OFFICIAL_FILES or path.name in released else None
+
+
+def _factor(values: Tensor | None, model: AllScAIP, path: Path) -> Tensor | None:
+    """The factor of the last layer's covariance, (2H + 1, 2H + 1), from its lower half."""
+    if values is None:
+        return None
+    size = model.energy_head.contract.weight.numel() + 1
+    if values.shape != (size * (size + 1) // 2,) or not bool(values.isfinite().all()):
+        raise CheckpointError(f"{path.name}: its posterior does not fit to its last layer")
+    factor = torch.zeros(size, size, dtype=torch.float64)
+    row, column = torch.tril_indices(size, size)
+    factor[row, column] = values.double()
+    return factor
 
 
 def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:

@@ -71,7 +71,9 @@ Answer = Result | Exception
 
 def _answers(calculator: AllScAIPCalculator, batch: dict[int, Atoms]) -> dict[int, Answer]:
     try:
-        results = calculator.model.predict(list(batch.values()), calculator.recorded)
+        results = calculator.model.predict(
+            list(batch.values()), calculator.recorded, calculator.outside_training
+        )
         return dict(zip(batch, results, strict=True))
     except ValueError as error:  # one of the structures has no answer: find out which
         if len(batch) == 1:
@@ -140,6 +142,7 @@ class _OneOfSeveral(AllScAIPCalculator):
     def __init__(self, calculator: AllScAIPCalculator, requests: _Requests, number: int) -> None:
         Calculator.__init__(self)
         self.model, self.recorded = calculator.model, calculator.recorded
+        self.outside_training = calculator.outside_training
         self.requests, self.number = requests, number
 
     def answer(self, atoms: Atoms) -> Result:

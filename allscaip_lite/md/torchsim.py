@@ -27,6 +27,7 @@ from torch import Tensor
 from torch_sim.models.interface import ModelInterface
 from torch_sim.state import SimState
 
+from allscaip_lite.applicability import warn_outside
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.errors import StructureWarning
 from allscaip_lite.model import AllScAIP
@@ -41,7 +42,8 @@ class TorchSimModel(ModelInterface):
     `multiplicity` hold for every structure, unless a state carries its own (`charge` and `spin`, a
     number a structure), which torch-sim 0.3 does not read from `atoms.info`. Without them, charge 0
     and the lowest multiplicity that the electrons allow are assumed, with a warning the first time.
-    Integrators keep positions in `dtype`; the model computes in its own.
+    The first structures are compared with what training saw, as `AllScAIPCalculator` does with
+    `outside_training`. Integrators keep positions in `dtype`; the model computes in its own.
 
     Raises `StructureError` for a multiplicity that the electrons of a structure forbid.
     """
@@ -53,11 +55,12 @@ class TorchSimModel(ModelInterface):
         dtype: torch.dtype = torch.float64,
         charge: int | None = None,
         multiplicity: int | None = None,
+        outside_training: str = "warn",
     ) -> None:
         super().__init__()
         self.model = AllScAIPCalculator(model, device).model
         self.charge, self.multiplicity = charge, multiplicity
-        self._said = False
+        self.outside_training, self._said = outside_training, False
         self._device, self._dtype = self.model.device, dtype
         self._compute_forces = True
         self._compute_stress = self.model.config.conservative and self.model.config.stress
@@ -80,6 +83,9 @@ class TorchSimModel(ModelInterface):
             spin=spin,
             natoms=natoms,
         ).centered()
+        if not self._said:  # once: integrators keep the structures, and looking takes time
+            self._said = True
+            warn_outside(self.model.seen, structures, self.outside_training)
         with torch.no_grad():
             energy, forces, stress = self.model(structures, create_graph=False)
         found = {"energy": energy, "forces": forces}
@@ -96,7 +102,6 @@ class TorchSimModel(ModelInterface):
             if given[index] is None and value is not None:
                 given[index] = numbers.new_full((count,), value)
         if given[0] is None and not self._said:
-            self._said = True
             warnings.warn(
                 "no charge is given for torch-sim's structures, whose states carry none: charge 0 "
                 "and, without a multiplicity, the lowest are assumed for all of them. Give "

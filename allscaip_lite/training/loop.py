@@ -24,6 +24,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, LabelledData, Mixture, Subset, evenly_spaced
@@ -326,6 +327,7 @@ def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
         return model
     changed = AllScAIP(model.config.replace(conservative=conservative)).to(model.device)
     changed.load_state_dict(model.state_dict(), strict=False)  # the force head comes or goes
+    changed.seen = model.seen
     return changed
 
 
@@ -371,7 +373,8 @@ def train(
         watch: called after each step with stage, step and loss, to draw a curve for example.
 
     Returns:
-        The averaged (EMA) model, in evaluation mode.
+        The averaged (EMA) model, in evaluation mode; its `seen` has what the training saw besides
+        what the start had seen.
 
     Raises:
         RunError: for a folder of another run, for a loss that is not finite, and for a weight of
@@ -401,6 +404,8 @@ def train(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
                 "--out, or remove it"
             )
+    seen = model.seen = model.seen or Seen()
+    model.posterior = None  # of other weights
     for index, stage in enumerate(stages):
         model = start_stage(model, stage)
         model.operations = operations
@@ -419,6 +424,7 @@ def train(
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(saved["random"])
+            seen.merge(Seen.from_dict(saved.get("seen", seen.to_dict())))
 
         def save(step: int, stage_index: int = index) -> None:
             if fabric.global_rank == 0:
@@ -430,6 +436,7 @@ def train(
                     "average": average.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "random": torch.get_rng_state(),
+                    "seen": seen.to_dict(),
                 }
                 with atomic_write(state_file) as partial:
                     torch.save(state, partial)
@@ -452,7 +459,11 @@ def train(
         own = torch.Generator()
         loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=own)
         started, losses = time.monotonic(), []
+        noted = 0
         for step, batch in enumerate(loader, start=first):
+            if noted < 3 * training_data.natoms.sum():  # then nothing new comes, of mixtures either
+                seen.add(batch.structures)
+                noted += len(batch.structures.atomic_numbers)
             batch = batch.to(fabric.device)
             set_rate(optimizers, stage.learning_rate_at(step))
             model.train()
@@ -663,6 +674,7 @@ def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
             f"{len(lacking) - 1} more; what needs new weights is trained from the start"
         )
     other.load_state_dict({name: theirs[name] for name in ours})
+    other.seen = model.seen
     return other
 
 

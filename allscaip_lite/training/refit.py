@@ -94,6 +94,7 @@ def refit(
     weights = dict(zip(KINDS, (energy_weight, force_weight, stress_weight), strict=True))
     step = solve([(rows, weights[name]) for name, rows in kinds.items()])
     changed = copy.deepcopy(model)
+    changed.posterior = None  # of other weights
     layer = changed.energy_head.contract
     added = torch.from_numpy(step).to(layer.weight)
     with torch.no_grad():
@@ -137,7 +138,8 @@ def measure(
     for index in tqdm(range(len(data)), unit="structures", disable=not progress):
         atoms = data[index]
         count, results = len(atoms), atoms.calc.results
-        structures = structures_from_atoms(atoms, model.dtype).to(layer.weight.device)
+        device = layer.weight.device
+        structures = structures_from_atoms(atoms, model.dtype, device, assumed={})
         positions = structures.positions.detach().requires_grad_()
         strain = positions.new_zeros(1, 3, 3).requires_grad_()
         moved = structures.replace(positions=positions)

@@ -20,8 +20,9 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model
+from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model, structures_from_atoms
 from allscaip_lite.errors import InputError, RunError
+from allscaip_lite.applicability import Seen
 from allscaip_lite.config import PRESETS
 from allscaip_lite.data.aselmdb import DataError, Dataset, Mixture, Subset, write_aselmdb
 from allscaip_lite.data.batches import Batch, Batches, collate, in_order
@@ -551,6 +552,30 @@ def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> No
         )
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] >= 1 and not (tmp_path / "direct.safetensors").exists()
+
+
+def test_a_trained_model_knows_what_it_saw(twenty: Path, tmp_path: Path) -> None:
+    """In memory and in its file, after a stop too."""
+    data = Dataset(twenty)
+    expected = Seen()
+    for index in range(len(data)):
+        expected.add(structures_from_atoms(data[index]))
+
+    def stop(stage: Stage, step: int, value: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    options = {"max_atoms": 60, "save_every": 1, "validate_every": 9}
+    with pytest.raises(KeyboardInterrupt):
+        train(small_model(data), [direct_stage(9)], data, data, tmp_path, watch=stop, **options)
+    model = train(small_model(data), [direct_stage(9)], data, data, tmp_path, **options)
+    saved = load_model(tmp_path / "direct.safetensors")
+    for found in (model.seen, saved.seen):
+        assert found is not None
+        kept, wanted = found.to_dict(), expected.to_dict()
+        for name in ("closest", "farthest"):  # of structures in float32
+            assert kept.pop(name) == pytest.approx(wanted.pop(name), abs=1e-3)
+        assert kept == wanted
 
 
 def test_a_stress_weight_that_meets_no_stress_is_refused(data: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,254 @@
+"""What a model saw in training, and what of a structure is outside of that.
+
+In: `Structures`. Out: `Seen`, kept with the model and in its file; and, for a structure, the words
+for each thing that training never showed. A network gives a number for everything; outside of its
+data that number means little, and nothing in it tells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii
+from ase.symbols import Symbols
+
+from allscaip_lite.errors import InputError, StructureError, StructureWarning
+from allscaip_lite.neighbors import candidate_pairs
+from allscaip_lite.structures import Structures
+
+WAYS = ("warn", "error", "ignore")  # what to do where a structure is outside
+REACH = 3.0  # Å, within which the closest pair of a structure is looked for
+SMALL = 64  # atoms; below, all pairs of a molecule are looked at
+LARGE = 3000  # atoms; above, distances between all atoms would take too long
+CLOSER, FARTHER = 0.9, 1.1  # times the closest and the farthest pair of training is still inside
+_RADII = np.where(np.isfinite(covalent_radii), covalent_radii, 1.5)
+
+
+@dataclass
+class Seen:
+    """What the structures of a training had in them.
+
+    closest is a distance over the sum of the two covalent radii (Cordero et al., Dalton Trans.
+    2008, 2832), the smallest of all pairs; farthest is in Å, between two atoms of one molecule.
+    A field that is None is not known, and nothing is outside of it.
+    """
+
+    elements: set[str] | None = field(default_factory=set)
+    charges: set[int] | None = field(default_factory=set)
+    multiplicities: set[int] | None = field(default_factory=set)
+    atoms: int | None = 0  # of the largest system
+    closest: float | None = np.inf
+    farthest: float | None = 0.0
+    kinds: set[str] | None = field(default_factory=set)  # of "molecules", "periodic systems"
+
+    def add(self, structures: Structures) -> None:
+        """Note what a batch has in it."""
+        for one in _each(structures):
+            self.merge(
+                Seen(
+                    {chemical_symbols[number] for number in set(one.numbers.tolist())},
+                    {one.charge},
+                    {one.multiplicity},
+                    len(one.numbers),
+                    one.closest()[0],
+                    one.farthest(),
+                    {one.kind},
+                )
+            )
+
+    def merge(self, other: Seen) -> None:
+        """Note what another training saw; what one of both does not know is not known then."""
+        for name, join in _JOIN.items():
+            ours, theirs = getattr(self, name), getattr(other, name)
+            known = ours is not None and theirs is not None
+            setattr(self, name, join(ours, theirs) if known else None)
+
+    def outside(self, structures: Structures) -> list[tuple[int, str, str]]:
+        """The index of a structure, a kind, and words, for each thing that was never seen."""
+        found: list[tuple[int, str, str]] = []
+        for index, one in enumerate(_each(structures)):
+            elements = {chemical_symbols[number] for number in set(one.numbers.tolist())}
+            unseen = sorted(elements - (self.elements or elements), key=atomic_numbers.__getitem__)
+            if self.elements is not None and unseen:
+                found.append((index, "element", ", ".join(unseen)))
+            for kind, value, known, sign in (
+                ("charge", one.charge, self.charges, "+d"),
+                ("multiplicity", one.multiplicity, self.multiplicities, "d"),
+            ):
+                if known is not None and value not in known:
+                    found.append((index, kind, f"{value:{sign}} (seen: {_range(known, sign)})"))
+            if self.atoms is not None and len(one.numbers) > self.atoms:
+                text = f"{len(one.numbers)} atoms (seen: at most {self.atoms})"
+                found.append((index, "size", text))
+            if self.kinds is not None and one.kind not in self.kinds:
+                text = f"one of {one.kind} (seen: {' and '.join(sorted(self.kinds))})"
+                found.append((index, "periodicity", text))
+            if self.closest is not None:
+                ratio, distance = one.closest()
+                if ratio < CLOSER * self.closest:
+                    text = (
+                        f"{distance:.2f} Å, {ratio:.2f} of the sum of the covalent radii (seen: "
+                        f"{self.closest:.2f} or more)"
+                    )
+                    found.append((index, "closest atoms", text))
+            if self.farthest is not None and one.kind == "molecules":
+                distance = one.farthest()
+                if distance > FARTHER * self.farthest:
+                    text = f"{distance:.1f} Å (seen: at most {self.farthest:.1f} Å)"
+                    found.append((index, "farthest atoms", text))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the inverse of `from_dict`."""
+        values: dict[str, Any] = {}
+        for name in _JOIN:
+            value = getattr(self, name)
+            key = atomic_numbers.__getitem__ if name == "elements" else None
+            values[name] = sorted(value, key=key) if isinstance(value, set) else value
+            if isinstance(value, float):
+                values[name] = round(value, 4) if np.isfinite(value) else None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Seen:
+        """Of what `to_dict` made; a name that is missing is not known."""
+        made: dict[str, Any] = {}
+        for name in _JOIN:
+            value = values.get(name)
+            made[name] = set(value) if isinstance(value, (list, tuple)) else value
+        return cls(**made)
+
+
+_JOIN: dict[str, Any] = {
+    "elements": set.union,
+    "charges": set.union,
+    "multiplicities": set.union,
+    "atoms": max,
+    "closest": min,
+    "farthest": max,
+    "kinds": set.union,
+}
+
+
+def warn_outside(
+    seen: Seen | None, structures: Structures, way: str, said: set[str] | None = None
+) -> None:
+    """Say what of a batch is outside of what a model saw.
+
+    Args:
+        seen: what it saw; nothing is said where that is not known.
+        structures: the batch.
+        way: one of `WAYS`.
+        said: kinds and formulas that were said before, which are left out; new ones are added.
+
+    Raises:
+        StructureError: with the way "error".
+        InputError: for a way that does not exist.
+    """
+    if way not in WAYS:
+        raise InputError(f"outside_training {way!r} is not one of {', '.join(WAYS)}")
+    if seen is None or way == "ignore":
+        return
+    by_kind: dict[str, list[str]] = {}
+    found = seen.outside(structures)
+    if not found:
+        return
+    offsets = np.concatenate([[0], np.cumsum(structures.natoms.tolist())])
+    numbers = structures.atomic_numbers.cpu().numpy()
+    for index, kind, text in found:
+        formula = Symbols(numbers[offsets[index] : offsets[index + 1]]).get_chemical_formula()
+        key = f"{kind} of {formula}"
+        if said is not None and way == "warn":
+            if key in said:
+                continue
+            said.add(key)
+        by_kind.setdefault(kind, []).append(f"{formula}: {text}")
+    for kind, texts in by_kind.items():
+        more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+        message = (
+            f"outside of what the model saw in training, {kind}: {'; '.join(texts[:4])}{more}. "
+            "Its numbers mean little there"
+        )
+        if way == "error":
+            raise StructureError(message)
+        warnings.warn(message, StructureWarning, stacklevel=4)
+
+
+@dataclass
+class _One:
+    """One structure of a batch, on the CPU."""
+
+    structures: Structures
+    numbers: np.ndarray
+    positions: np.ndarray
+    charge: int
+    multiplicity: int
+    kind: str
+
+    def closest(self) -> tuple[float, float]:
+        """The smallest distance over the sum of covalent radii, and that distance in Å."""
+        radii = _RADII[self.numbers]
+        if self.kind == "molecules" and len(self.numbers) <= SMALL:
+            first, second = np.triu_indices(len(self.numbers), 1)
+            distances = np.linalg.norm(self.positions[first] - self.positions[second], axis=1)
+        else:
+            pairs = candidate_pairs(self.structures, REACH)
+            first, second, shift = (part.numpy() for part in pairs)
+            vectors = self.positions[second] - self.positions[first]
+            vectors = vectors + shift @ self.structures.cell[0].double().numpy()
+            distances = np.linalg.norm(vectors, axis=1)
+        if not len(distances):
+            return np.inf, np.inf
+        ratios = distances / (radii[first] + radii[second])
+        index = int(ratios.argmin())
+        return float(ratios[index]), float(distances[index])
+
+    def farthest(self) -> float:
+        """Å between two atoms of a molecule; 0 where there are too many to look at."""
+        if self.kind != "molecules" or not 1 < len(self.numbers) <= LARGE:
+            return 0.0
+        centred = self.positions - self.positions.mean(0)
+        squares = (centred**2).sum(1)
+        squared = squares[:, None] + squares - 2 * centred @ centred.T
+        return float(np.sqrt(max(squared.max(), 0.0)))
+
+
+def _each(structures: Structures) -> list[_One]:
+    batch = structures.to("cpu")
+    sizes = batch.natoms.tolist()
+    ends = np.cumsum(sizes)
+    numbers, positions = batch.atomic_numbers.numpy(), batch.positions.detach().double().numpy()
+    periodic = batch.pbc.any(1).tolist()
+    found = []
+    for index, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        part, row = slice(end - size, end), slice(index, index + 1)
+        found.append(
+            _One(
+                Structures(
+                    batch.positions[part].detach(),
+                    batch.atomic_numbers[part],
+                    batch.cell[row],
+                    batch.pbc[row],
+                    batch.charge[row],
+                    batch.spin[row],
+                    batch.natoms[row],
+                ),
+                numbers[part],
+                positions[part],
+                int(batch.charge[index]),
+                int(batch.spin[index]),
+                "periodic systems" if periodic[index] else "molecules",
+            )
+        )
+    return found
+
+
+def _range(values: set[int], sign: str) -> str:
+    low, high = min(values), max(values)
+    if len(values) == high - low + 1 > 2:
+        return f"{low:{sign}} to {high:{sign}}"
+    return ", ".join(f"{value:{sign}}" for value in sorted(values))
