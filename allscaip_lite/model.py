@@ -504,7 +504,8 @@ class AllScAIP(nn.Module):
         if forward is None:
             asks = any(weight.requires_grad for weight in self.parameters())
             forward = without_weight_grad(self) if asks else self
-        with torch.no_grad():  # gradients are switched on for forces alone
+        # gradients are switched on for forces alone
+        with torch.no_grad(), self.operations.threads(len(structures.positions)):
             energy, forces, stress = forward(structures, create_graph=False)
         doubts = self.energy_uncertainty(structures).tolist() if uncertainty else None
         forces = forces.double().cpu().split(structures.natoms.tolist())

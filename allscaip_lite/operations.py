@@ -10,6 +10,7 @@ plain formulas of `graph`, `encodings` and `attention` and is the default. The s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ class Operations:
     rotary_bias: distances (B, n, n), weight (C, F), frequencies (F,) → (C, B, n, n).
 
     The three attentions also return their weights, or None where these are never written down.
+    threads: a context for the work on so many atoms, in which PyTorch uses as many threads as pay.
     second_order: the set to use where forces are differentiated once more, as in training; None
     where this set can be differentiated twice.
     """
@@ -73,6 +75,7 @@ class Operations:
     self_edge_attention: Callable[..., tuple[Tensor, Tensor | None]] = attention.self_edge_attention
     node_attention: Callable[..., tuple[Tensor, Tensor | None]] = attention.node_attention
     rotary_bias: Callable[..., Tensor] = attention.rotary_bias
+    threads: Callable[[int], AbstractContextManager[object]] = nullcontext
     second_order: Operations | None = None
 
     @property

@@ -56,7 +56,8 @@ def residuals(
     energies, forces, stresses = [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
         for batch in in_order(data, max_atoms):
-            energy, force, stress = model(batch.structures, create_graph=False)
+            with model.operations.threads(len(batch.structures.positions)):
+                energy, force, stress = model(batch.structures, create_graph=False)
             natoms = batch.structures.natoms
             energies.append(1e3 * (energy.cpu() - batch.energy) / natoms)
             forces.extend((1e3 * (force.cpu().double() - batch.forces)).split(natoms.tolist()))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from allscaip_lite import attention
 from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.kernels import compiled, elementwise, fused_attention
-from allscaip_lite.machine import processor_name
+from allscaip_lite.machine import processor_name, threads_for
 from allscaip_lite.operations import PLAIN, Operations
 
 KERNELS = ("auto", "plain", "torch", "c", "cuda-graphs")
@@ -44,7 +45,7 @@ def choose(
         raise InputError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
     device = torch.device(device)
     if kernels == "plain":
-        return PLAIN
+        return plain() if device.type == "cpu" else PLAIN
     if kernels == "c" and device.type != "cpu":
         raise InputError(f'kernels="c" runs on a CPU, not on {device}: ask for kernels="auto"')
     if kernels == "cuda-graphs" and device.type != "cuda":
@@ -57,6 +58,12 @@ def choose(
             if kernels == "c":
                 raise
     return in_torch(device.type)
+
+
+@functools.cache
+def plain() -> Operations:
+    """The formulas as they are written, with as many threads as pay on a CPU."""
+    return replace(PLAIN, threads=threads_for)
 
 
 @functools.cache
@@ -74,6 +81,7 @@ def in_torch(device_type: str) -> Operations:
         soft_rank=elementwise.soft_rank,
         self_edge_attention=fused_attention.self_edge_attention,
         rotary_bias=elementwise.rotary_bias,
+        threads=threads_for if on_cpu else nullcontext,
     )
     return replace(
         twice,

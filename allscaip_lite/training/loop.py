@@ -467,12 +467,13 @@ def train(
             batch = batch.to(fabric.device)
             set_rate(optimizers, stage.learning_rate_at(step))
             model.train()
-            value = recorded(batch) if recorded else None
-            if value is None:
-                trained.zero_grad()
-                of_batch = loss(trained(batch.structures), batch, model, stage)
-                fabric.backward(of_batch)
-                value = of_batch.item()
+            with model.operations.threads(len(batch.structures.positions)):
+                value = recorded(batch) if recorded else None
+                if value is None:
+                    trained.zero_grad()
+                    of_batch = loss(trained(batch.structures), batch, model, stage)
+                    fabric.backward(of_batch)
+                    value = of_batch.item()
             norm = nn.utils.clip_grad_norm_(trained.parameters(), stage.clip)
             losses.append(value)
             done = step + 1

@@ -1,7 +1,8 @@
 """Time and memory of the model's sets of kernels and of fairchem, in one run; steps of training.
 
 In: sizes of water clusters, a preset or the default configuration, a device, the sides to compare
-(`plain`, `torch`, `c`, `cuda-graphs`, `fairchem`). Out: a table. All sides read the same file with
+(`plain`, `torch`, `c`, `cuda-graphs`, `fairchem`, each with a number of threads where one is named:
+`c:2`, or `c:auto` for what the package chooses). Out: a table. All sides read the same file with
 random weights, in the official format. Each side has a process of its own for each size, so that
 peak memory is its own. The sides take turns, call by call, so that other load on the machine slows
 all of them alike.
@@ -42,7 +43,7 @@ from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
 from allscaip_lite.spcfw import water_cluster
-from allscaip_lite.machine import processor_name
+from allscaip_lite.machine import THREADS_OF_USER, processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import insert_table, markdown_table
 from allscaip_lite.training.loop import (
@@ -72,6 +73,16 @@ def random_model(config: AllScAIPConfig, seed: int = 0) -> AllScAIP:
     return model.eval()
 
 
+def side_and_threads(text: str) -> str:
+    """`c`, `c:2` or `c:auto`, checked."""
+    side, colon, threads = text.partition(":")
+    if side not in SIDES or (colon and threads != "auto" and not threads.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of {', '.join(SIDES)}, with :N or :auto where threads are named"
+        )
+    return text
+
+
 def calculator(side: str, checkpoint: str, device: str) -> Any:
     """The ASE calculator that is measured as `side`."""
     if side == FAIRCHEM:
@@ -96,15 +107,14 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def serve(side: str, checkpoint: str, molecules: int, device: str, threads: int) -> None:
+def serve(side: str, checkpoint: str, molecules: int, device: str) -> None:
     """The measured process: one timed call for each line it reads, a JSON line for each."""
     answers = os.fdopen(os.dup(1), "w")  # libraries may print to standard output
     os.dup2(2, 1)
-    torch.set_num_threads(threads)
     cluster = water_cluster(molecules)
     start = cluster.positions.copy()
     begin = time.perf_counter()
-    cluster.calc = calculator(side, checkpoint, device)
+    cluster.calc = calculator(side.partition(":")[0], checkpoint, device)
     start_up = time.perf_counter() - begin  # with the compilation, where there is one
     loaded = peak_memory(device)
     random = np.random.default_rng(1)  # the same positions on all sides
@@ -132,9 +142,14 @@ class Side:
     def __init__(self, side: str, checkpoint: Path, molecules: int, args: argparse.Namespace):
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", side]
         command += ["--checkpoint", str(checkpoint), "--atoms", str(3 * molecules)]
-        command += ["--device", args.device, "--threads", str(args.threads)]
-        environment = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        if side == "c":  # an empty cache, so that start-up time is that of a first start
+        command += ["--device", args.device]
+        kernels, _, threads = side.partition(":")
+        environment = {**os.environ}
+        for name in THREADS_OF_USER:
+            environment[name] = threads or str(args.threads)
+            if threads == "auto":
+                del environment[name]
+        if kernels == "c":  # an empty cache, so that start-up time is that of a first start
             cache = tempfile.mkdtemp(prefix="kernels-", dir=checkpoint.parent)
             environment["XDG_CACHE_HOME"] = cache
         # a file, for a pipe that nobody reads would fill and block
@@ -145,7 +160,7 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=None if args.verbose else self.printed,
             text=True,
-            env={**os.environ, **environment},
+            env=environment,
         )
 
     def ask(self) -> dict[str, Any]:
@@ -187,6 +202,9 @@ def measure(
             except RuntimeError as error:
                 failed[side] = str(error)
 
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)
+    ]
     try:
         for side in sides:  # one after the other: start-up of one must not disturb another's
             running[side] = Side(side, checkpoint, molecules, args)
@@ -198,6 +216,9 @@ def measure(
     finally:
         for process in running.values():
             process.close()
+        for process in others:
+            process.kill()
+            process.wait()
     found = compare({side: calls[side] for side in sides if side not in failed})
     reasons = [{"side": side, "failed": reason} for side, reason in failed.items()]
     return [{"atoms": 3 * molecules, **row} for row in (*found, *reasons)]
@@ -278,6 +299,8 @@ def exponents(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> dict[str,
 def machine(args: argparse.Namespace) -> str:
     """What the numbers were measured on, in a line."""
     parts = [processor_name(), f"{args.threads} thread(s)"]
+    if args.busy:
+        parts.append(f"{args.busy} of {os.cpu_count()} cores busy with another program")
     if args.device == "cuda":
         parts.append(torch.cuda.get_device_name())
     parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
@@ -448,12 +471,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sides",
         nargs="+",
-        choices=SIDES,
-        help="what to compare, in this order (default: all that can run here)",
+        type=side_and_threads,
+        help=f"what to compare, in this order, of {', '.join(SIDES)} (default: all that can run here); "
+        "c:2 runs with two threads, c:auto with what the package chooses",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="default: hidden 128, 4 blocks")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a side that names none")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="keep N cores busy with another program"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument(
         "--training", action="store_true", help="measure steps of training, without fairchem"
@@ -464,7 +491,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the rows here, after each size")
     parser.add_argument("--page", type=Path, help="put the table into this page, after each size")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # a measured process
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # a measured process
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
 
 
@@ -496,7 +523,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table; the exit status is 1 if one of this package's sides failed."""
     if args.serve:
         molecules = args.atoms[0] // 3
-        serve(args.serve, args.checkpoint, molecules, args.device, args.threads)
+        serve(args.serve, args.checkpoint, molecules, args.device)
         return 0
     check_arguments(args)
     args.sides = list(dict.fromkeys(args.sides or sides_here(args.device)))
