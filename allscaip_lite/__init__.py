@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from allscaip_lite.calculator import AllScAIPCalculator
     from allscaip_lite.checkpoints import load_model, save_model, save_official
     from allscaip_lite.config import PRESETS, AllScAIPConfig
-    from allscaip_lite.model import AllScAIP, Prediction, Result
     from allscaip_lite.errors import StructureError
+    from allscaip_lite.model import AllScAIP, Prediction, Result
     from allscaip_lite.structures import Structures, structures_from_atoms
 
 __all__ = [
@@ -32,7 +32,8 @@ _MODULES = ("config", "errors", "structures", "model", "checkpoints", "calculato
 
 def __getattr__(name: str) -> Any:
     """Import a name of `__all__` when it is first used: torch is slow to load, and workers that
-    label structures do without it."""
+    label structures do without it.
+    """
     if name in __all__:
         for module in _MODULES:
             found = vars(import_module(f"{__name__}.{module}"))

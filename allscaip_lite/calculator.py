@@ -21,11 +21,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite.applicability import WAYS
 from allscaip_lite.checkpoints import load_model
+from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result, without_weight_grad
-from allscaip_lite.electrons import stated_charge_and_spin
 
 
 class AllScAIPCalculator(Calculator):

@@ -35,4 +35,4 @@ class StructureError(InputError):
 
 
 class StructureWarning(UserWarning):
-    """What is assumed of a structure, or is not known to the model; commands repeat it at the end."""
+    """What is assumed of a structure, or unknown to the model; commands repeat it at the end."""

@@ -24,6 +24,7 @@ from allscaip_lite import encodings
 from allscaip_lite.applicability import Seen, warn_outside
 from allscaip_lite.attention import SystemTable, channel_groups
 from allscaip_lite.config import AllScAIPConfig
+from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
 from allscaip_lite.errors import InputError
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import (
@@ -35,7 +36,6 @@ from allscaip_lite.layers import (
 )
 from allscaip_lite.neighbors import system_distances
 from allscaip_lite.operations import PLAIN, Operations
-from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
 from allscaip_lite.structures import Structures, structures_from_atoms
 
 M = TypeVar("M", bound=nn.Module)

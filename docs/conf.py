@@ -124,7 +124,7 @@ REDIRECT = (
 
 
 def prepare(app: Sphinx, name: str, content: list[str]) -> None:
-    """Add the README's table of contents and a package's modules; fold the solutions of a lesson."""
+    """Add the README's contents and a package's modules; fold the solutions of a lesson."""
     if name == app.config.root_doc:
         content[0] += CONTENTS
     elif name.startswith("docs/api/"):
@@ -139,7 +139,7 @@ def prepare(app: Sphinx, name: str, content: list[str]) -> None:
         content[0] = json.dumps(notebook)
 
 
-def as_restructured_text(  # noqa: PLR0917
+def as_restructured_text(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """In a docstring |u| is an absolute value, and what is indented after a colon is code."""
@@ -154,7 +154,7 @@ def as_restructured_text(  # noqa: PLR0917
             lines[index] += ":"
 
 
-def is_foreign(  # noqa: PLR0917
+def is_foreign(
     app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object
 ) -> bool | None:
     """Leave out what a module has from C code, such as torch's linear."""

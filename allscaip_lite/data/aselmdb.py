@@ -233,8 +233,8 @@ class Mixture:
     def __init__(self, sets: Sequence[Dataset | Subset], shares: Sequence[float]) -> None:
         if len(shares) != len(sets) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise InputError(
-                f"shares {', '.join(map(str, shares))} of {len(sets)} data sets: give one for each, "
-                "above 0 and with the sum 1"
+                f"shares {', '.join(map(str, shares))} of {len(sets)} data sets: give one for "
+                "each, above 0 and with the sum 1"
             )
         self.sets, self.shares = list(sets), tuple(shares)
         self.natoms = np.concatenate([one.natoms for one in self.sets])

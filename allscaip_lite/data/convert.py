@@ -20,13 +20,13 @@ from tqdm import tqdm
 from allscaip_lite.data.aselmdb import write_aselmdb
 from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.reading import read_structures
-from allscaip_lite.errors import DataError, StructureError, StructureWarning
 from allscaip_lite.electrons import (
     Assumptions,
     charge_and_spin,
     say_assumptions,
     states_charge_or_spin,
 )
+from allscaip_lite.errors import DataError, StructureError, StructureWarning
 
 
 def convert(

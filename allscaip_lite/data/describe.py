@@ -20,8 +20,8 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum
-from allscaip_lite.errors import DataError
 from allscaip_lite.electrons import charge_and_spin
+from allscaip_lite.errors import DataError
 from allscaip_lite.tables import markdown_table
 
 
@@ -121,11 +121,15 @@ def to_markdown(splits: dict[str, Summary]) -> str:
         "Structures with each element: " + listed(elements, lambda e: -elements[e]) + ".",
         "Charges: " + listed(summed("charges"), int) + ".",
         "Multiplicities: " + listed(summed("multiplicities"), int) + ".",
-        f"Atoms a structure: {min(sizes)} to {max(sizes)}, "
-        f"{sum(c.atoms for c in columns) / sizes.total():.1f} in the mean.",
-        f"Forces: root mean square {np.sqrt((forces**2).mean()):.2f} eV/Å a component, "
-        f"99 % of the atoms below {np.quantile(lengths, 0.99):.1f} eV/Å, "
-        f"none above {lengths.max():.1f}.",
+        (
+            f"Atoms a structure: {min(sizes)} to {max(sizes)}, "
+            f"{sum(c.atoms for c in columns) / sizes.total():.1f} in the mean."
+        ),
+        (
+            f"Forces: root mean square {np.sqrt((forces**2).mean()):.2f} eV/Å a component, "
+            f"99 % of the atoms below {np.quantile(lengths, 0.99):.1f} eV/Å, "
+            f"none above {lengths.max():.1f}."
+        ),
     ]
     absent = {
         split: sorted(set(elements) - set(column.elements), key=atomic_numbers.__getitem__)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,11 +26,11 @@ from tqdm import tqdm
 from allscaip_lite.checkpoints import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
+from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.structures import structures_from_atoms
 from allscaip_lite.tables import markdown_table
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 class Residuals(NamedTuple):
     """Predicted minus labelled, of S structures: energies (S,) in meV/atom, forces, S of (n, 3), in
-    meV/Å, and stresses (S, 3, 3) in bar, not a number where a structure or the model has none."""
+    meV/Å, and stresses (S, 3, 3) in bar, not a number where a structure or the model has none.
+    """
 
     energies: Tensor
     forces: list[Tensor]
@@ -221,7 +222,8 @@ def fit_references(described: Sequence[Description], found: Residuals) -> Residu
 
 def xtb_residuals(described: Sequence[Description]) -> Residuals:
     """GFN2-xTB's own errors against the labels, of data that keep `xtb_energy` and `xtb_forces`,
-    after `fit_references`. Raises DataError for other data."""
+    after `fit_references`. Raises DataError for other data.
+    """
     return fit_references(described, _xtb_unfitted(described))
 
 
@@ -241,7 +243,8 @@ MIN_STRUCTURES = 100  # below it, what a fit of references leaves says little
 
 def _on_one_zero(described: Sequence[Description], found: Residuals) -> tuple[Residuals, bool]:
     """`fit_references` where energies are of another level of theory, and whether that was done;
-    without energies (not a number) where there are not `MIN_STRUCTURES` structures for it."""
+    without energies (not a number) where there are not `MIN_STRUCTURES` structures for it.
+    """
     if found.energies.abs().median() <= ANOTHER_LEVEL:
         return found, False
     if len(described) < MIN_STRUCTURES:
@@ -275,7 +278,8 @@ def table(rows: Rows, head: str = "domain") -> str:
 
 def side_by_side(models: dict[str, Rows], head: str = "domain") -> str:
     """A Markdown table of the MAEs of several models, each with its rows of `by_group`; a dash
-    where there is none."""
+    where there is none.
+    """
     names, first = list(models), next(iter(models.values()))
     lines = []
     for group, row in first.items():
@@ -376,6 +380,7 @@ def write_predictions(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite evaluate`."""
     parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
     parser.add_argument("data", type=Path, nargs="+", help=".aselmdb files, or folders of them")
     parser.add_argument("--device", help="default: a CUDA GPU where there is one")

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoints import load_model
 from allscaip_lite.data.batches import fill_batches
-from allscaip_lite.errors import DataError, InputError, RunError
+from allscaip_lite.electrons import stated_charge_and_spin
+from allscaip_lite.errors import DataError, InputError, RunError, StructureError
 from allscaip_lite.evaluation.omol_errors import (
     Keys,
     Tree,
@@ -42,8 +43,6 @@ from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.files import sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.electrons import stated_charge_and_spin
-from allscaip_lite.errors import StructureError
 from allscaip_lite.structures import structures_from_atoms
 
 FMAX, STEPS = 0.01, 500  # eV/Å and steps of LBFGS: OMol25's settings for the evaluations
@@ -227,7 +226,8 @@ def single_points(structures: Sequence[Atoms], calculator: AllScAIPCalculator) -
 
 def relaxation(start: Atoms, calculator: AllScAIPCalculator) -> Tree:
     """A structure before and after at most `STEPS` steps of LBFGS; one that does not come to rest,
-    or that falls apart until the model has no answer, as it was last."""
+    or that falls apart until the model has no answer, as it was last.
+    """
     atoms = start.copy()
     calculator.reset()
     atoms.calc = calculator

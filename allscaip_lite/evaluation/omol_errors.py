@@ -1,6 +1,7 @@
 """The errors that OMol25's evaluations count, of results against results.
 
-In: two trees of results of one task (see `leaderboard`), a reference and a prediction. Out: OMol25's errors under its names, energies in meV, forces in meV/Å, RMSD in Å. Definitions:
+In: two trees of results of one task (see `leaderboard`), a reference and a prediction. Out:
+OMol25's errors under its names, energies in meV, forces in meV/Å, RMSD in Å. Definitions:
 fairchem's module `evaluator` (fairchem-data-omol 0.1.2); D. S. Levine et al., arXiv:2505.08762.
 """
 

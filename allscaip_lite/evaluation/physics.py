@@ -93,7 +93,8 @@ def differences(
 
 def summary(found: Sequence[Difference]) -> dict[str, dict[str, float]]:
     """By task: how many groups and differences, their mean size, the MAE of the model and, where
-    GFN2-xTB is not the truth itself, GFN2-xTB's, all in meV."""
+    GFN2-xTB is not the truth itself, GFN2-xTB's, all in meV.
+    """
     rows = {}
     for task in dict.fromkeys(one.task for one in found):
         chosen = [one for one in found if one.task == task]

@@ -17,8 +17,8 @@ from pathlib import Path
 from ase import Atoms
 
 from allscaip_lite.data.reading import read_structures
-from allscaip_lite.labels import LabelError, queue
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
+from allscaip_lite.labels import LabelError, queue
 
 METHODS = {
     "gfn2-xtb": "any molecule or crystal of elements up to radon, a second or less each",
@@ -66,7 +66,8 @@ def structures_of(files: Sequence[str | os.PathLike[str]], method: str) -> list[
 
 def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
     """One structure with the labels of a method; with those of DFT, GFN2-xTB's energy (eV) and
-    forces (eV/Å) are in `info`, where that is installed and has them."""
+    forces (eV/Å) are in `info`, where that is installed and has them.
+    """
     method, atoms = task
     if method == "wb97m-v":
         from allscaip_lite.labels import dft, xtb
@@ -119,7 +120,7 @@ def label_files(
     queue.run_jobs(store, distinct, label_structure, workers)
     labelled = queue.collect(store, jobs, folder, ["labelled"])["labelled"]
     if labelled:
-        os.replace(folder / "labelled.aselmdb", result)
+        (folder / "labelled.aselmdb").replace(result)
     return len(labelled)
 
 

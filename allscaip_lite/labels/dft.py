@@ -1,6 +1,6 @@
 """ωB97M-V/def2-TZVPD, OMol25's level of theory: labels by PySCF.
 
-In: `ase.Atoms` with charge and spin multiplicity in `atoms.info`. Out: the same with energy (eV) and
+In: `ase.Atoms` with charge and spin multiplicity in `atoms.info`. Out: the same with energy (eV),
 forces (eV/Å) and OMol25's metadata.
 
 ωB97M-V: N. Mardirossian, M. Head-Gordon, J. Chem. Phys. 144, 214110 (2016). PySCF: Q. Sun et al.,
@@ -21,9 +21,9 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite.labels import LabelError
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureError
+from allscaip_lite.labels import LabelError
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,8 @@ def _converged(state: Any, density: np.ndarray | None = None) -> Any:
 def _diradical(restricted: Any, level: Level) -> np.ndarray | None:
     """Alpha and beta densities (2, B, B) to start a broken-symmetry singlet from, made of the
     triplet: its two unpaired electrons, each in one of (a ± b)/√2 of their orbitals a and b, one
-    up and one down. None if the triplet is far above the singlet: then there is none to find."""
+    up and one down. None if the triplet is far above the singlet: then there is none to find.
+    """
     from pyscf import dft
 
     rough = replace(_coarse(level), convergence=1e-4)

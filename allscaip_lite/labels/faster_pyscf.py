@@ -60,7 +60,8 @@ def _product(
 
 class SmallBlocks(numint.NumInt):  # type: ignore[misc]
     """PySCF's integrator, a few hundred points of the grid at a time: what is made of them, some
-    megabytes, stays in the processor's cache. PySCF itself takes as many as memory allows."""
+    megabytes, stays in the processor's cache. PySCF itself takes as many as memory allows.
+    """
 
     def block_loop(
         self,

@@ -147,7 +147,7 @@ def _sphere(rng: np.random.Generator) -> np.ndarray:
 
 
 def _separate(first: Atoms, second: Atoms, direction: np.ndarray, gap: float) -> Atoms:
-    """The second group moved along `direction` until its atom closest to the first is `gap` (Å) away."""
+    """The second group moved along `direction` until its closest atom is `gap` Å away."""
     moved = second.copy()
     for distance in np.arange(gap, gap + 40.0, 0.02):
         moved.positions = second.positions + distance * direction

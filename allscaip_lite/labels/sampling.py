@@ -63,7 +63,8 @@ class System:
 
 def parse_system(domain: str, word: str) -> System:
     """The system of a word: SMILES, or SMILES|charge|multiplicity where these differ from those of
-    the SMILES with the fewest unpaired electrons."""
+    the SMILES with the fewest unpaired electrons.
+    """
     from rdkit import Chem
 
     smiles, *state = word.split("|")
@@ -103,7 +104,8 @@ PROTON_SITES = (
 
 def protomers(smiles: str) -> list[tuple[str, int]]:
     """Ions of a molecule with a proton more (+1) or less (−1), one of each kind of
-    `PROTON_SITES`: SMILES and charge."""
+    `PROTON_SITES`: SMILES and charge.
+    """
     from rdkit import Chem
 
     found = []
@@ -163,7 +165,8 @@ def split_of(system: System) -> str:
 @cache
 def parent(smiles: str) -> str:
     """SMILES of the molecule with its charges neutralised by protons, without stereochemistry: an
-    acid and its anion have the same."""
+    acid and its anion have the same.
+    """
     from rdkit import Chem, RDLogger
     from rdkit.Chem.MolStandardize import rdMolStandardize
 
@@ -189,7 +192,8 @@ def _split_of_part(smiles: str) -> str:
 
 def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
     """At most `number` conformers of a molecule, at minima of MMFF94 or UFF where these have its
-    parameters. Raises LabelError if there is none."""
+    parameters. Raises LabelError if there is none.
+    """
     from rdkit.Chem import AllChem
 
     molecule = with_hydrogens(smiles)
@@ -219,7 +223,8 @@ def assemble(
 ) -> Atoms:
     """Molecules around the first, each turned at random and slid towards it from a random side
     until its closest atom is `contact` (Å) away from one that is there already: one contact for
-    all, or one for each molecule but the first."""
+    all, or one for each molecule but the first.
+    """
     contacts = np.broadcast_to(contact, len(parts) - 1)
     whole = parts[0].copy()
     whole.positions -= whole.positions.mean(0)
@@ -245,7 +250,8 @@ def in_state(atoms: Atoms, charge: int, spin: int) -> Atoms:
 
 def relax(atoms: Atoms, steps: int) -> Atoms:
     """The structure after so many steps of BFGS by GFN2-xTB, or fewer: until no force is above
-    0.02 eV/Å."""
+    0.02 eV/Å.
+    """
     atoms = atoms.copy()
     atoms.calc = GFN2xTB()
     BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.02, steps=steps)
@@ -291,7 +297,8 @@ class Job:
 
 def take_share(jobs: Sequence[Job], share: float) -> list[Job]:
     """The jobs of some of the systems, by a hash of their names: a larger share holds a smaller
-    one. Raises LabelError for a share that no system belongs to."""
+    one. Raises LabelError for a share that no system belongs to.
+    """
     taken = [
         job
         for job in jobs

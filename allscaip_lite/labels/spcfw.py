@@ -5,9 +5,9 @@ from __future__ import annotations
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.labels import LabelError
 from allscaip_lite.spcfw import SPCFw
-from allscaip_lite.electrons import stated_charge_and_spin
 
 
 def label(atoms: Atoms) -> Atoms:

@@ -20,8 +20,8 @@ from ase.calculators.calculator import Calculator, CalculatorError, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
-from allscaip_lite.labels import LabelError
 from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
+from allscaip_lite.labels import LabelError
 
 
 class GFN2xTB(Calculator):

@@ -42,11 +42,10 @@ from ase.optimize import FIRE
 from tqdm import tqdm
 
 from allscaip_lite.data.reading import read_structure
-from allscaip_lite.errors import RunError
+from allscaip_lite.electrons import stated_charge_and_spin, states_charge_or_spin
+from allscaip_lite.errors import RunError, StructureError
 from allscaip_lite.files import atomic_write, differing, fingerprint, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.electrons import stated_charge_and_spin, states_charge_or_spin
-from allscaip_lite.errors import StructureError
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
@@ -634,7 +633,7 @@ def run(args: argparse.Namespace) -> int:
     start_folder = Path()
     if str(args.structure).endswith(".toml"):
         start_folder = Path(args.structure).parent
-        with open(args.structure, "rb") as stream:
+        with Path(args.structure).open("rb") as stream:
             try:
                 given = tomllib.load(stream) | {k: v for k, v in given.items() if k != "structure"}
             except tomllib.TOMLDecodeError as error:

@@ -26,11 +26,11 @@ from ase.cell import Cell
 from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
 
+from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import store_text
-from allscaip_lite.data.aselmdb import evenly_spaced
-from allscaip_lite.spcfw import CHARGES, are_waters
 from allscaip_lite.md.dynamics import read_log
+from allscaip_lite.spcfw import CHARGES, are_waters
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
@@ -653,6 +653,7 @@ def _moves_freely(settings: Mapping[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a run: `python -m allscaip_lite.md.observables`; the exit status."""
     name = "python -m allscaip_lite.md.observables"
     parser = argparse.ArgumentParser(prog=name, description=__doc__)
     parser.add_argument("run", type=Path, help="a folder of allscaip-lite md")

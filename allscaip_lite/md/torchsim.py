@@ -29,9 +29,8 @@ from torch_sim.state import SimState
 
 from allscaip_lite.applicability import warn_outside
 from allscaip_lite.calculator import AllScAIPCalculator
-from allscaip_lite.errors import StructureWarning
+from allscaip_lite.errors import StructureError, StructureWarning
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.errors import StructureError
 from allscaip_lite.structures import Structures
 
 

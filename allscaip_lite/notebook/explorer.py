@@ -370,7 +370,7 @@ class _Packed:
         )
 
     def check(self, limit: float, done: int, frames: int) -> None:
-        """Raise `ValueError` if the page will be larger than `limit` bytes, as early as possible."""
+        """Raise `ValueError` as early as possible if the page will be larger than `limit` bytes."""
         sizes = {kind: self._size(kind) * frames / done for kind in self.kinds}
         if sum(sizes.values()) <= limit:
             return

@@ -39,7 +39,7 @@ def import_extra(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
+        package = module.split(".", maxsplit=1)[0]
         raise ImportError(
             f"{purpose} needs {package}: pip install 'allscaip-lite[notebooks]'", name=error.name
         ) from error
@@ -49,7 +49,7 @@ def import_extra(module: str, purpose: str) -> Any:
 
 
 def atom_labels(numbers: Atoms | Tensor | Sequence[int]) -> list[str]:
-    """Element and index of each atom: C0, C1, H2 …"""
+    """Element and index of each atom, such as C0, C1, H2."""
     numbers = numbers.numbers if isinstance(numbers, Atoms) else numbers
     return [f"{chemical_symbols[int(z)]}{index}" for index, z in enumerate(numbers)]
 
@@ -163,7 +163,7 @@ def attention_matrix(
 
 
 def edge_labels(maps: AttentionMaps, query: int, kind: str = "source") -> list[str]:
-    """Names of the rows and columns of atom `query`: self, C0→H4, C0→O2 (+1, 0, 0) …
+    """Names of the rows and columns of atom `query`, such as self, C0→H4, C0→O2 (+1, 0, 0).
 
     The periodic image of the neighbour is in brackets. With `kind` "destination" the edges are
     those that arrive at the atom.

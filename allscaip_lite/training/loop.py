@@ -549,6 +549,7 @@ def report(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite train`."""
     parser.add_argument("--data", required=True, type=Path, nargs="+", help="training .aselmdb")
     parser.add_argument(
         "--shares",

@@ -254,7 +254,8 @@ def _stretched(start: str, groups: int, end: str) -> tuple[Atoms, int, tuple[int
 
 def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator | None) -> Atoms:
     """A labelled chain; with `rng`, atoms displaced a little. `info` as in `join`, with the
-    end group as the probe; LabelError where the SCF fails."""
+    end group as the probe; LabelError where the SCF fails.
+    """
     atoms, heavy, group = _stretched(start, groups, end)
     atoms = atoms.copy()
     if rng is not None:
@@ -293,7 +294,7 @@ def chains(structures: int, seed: int) -> dict[str, list[Atoms]]:
     plan = [(start, groups, end) for groups in LENGTHS for start, end in ends]
     for start, groups, end in tqdm(plan, "chains", disable=not sys.stderr.isatty()):
         rng = np.random.default_rng([seed, groups, *f"{start}{end}".encode()])
-        for index in range(each):
+        for _ in range(each):
             draw = rng.uniform()
             split = "train" if draw < 0.8 else "val" if draw < 0.9 else "test"
             kind = "chain_seen"

@@ -1,4 +1,4 @@
-"""Make `data/omol-mini`: small systems from the domains of OMol25, labelled with wB97M-V/def2-TZVPD.
+"""Make `data/omol-mini`: small systems from OMol25's domains, labelled with wB97M-V/def2-TZVPD.
 
     python data/omol-mini/make.py --out data/generated/omol-mini --known data/omol-mini --workers 2
 
@@ -175,43 +175,43 @@ NCC(N)=O NCC#N O=CNCC=O NC(CO)=O OC(=O)C=O OC(=O)CO OCC=O CC(=O)C=O CC(=O)C(=O)O
 OC(=O)CC(=O)O SCC(=O)O CC(=O)OO CC(=O)S CC(=O)SC COC(C)=O COC=O CCOC=O O=COC=O CC(=O)F CC(=O)Cl
 O=C(Cl)C(=O)Cl CS(N)(=O)=O NS(N)(=O)=O NS(=O)(=O)O CS(=O)(=O)O CS(=O)(=O)F CS(=O)(=O)Cl CS(C)=O
 CS(C)(=O)=O CS(=O)O C=CS(=O)(=O)F NS(=O)(=O)F NS(=O)(=O)C(F)(F)F CSSC CSC#N CSCO CSCF CS(=O)Cl
-c1ccoc1 c1ccsc1 c1cc[nH]c1 c1c[nH]cn1 c1cn[nH]c1 c1cocn1 c1cnoc1 c1cscn1 c1cnsc1 c1c[nH]nn1 c1nc[nH]n1
-c1nnn[nH]1 c1nnco1 c1cnon1 c1nnsc1 c1ncon1 c1ccncc1 c1cncnc1 c1cnccn1 c1ccnnc1 c1ncncn1 Fc1ccccn1
-Fc1ccccc1 Clc1ccccc1 Clc1cccs1 Fc1ccco1 Clc1nccs1 Nc1ncon1 Nc1nnn[nH]1 Nc1ncc[nH]1 Nc1cc[nH]n1
-Cc1ccno1 Cc1cnco1 Cc1nnn[nH]1 Cn1ccnc1 Cn1ccnn1 Cc1cscn1 O=c1cccco1 O=c1cc[nH]c(=O)[nH]1
+c1ccoc1 c1ccsc1 c1cc[nH]c1 c1c[nH]cn1 c1cn[nH]c1 c1cocn1 c1cnoc1 c1cscn1 c1cnsc1 c1c[nH]nn1
+c1nc[nH]n1 c1nnn[nH]1 c1nnco1 c1cnon1 c1nnsc1 c1ncon1 c1ccncc1 c1cncnc1 c1cnccn1 c1ccnnc1 c1ncncn1
+Fc1ccccn1 Fc1ccccc1 Clc1ccccc1 Clc1cccs1 Fc1ccco1 Clc1nccs1 Nc1ncon1 Nc1nnn[nH]1 Nc1ncc[nH]1
+Nc1cc[nH]n1 Cc1ccno1 Cc1cnco1 Cc1nnn[nH]1 Cn1ccnc1 Cn1ccnn1 Cc1cscn1 O=c1cccco1 O=c1cc[nH]c(=O)[nH]1
 O=C1C=CC(=O)N1 O=C1CCC(=O)N1 O=C1CNC(=O)N1 O=C1NCCO1 O=C1CCN1 O=c1cc[nH]s1 O=c1[nH]ccs1 OC1=NOC=C1
 O=C1OCCO1 O=C1OC=CO1 O=C1OCC(F)O1 COC(=O)OC COC(=O)F COC(=O)Cl O=C1CCCO1 O=C1CCO1 C1COCO1 O=S1OCCO1
 O=S1(=O)OCCO1 CC#N CCC#N N#CCC#N N#CCCC#N C=CC#N CC(C)=O CCC=O C[N+](=O)[O-] CC[N+](=O)[O-]
-NC[N+](=O)[O-] C=C[N+](=O)[O-] CO[N+](=O)[O-] CON=O COC(F)F FC(F)OC(F)F COC OCC(F)(F)F OCC(F)F NCC(F)F
-FC(F)C(F)F CC(F)F CC(F)(F)F C=C(F)F FC=CF C=CF C=CCl C=CBr ClC=CCl ClCCCl BrCCBr BrCCO ClCCO FCCO
-CC(=O)CF CC(=O)CCl CC(=O)CBr CC(=O)C(F)(F)F O=CC(F)(F)F OC(=O)C(F)(F)F OC(=O)CF OC(=O)CCl OC(=O)CBr
-OC(=O)C(Cl)Cl FC(F)(F)C(Cl)Br C=CCF C=CCCl C#CCBr N#CCCl ClCC1CO1 FC1CC1 OP(O)(O)=O COP(O)(O)=O
-CP(O)(O)=O NP(O)(O)=O OP(O)(=O)F O=P(O)(F)F C[PH](=O)O COP(=O)(F)F CP(=O)(F)F CP(=O)(Cl)Cl CPC OP(O)O
-CB(O)O OB(O)O C=CB(O)O COB(O)O CB(F)F NB(O)O OB(O)F C1OBO1 [BH3-][NH3+] B1NBNBN1 C[SiH2]O C[SiH2]Cl
-O[SiH2]O C[SiH2]F NN CNN CN(C)N CNC CCN NCCO NCCF CON CNO ON=C CC=NO C=NN CC=NN CN=[N+]=[N-] C1CN1 C1CO1
-C1CS1 CC1CO1 C1COC1 C1CNC1 C1CSC1 C=CO C=CN COC=C C=CC=O C=CC(=O)O C#CC=O C#CC(=O)O C#CCO C=CCO CC=C=O
-CCO OCCO COCO CC(O)O CCS CCCl CCBr OCCS NCCS CC=C C=CC=C CC#CC C#CC=C CCC C1CC1 C1CCC1 C=C1CC1
-NCC(=O)[O-] [NH3+]CC(=O)O [NH3+]CC(N)=O NC(N)=[NH2+] CC(N)=[NH2+] NC=[NH2+] c1c[nH]c[nH+]1 c1cc[nH+]cc1
-c1c[n-]cn1 C[NH3+] CC[NH3+] C[NH2+]C [NH3+]CCO CC(=O)[O-] O=C[O-] O=C([O-])C(F)(F)F
-OCC(=O)[O-] CS(=O)(=O)[O-] FC(F)(F)S(=O)(=O)[O-] NS(=O)(=O)[O-] O=S(=O)(F)[N-]S(=O)(=O)F OP(=O)(O)[O-]
-COP(=O)(O)[O-] F[B-](F)(F)F OC(=O)[O-] [O-]c1ccccc1 CC([S-])=O CC[S-] C[O-] CC(C)=[OH+] CC(O)=[OH+]
-NC(N)=[OH+] CC(N)=[OH+]
+NC[N+](=O)[O-] C=C[N+](=O)[O-] CO[N+](=O)[O-] CON=O COC(F)F FC(F)OC(F)F COC OCC(F)(F)F OCC(F)F
+NCC(F)F FC(F)C(F)F CC(F)F CC(F)(F)F C=C(F)F FC=CF C=CF C=CCl C=CBr ClC=CCl ClCCCl BrCCBr BrCCO ClCCO
+FCCO CC(=O)CF CC(=O)CCl CC(=O)CBr CC(=O)C(F)(F)F O=CC(F)(F)F OC(=O)C(F)(F)F OC(=O)CF OC(=O)CCl
+OC(=O)CBr OC(=O)C(Cl)Cl FC(F)(F)C(Cl)Br C=CCF C=CCCl C#CCBr N#CCCl ClCC1CO1 FC1CC1 OP(O)(O)=O
+COP(O)(O)=O CP(O)(O)=O NP(O)(O)=O OP(O)(=O)F O=P(O)(F)F C[PH](=O)O COP(=O)(F)F CP(=O)(F)F
+CP(=O)(Cl)Cl CPC OP(O)O CB(O)O OB(O)O C=CB(O)O COB(O)O CB(F)F NB(O)O OB(O)F C1OBO1 [BH3-][NH3+]
+B1NBNBN1 C[SiH2]O C[SiH2]Cl O[SiH2]O C[SiH2]F NN CNN CN(C)N CNC CCN NCCO NCCF CON CNO ON=C CC=NO
+C=NN CC=NN CN=[N+]=[N-] C1CN1 C1CO1 C1CS1 CC1CO1 C1COC1 C1CNC1 C1CSC1 C=CO C=CN COC=C C=CC=O
+C=CC(=O)O C#CC=O C#CC(=O)O C#CCO C=CCO CC=C=O CCO OCCO COCO CC(O)O CCS CCCl CCBr OCCS NCCS CC=C
+C=CC=C CC#CC C#CC=C CCC C1CC1 C1CCC1 C=C1CC1 NCC(=O)[O-] [NH3+]CC(=O)O [NH3+]CC(N)=O NC(N)=[NH2+]
+CC(N)=[NH2+] NC=[NH2+] c1c[nH]c[nH+]1 c1cc[nH+]cc1 c1c[n-]cn1 C[NH3+] CC[NH3+] C[NH2+]C [NH3+]CCO
+CC(=O)[O-] O=C[O-] O=C([O-])C(F)(F)F OCC(=O)[O-] CS(=O)(=O)[O-] FC(F)(F)S(=O)(=O)[O-] NS(=O)(=O)[O-]
+O=S(=O)(F)[N-]S(=O)(=O)F OP(=O)(O)[O-] COP(=O)(O)[O-] F[B-](F)(F)F OC(=O)[O-] [O-]c1ccccc1
+CC([S-])=O CC[S-] C[O-] CC(C)=[OH+] CC(O)=[OH+] NC(N)=[OH+] CC(N)=[OH+]
 """
 # Ions with ions, polar molecules and water, and such molecules with water.
 CONTACTS = """
-[Na+].[Cl-] [Li+].[F-] [Li+].[Cl-] [K+].[Cl-] [K+].[Br-] [Na+].[F-] [NH4+].[Cl-] [NH4+].[F-] [NH4+].[Br-]
-[NH4+].O=C[O-] [NH4+].CC(=O)[O-] [NH4+].C[S-] [NH4+].O=[N+]([O-])[O-] [NH4+].OP(=O)(O)[O-]
-[NH4+].F[B-](F)(F)F C[NH3+].[Cl-] C[NH3+].[F-] C[NH3+].[Br-] C[NH3+].O=C[O-] C[NH3+].[OH-]
-C[NH2+]C.[Cl-] NC=[NH2+].[Cl-] NC=[NH2+].O=C[O-] NC(N)=[NH2+].[Cl-] NC(N)=[NH2+].[F-]
+[Na+].[Cl-] [Li+].[F-] [Li+].[Cl-] [K+].[Cl-] [K+].[Br-] [Na+].[F-] [NH4+].[Cl-] [NH4+].[F-]
+[NH4+].[Br-] [NH4+].O=C[O-] [NH4+].CC(=O)[O-] [NH4+].C[S-] [NH4+].O=[N+]([O-])[O-]
+[NH4+].OP(=O)(O)[O-] [NH4+].F[B-](F)(F)F C[NH3+].[Cl-] C[NH3+].[F-] C[NH3+].[Br-] C[NH3+].O=C[O-]
+C[NH3+].[OH-] C[NH2+]C.[Cl-] NC=[NH2+].[Cl-] NC=[NH2+].O=C[O-] NC(N)=[NH2+].[Cl-] NC(N)=[NH2+].[F-]
 c1c[nH]c[nH+]1.[Cl-] c1c[nH]c[nH+]1.[F-] [Li+].F[B-](F)(F)F [Li+].O=C([O-])C(F)(F)F [Na+].CC(=O)[O-]
 [Na+].O=C[O-] [Na+].OP(=O)(O)[O-] [Na+].CS(=O)(=O)[O-] [Na+].FC(F)(F)S(=O)(=O)[O-] [K+].CC(=O)[O-]
-[K+].O=[N+]([O-])[O-] [Na+].C[S-] [Na+].OC(=O)[O-] [Mg+2].CC(=O)[O-] [Mg+2].O=C[O-] [Ca+2].CC(=O)[O-]
-[Ca+2].OP(=O)(O)[O-] [Zn+2].C[S-] [Zn+2].O=C[O-] [Zn+2].c1c[nH]cn1 [Na+].c1c[nH]cn1 [Li+].O=C1OCCO1
-[Li+].COC(C)=O [Na+].CC(N)=O [K+].CC#N [Li+].CS(C)=O [Na+].NC=O [Mg+2].NC=O [Cl-].NC=O [Cl-].CC(N)=O
-[F-].NC=O [Cl-].NC(N)=O [Br-].CO [Cl-].CC#N [F-].CC#N [Li+].O [Na+].O [K+].O [Mg+2].O [Ca+2].O [Zn+2].O
-[F-].O [Cl-].O [Br-].O [OH-].O [NH4+].O [OH3+].O C[NH3+].O NC=[NH2+].O
-c1c[n-]cn1.O CC(=O)[O-].O O=C[O-].O C[S-].O OP(=O)(O)[O-].O CS(=O)(=O)[O-].O O=[N+]([O-])[O-].O
-F[B-](F)(F)F.O NC=O.O CC(N)=O.O NC(N)=O.O OC=O.O c1c[nH]cn1.O CC#N.O CO.O CN.O
+[K+].O=[N+]([O-])[O-] [Na+].C[S-] [Na+].OC(=O)[O-] [Mg+2].CC(=O)[O-] [Mg+2].O=C[O-]
+[Ca+2].CC(=O)[O-] [Ca+2].OP(=O)(O)[O-] [Zn+2].C[S-] [Zn+2].O=C[O-] [Zn+2].c1c[nH]cn1
+[Na+].c1c[nH]cn1 [Li+].O=C1OCCO1 [Li+].COC(C)=O [Na+].CC(N)=O [K+].CC#N [Li+].CS(C)=O [Na+].NC=O
+[Mg+2].NC=O [Cl-].NC=O [Cl-].CC(N)=O [F-].NC=O [Cl-].NC(N)=O [Br-].CO [Cl-].CC#N [F-].CC#N [Li+].O
+[Na+].O [K+].O [Mg+2].O [Ca+2].O [Zn+2].O [F-].O [Cl-].O [Br-].O [OH-].O [NH4+].O [OH3+].O C[NH3+].O
+NC=[NH2+].O c1c[n-]cn1.O CC(=O)[O-].O O=C[O-].O C[S-].O OP(=O)(O)[O-].O CS(=O)(=O)[O-].O
+O=[N+]([O-])[O-].O F[B-](F)(F)F.O NC=O.O CC(N)=O.O NC(N)=O.O OC=O.O c1c[nH]cn1.O CC#N.O CO.O CN.O
 [NH4+].[NH4+] [Na+].[K+] [Cl-].[F-] [NH4+].[Na+] C[NH3+].[K+] O=C[O-].[Cl-] CC(=O)[O-].[F-]
 """
 
@@ -490,7 +490,8 @@ def _complex(item: Item, rng: np.random.Generator) -> Made:
 
 def _separated(item: Item, rng: np.random.Generator) -> Made:
     """Two molecules from a little inside contact to 8 Å between their closest atoms, most near;
-    a third of them relaxed first."""
+    a third of them relaxed first.
+    """
     charge, spin = item.system.charge, item.system.multiplicity
     parts = [_relaxed(parse_system("", part), 0) for part in item.system.parts]
     whole = in_state(_assembled(parts, rng, lambda: 1.2), charge, spin)
@@ -531,7 +532,8 @@ _MAKERS: dict[str, Callable[[Item, np.random.Generator], Made]] = {
 
 def _checked(atoms: Atoms, item: Item, how: str) -> Atoms | None:
     """The structure with its metadata and GFN2-xTB's energy and forces in `info`, or None if it is
-    not fit for training."""
+    not fit for training.
+    """
     bond = covalent_radii[atoms.numbers][:, None] + covalent_radii[atoms.numbers][None]
     distance = atoms.get_all_distances() + 9.0 * np.eye(len(atoms))
     if (distance < 0.55 * bond).any():
@@ -612,7 +614,8 @@ STIFFEST = 0.02  # eV/(Å² u): softer modes move as if they were as stiff as th
 
 def _along_modes(start: Atoms, temperature: float, rng: np.random.Generator) -> Atoms:
     """A draw from the classical harmonic distribution: every normal mode displaced by
-    N(0, kT/λ), where λ are the eigenvalues of the mass-weighted Hessian by GFN2-xTB."""
+    N(0, kT/λ), where λ are the eigenvalues of the mass-weighted Hessian by GFN2-xTB.
+    """
     atoms = start.copy()
     atoms.calc = GFN2xTB(accuracy=0.1)
     step, columns = 0.01, []
@@ -644,7 +647,8 @@ def _assembled(
     parts: Sequence[Atoms], rng: np.random.Generator, scale: Callable[[], float]
 ) -> Atoms:
     """Molecules around the first one, each turned at random and slid in from a random side until
-    its closest atom is at `scale()` times the sum of the covalent radii plus a contact gap."""
+    its closest atom is at `scale()` times the sum of the covalent radii plus a contact gap.
+    """
     whole = parts[0].copy()
     whole.positions -= whole.positions.mean(0)
     for part in parts[1:]:
@@ -732,7 +736,8 @@ def sample_reactive(job: Job) -> list[Atoms]:
 @dataclass(frozen=True)
 class Published:
     """A structure that OMol25 has labelled: a file that ASE reads, with charge, multiplicity,
-    energy_eV, max_force_eV_per_A and homo_lumo_gap_eV in its comment."""
+    energy_eV, max_force_eV_per_A and homo_lumo_gap_eV in its comment.
+    """
 
     path: Path
 

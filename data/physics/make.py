@@ -66,7 +66,8 @@ def plan(
     seed: int = 0, groups: int = GROUPS, progress: bool = False, tasks: Sequence[str] = ()
 ) -> list[Group]:
     """The first `groups` groups that can be made of every task, or of `tasks`; the tasks take
-    turns."""
+    turns.
+    """
     candidates = _candidates(seed)
     chosen: list[tuple[int, Group]] = []
     tasks = tasks or list(_MAKERS)
@@ -142,7 +143,8 @@ def _two_spins(group: Group) -> Made:
 
 def _separated(group: Group) -> Made:
     """A relaxed complex, then its second molecule ever further away along the line of centres: up
-    to `CUTOFF` one group, beyond it another, both compared with the relaxed complex."""
+    to `CUTOFF` one group, beyond it another, both compared with the relaxed complex.
+    """
     rng = np.random.default_rng(group.seed)
     parts = [_lowest(part, group.seed) for part in group.molecule.split(".")]
     charge = sum(part.info["charge"] for part in parts)

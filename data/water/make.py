@@ -68,8 +68,8 @@ TEMPERATURES = {"cluster": (150.0, 350.0), "liquid": (290.0, 310.0)}  # K, of ot
 PRESSURES = {"npt": (-1000.0, 3000.0), "liquid": (-500.0, 500.0)}  # bar
 DENSITIES = (0.90, 1.12)  # g/cm³, of boxes of constant volume
 MAX_FORCE = 15.0  # eV/Å: a structure with a larger one is left out
-# Distances (Å) of atoms of two molecules that SPC/Fw's dynamics hardly show. A model trained without
-# them may have a minimum there.
+# Distances (Å) of atoms of two molecules that SPC/Fw's dynamics hardly show. A model trained
+# without them may have a minimum there.
 CONTACTS = {("H", "H"): (0.4, 2.0), ("O", "H"): (1.2, 1.9), ("O", "O"): (2.2, 2.7)}
 STRAINED_EVERY = 7  # of a box's structures, one in so many is strained and displaced
 STEP, STEPS_BETWEEN, STEPS_BEFORE = 1.0, 200, 2500  # fs; two structures are 0.2 ps apart

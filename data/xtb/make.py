@@ -261,12 +261,12 @@ Nc1c[nH]c[nH+]1 c1cc[nH+]cc1 C[n+]1ccccc1 Nc1cc[nH+]cc1 C[PH3+] C[P+](C)(C)C C[S
 """
 ANIONS = """
 [F-] [Cl-] [Br-] [I-] [OH-] [SH-] [C-]#N [S-]C#N [O-]C#N [N-]=[N+]=[N-] N#C[N-]C#N C[O-] CC[O-]
-[O-]c1ccccc1 C[S-] CC[S-] CC(C)[S-] [S-]c1ccccc1 O=C[O-] CC(=O)[O-] CCC(=O)[O-] C=CC(=O)[O-] C#CC(=O)[O-]
-OCC(=O)[O-] NCC(=O)[O-] O=C([O-])CS CC(=O)C(=O)[O-] O=C([O-])C(F)(F)F O=C([O-])CF OC(=O)[O-] OC(=O)C(=O)[O-]
-O=C([O-])c1ccccc1 CC([S-])=O OP(=O)(O)[O-] O[PH](=O)[O-] COP(=O)(O)[O-] CP(=O)(O)[O-] O=P([O-])(F)F
-CS(=O)(=O)[O-] CS(=O)[O-] OS(=O)(=O)[O-] COS(=O)(=O)[O-] NS(=O)(=O)[O-] FC(F)(F)S(=O)(=O)[O-]
-O=[N+]([O-])[O-] O=N[O-] [O-]Cl(=O)(=O)=O F[B-](F)(F)F OB([O-])O c1c[n-]cn1 c1cc[n-]c1 c1c[n-]nn1
-O=c1cc[n-]c(=O)[nH]1 CC(=O)[N-]C [CH2-][N+](=O)[O-]
+[O-]c1ccccc1 C[S-] CC[S-] CC(C)[S-] [S-]c1ccccc1 O=C[O-] CC(=O)[O-] CCC(=O)[O-] C=CC(=O)[O-]
+C#CC(=O)[O-] OCC(=O)[O-] NCC(=O)[O-] O=C([O-])CS CC(=O)C(=O)[O-] O=C([O-])C(F)(F)F O=C([O-])CF
+OC(=O)[O-] OC(=O)C(=O)[O-] O=C([O-])c1ccccc1 CC([S-])=O OP(=O)(O)[O-] O[PH](=O)[O-] COP(=O)(O)[O-]
+CP(=O)(O)[O-] O=P([O-])(F)F CS(=O)(=O)[O-] CS(=O)[O-] OS(=O)(=O)[O-] COS(=O)(=O)[O-] NS(=O)(=O)[O-]
+FC(F)(F)S(=O)(=O)[O-] O=[N+]([O-])[O-] O=N[O-] [O-]Cl(=O)(=O)=O F[B-](F)(F)F OB([O-])O c1c[n-]cn1
+c1cc[n-]c1 c1c[n-]nn1 O=c1cc[n-]c(=O)[nH]1 CC(=O)[N-]C [CH2-][N+](=O)[O-]
 """
 POLAR = """
 O N F Cl S C#N CO CN CS OCCO COC C1CO1 C1CCOC1 CC#N C=O CC=O CC(C)=O OC=O CC(=O)O NC=O CC(N)=O
@@ -290,12 +290,13 @@ DIATOMICS = """
 [H][H] N#N [C-]#[O+] F Cl Br I FF ClCl BrBr II FCl ClBr ClI BrI [Li][H] [Na][H] [K][H] [H][H]|0|3
 N#N|0|3 F|0|3 Cl|0|3 FF|0|3 ClCl|0|3 [O][O]|0|3 [O][O]|0|1 [S][S]|0|3 [O][S]|0|3 [O]=[Si]|0|1
 [S]=[C]|0|1 P#P P#N [B]F|0|1 [BH]|0|1 [OH] [SH] [CH]|0|2 [C]#N [N]=O [O]F [O]Cl [O]Br [NH]|0|3
-[PH]|0|3 [OH-] [SH-] [C-]#N [N+]=O|1|1 [H][H]|1|2 N#N|1|2 [O][O]|1|2 [O][O]|-1|2 [C-]#[O+]|1|2 F|1|2 Cl|1|2
+[PH]|0|3 [OH-] [SH-] [C-]#N [N+]=O|1|1 [H][H]|1|2 N#N|1|2 [O][O]|1|2 [O][O]|-1|2 [C-]#[O+]|1|2 F|1|2
+Cl|1|2
 """
 LINEAR = """
-C#C C#N N#CC#N C#CC#C C#CC#N FC#C ClC#C CC#C CC#N CC#CC O=C=O O=C=S S=C=S O=C=C=C=O N#N=O [N-]=[N+]=O
-[N-]=[N+]=[N-] [S-]C#N [O-]C#N N#[N+][H] [O-]C#C [C-]#C C[N+]#[C-] [H][Mg][H] Cl[Mg]Cl Cl[Zn]Cl
-[H][Zn][H]
+C#C C#N N#CC#N C#CC#C C#CC#N FC#C ClC#C CC#C CC#N CC#CC O=C=O O=C=S S=C=S O=C=C=C=O N#N=O
+[N-]=[N+]=O [N-]=[N+]=[N-] [S-]C#N [O-]C#N N#[N+][H] [O-]C#C [C-]#C C[N+]#[C-] [H][Mg][H] Cl[Mg]Cl
+Cl[Zn]Cl [H][Zn][H]
 """
 ATOMS = """
 [H]|0|2 [Li]|0|2 [B]|0|2 [C]|0|3 [N]|0|4 [O]|0|3 [F]|0|2 [Na]|0|2 [Mg]|0|1 [Si]|0|3 [P]|0|4 [S]|0|3
@@ -387,7 +388,8 @@ def charged_systems() -> list[SampledSystem]:
 
 def separated_systems() -> list[SampledSystem]:
     """Every system of the set `apart`, each once, in a fixed order: two molecules, which `main` has
-    in contact only."""
+    in contact only.
+    """
     partners, ions = PARTNERS.split(), [*DISSOLVED.split(), "[Zn+2]", "[I-]"]
     words = [word for word in ["O.O"] + ION_PAIRS.split() + DIMERS.split() if word.count(".") == 1]
     found = [_system("apart", word, weight=3.0) for word in words]
@@ -414,7 +416,8 @@ def ionic_systems() -> list[SampledSystem]:
 
 def simplest_systems() -> list[SampledSystem]:
     """Every system of the set `simplest`, each once, in a fixed order: free atoms and their ions,
-    diatomics over the whole curve, linear molecules."""
+    diatomics over the whole curve, linear molecules.
+    """
     diatomics = [_system("diatomics", word, weight=8.0) for word in DIATOMICS.split()]
     found = [replace(system, stretched=True) for system in diatomics]
     found += [_system("linear", word, weight=4.0) for word in LINEAR.split()]
@@ -616,7 +619,8 @@ def _enough(kept: list[Atoms], count: int) -> list[Atoms]:
 
 def _stretched(system: SampledSystem, count: int, rng: np.random.Generator) -> list[Atoms]:
     """Two atoms at `count` distances, evenly spread in their logarithm but for a random part; those
-    whose force is too large, or whose SCF fails, are left out."""
+    whose force is too large, or whose SCF fails, are left out.
+    """
     numbers = [atom.GetAtomicNum() for atom in with_hydrogens(system.parts[0]).GetAtoms()]
     bond, (least, most) = covalent_radii[numbers].sum(), STRETCHES
     kept = []
@@ -635,7 +639,8 @@ def _stretched(system: SampledSystem, count: int, rng: np.random.Generator) -> l
 
 def _charge_moved(atoms: Atoms) -> bool:
     """Whether a molecule far from all others has not its own charge: GFN2-xTB spreads charges over
-    molecules in vacuum where an electron of one is higher than an empty level of another."""
+    molecules in vacuum where an electron of one is higher than an empty level of another.
+    """
     parts = [parse_system("", part) for part in atoms.info["molecule"].split(".")]
     ends = np.cumsum([atom_count(part) for part in parts])
     distances = atoms.get_all_distances()
@@ -666,7 +671,8 @@ def _label(
     tolerance: float = STATE_TOLERANCE,
 ) -> Atoms | None:
     """The structure with its labels and metadata, or None if it is not fit for training: among
-    others if its energy is not within `tolerance` of `expected` (eV)."""
+    others if its energy is not within `tolerance` of `expected` (eV).
+    """
     numbers, positions = atoms.numbers, atoms.positions
     distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
     bond = covalent_radii[numbers][:, None] + covalent_radii[numbers][None]
@@ -703,7 +709,8 @@ def _relax_each(system: System, part: str, shapes: Sequence[Atoms]) -> list[Atom
 
 def _energy_when_separated(atoms: Atoms, system: System) -> float:
     """Energies of two molecules alone plus Coulomb's of their charges, in eV; NaN where GFN2-xTB
-    fails for one of them."""
+    fails for one of them.
+    """
     first = with_hydrogens(system.parts[0]).GetNumAtoms()
     pieces, energy = (atoms[:first], atoms[first:]), 0.0
     states = [parse_system(system.domain, part) for part in system.parts]
@@ -748,7 +755,8 @@ def _shape(
 
 def _rotatable_bonds(smiles: str) -> list[tuple[int, int, np.ndarray]]:
     """Single bonds outside rings between two atoms that have other neighbours: (i, j, the atoms on
-    the side of j)."""
+    the side of j).
+    """
     from rdkit import Chem
 
     molecule = with_hydrogens(smiles)

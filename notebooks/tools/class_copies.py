@@ -181,7 +181,7 @@ def student_copy(notebook: Notebook) -> Notebook:
 def write_class(notebooks: Iterable[Path], out: Path) -> dict[str, list[Exercise]]:
     """Write `out/student/*.ipynb` and `out/instructor/*.ipynb`; the exercises of each notebook.
 
-    The files that lessons read (`molecules/*.xyz`, say) are copied too. Earlier copies are replaced,
+    The files that lessons read (`molecules/*.xyz`) are copied too. Earlier copies are replaced,
     after all new ones are made. Raises `ClassroomError`, `FileNotFoundError`.
     """
     notebooks = sorted(Path(path) for path in notebooks)
@@ -212,7 +212,7 @@ def write_class(notebooks: Iterable[Path], out: Path) -> dict[str, list[Exercise
 
 
 def run_notebook(path: Path) -> dict[int, str]:
-    """Run all cells of a notebook in its folder, also after errors; the errors by cell, a line each.
+    """Run all cells of a notebook in its folder, also after errors; errors by cell, a line each.
 
     The file is not changed. Needs nbclient, which comes with JupyterLab.
     """

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from notebooks.tools.class_copies import LESSON_FILES, COURSE, read_notebook, student_copy
+from notebooks.tools.class_copies import COURSE, LESSON_FILES, read_notebook, student_copy
 
 RECORD = ".copies.json"  # the fingerprint of each copy as it was written
 

@@ -28,9 +28,9 @@ from ase.build import molecule
 from safetensors.torch import load_file, save_file
 
 from allscaip_lite.checkpoints import (
-    official,
     bundled_models,
     load_model,
+    official,
     read_card,
     save_model,
     save_official,

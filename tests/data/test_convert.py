@@ -20,8 +20,8 @@ from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.convert import convert
 from allscaip_lite.data.reading import read_structure
-from allscaip_lite.errors import DataError, StructureWarning
 from allscaip_lite.electrons import charge_and_spin
+from allscaip_lite.errors import DataError, StructureWarning
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:

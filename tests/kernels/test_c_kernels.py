@@ -17,8 +17,8 @@ import torch
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
-from allscaip_lite.errors import KernelError
 from allscaip_lite import AllScAIP, AllScAIPCalculator
+from allscaip_lite.errors import KernelError
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
 from allscaip_lite.operations import PLAIN

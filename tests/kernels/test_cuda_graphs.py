@@ -13,8 +13,8 @@ from ase.build import bulk, molecule
 from ase.md.verlet import VelocityVerlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allscaip_lite.errors import KernelError
 from allscaip_lite import AllScAIP, AllScAIPCalculator
+from allscaip_lite.errors import KernelError
 from allscaip_lite.kernels import choose, cuda_graphs
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.kernels.padded import (
@@ -23,8 +23,8 @@ from allscaip_lite.kernels.padded import (
     pad,
     padded_prediction,
 )
-from allscaip_lite.spcfw import water_box
 from allscaip_lite.neighbors import candidate_pairs
+from allscaip_lite.spcfw import water_box
 from allscaip_lite.structures import Structures, structures_from_atoms
 
 ModelMaker = Callable[..., AllScAIP]

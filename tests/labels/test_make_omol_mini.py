@@ -14,12 +14,12 @@ from ase import Atoms
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite import cli  # noqa: E402
-from allscaip_lite.checkpoints.native import load_model, read_card  # noqa: E402
-from allscaip_lite.data.aselmdb import Dataset  # noqa: E402
-from allscaip_lite.evaluation import errors as evaluation  # noqa: E402
-from allscaip_lite.labels import LabelError, sampling  # noqa: E402
-from allscaip_lite.labels.xtb import GFN2xTB  # noqa: E402
+from allscaip_lite import cli
+from allscaip_lite.checkpoints.native import load_model, read_card
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.evaluation import errors as evaluation
+from allscaip_lite.labels import LabelError, sampling
+from allscaip_lite.labels.xtb import GFN2xTB
 
 make = importlib.import_module("data.omol-mini.make")
 MOST_ATOMS, SIZES, Item = make.MOST_ATOMS, make.SIZES, make.Item
@@ -100,7 +100,8 @@ def test_ours_beside_published_labels(tmp_path, capsys):
     hydrogen = Atoms("H2", [[0, 0, 0], [0, 0, 0.8]], info={"charge": 0, "spin": 1})
     ours = dft.label(hydrogen)
     energy, force = ours.get_potential_energy(), np.abs(ours.get_forces()).max()
-    text = f"data_id=spice charge=0 multiplicity=1 energy_eV={energy - 0.01} max_force_eV_per_A={force}"
+    text = f"data_id=spice charge=0 multiplicity=1 energy_eV={energy - 0.01} "
+    text += f"max_force_eV_per_A={force}"
     file = tmp_path / "published" / "one.xyz"
     file.parent.mkdir()
     command = ["--out", str(tmp_path / "out"), "--published", str(file.parent)]

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite.cli import main as allscaip_lite  # noqa: E402
-from allscaip_lite.data.aselmdb import Dataset  # noqa: E402
-from allscaip_lite.labels import sampling  # noqa: E402
+from allscaip_lite.cli import main as allscaip_lite
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.labels import sampling
 
 make = importlib.import_module("data.physics.make")
 Group, main = make.Group, make.main

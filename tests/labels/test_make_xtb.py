@@ -15,10 +15,10 @@ from ase import Atoms
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite.data.aselmdb import SPLITS, Dataset  # noqa: E402
-from allscaip_lite.labels import sampling  # noqa: E402
-from allscaip_lite.labels.sampling import Job, make_set  # noqa: E402
-from allscaip_lite.labels.xtb import GFN2xTB  # noqa: E402
+from allscaip_lite.data.aselmdb import SPLITS, Dataset
+from allscaip_lite.labels import sampling
+from allscaip_lite.labels.sampling import Job, make_set
+from allscaip_lite.labels.xtb import GFN2xTB
 
 make = importlib.import_module("data.xtb.make")
 plan, sample = make.plan, make.sample

@@ -9,7 +9,6 @@ from ase import Atoms
 from ase.calculators.fd import calculate_numerical_forces
 
 from allscaip_lite import AllScAIP
-from docs.studies.ablation.run import MODELS
 from allscaip_lite.labels import LabelError
 from allscaip_lite.labels.point_charges import (
     CHARGES,
@@ -19,6 +18,7 @@ from allscaip_lite.labels.point_charges import (
     ions,
     point_charges,
 )
+from docs.studies.ablation.run import MODELS
 
 
 def cloud(seed: int = 0) -> Atoms:

@@ -9,8 +9,8 @@ from ase import Atoms
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite.labels import LabelError, sampling  # noqa: E402
-from allscaip_lite.labels.sampling import Job, parse_system  # noqa: E402
+from allscaip_lite.labels import LabelError, sampling
+from allscaip_lite.labels.sampling import Job, parse_system
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from ase.build import molecule
 from ase.calculators.calculator import Calculator
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
-from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.errors import StructureError
+from allscaip_lite.md.batched import side_by_side
 
 NEUTRAL = {"charge": 0, "spin": 1}
 

@@ -13,10 +13,9 @@ from ase.io.trajectory import Trajectory
 pytest.importorskip("MDAnalysis")
 
 from allscaip_lite.errors import RunError
-from allscaip_lite.spcfw import SPCFw, molecules, water_box  # noqa: E402
-from allscaip_lite.md import observables  # noqa: E402
-from allscaip_lite.md.dynamics import Settings, run_md  # noqa: E402
-from allscaip_lite.md.observables import (  # noqa: E402
+from allscaip_lite.md import observables
+from allscaip_lite.md.dynamics import Settings, run_md
+from allscaip_lite.md.observables import (
     Estimate,
     RadialDistribution,
     Run,
@@ -40,6 +39,7 @@ from allscaip_lite.md.observables import (  # noqa: E402
     summarise,
     temperatures_by_motion,
 )
+from allscaip_lite.spcfw import SPCFw, molecules, water_box
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -16,9 +16,9 @@ from allscaip_lite import (
     StructureError,
     structures_from_atoms,
 )
+from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureWarning
 from allscaip_lite.graph import build_graph
-from allscaip_lite.electrons import charge_and_spin
 
 
 def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:

@@ -162,7 +162,7 @@ def touch(view: View) -> None:
     here = view.part("query").evaluate("e => e.selectedOptions[0].text")
 
     def another(tip: str) -> bool:  # an atom that is not the query, and no periodic image
-        key = tip.split("\n")[0].split("attends to ")[1]
+        key = tip.split("\n", maxsplit=1)[0].split("attends to ")[1]
         return "(" not in key and set(re.findall(r"[A-Z][a-z]?\d+", key)) != {here}
 
     tip = view.find(another)
@@ -172,7 +172,7 @@ def touch(view: View) -> None:
     assert chosen in tip
     view.hover("canvas", 0.0, 0.0)
     assert view.picture() != before
-    changed(view, lambda: view.root.locator("[data-step=head]").last.click())
+    changed(view, view.root.locator("[data-step=head]").last.click)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def changed_tip(view: View, canvas: str, x: float, y: float) -> str:
 
 def named(tip: str, atom: str, edges: list[str]) -> tuple[int, int]:
     """Row and column that a tip of neighbourhood attention speaks of."""
-    first = tip.split("\n")[0]
+    first = tip.split("\n", maxsplit=1)[0]
     query, key = (name.removesuffix(" (itself)") for name in first.split(" attends to "))
     names = [f"self-edge of {atom}", *edges[1:]]
     return names.index(query), names.index(key)
@@ -422,7 +422,9 @@ def test_periodic_images_can_be_clicked(model, crystal, offline, tmp_path):
         expected = np.linalg.norm(end - crystal.positions[3])
         assert distances[name] == pytest.approx(expected, abs=0.011)
     view.choose("kind", "node")
-    nearest = dict(zip(atom_labels(crystal), crystal.get_distances(3, range(7), mic=True)))
+    nearest = dict(
+        zip(atom_labels(crystal), crystal.get_distances(3, range(7), mic=True), strict=True)
+    )
     assert view.table(column=2) == pytest.approx(nearest, abs=0.011)
 
 

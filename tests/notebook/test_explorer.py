@@ -64,7 +64,7 @@ def weights_of(data: dict, kind: str) -> np.ndarray:
 
 
 def read_page(data: dict) -> list[dict]:
-    """The data of each frame of a page: node (L, h, N, N), edges, and (L, h, c, c) for each atom."""
+    """Data of each frame of a page: node (L, h, N, N), edges, and (L, h, c, c) for each atom."""
     n, layers = len(data["scene"]["labels"]), (data["blocks"], data["heads"])
     flat = {kind: weights_of(data, kind) for kind in data["kinds"]}
     frames = []
@@ -368,11 +368,15 @@ def test_the_weights_mix_what_faster_kernels_mix(model, crystal, kind, block):
         expected = torch.full_like(values, torch.nan)
         graph = build_graph(structures_from_atoms(crystal, torch.float64), model.config)
         place = {(i, i, 0, 0, 0): i for i in range(n)}  # row of each edge i→j
-        edges = zip(graph.source.tolist(), graph.target.tolist(), graph.shift.long().tolist())
+        edges = zip(
+            graph.source.tolist(), graph.target.tolist(), graph.shift.long().tolist(), strict=True
+        )
         place |= {(i, j, *shift): n + row for row, (i, j, shift) in enumerate(edges)}
         for i in range(n):
             count = int((maps.neighbor[i] >= 0).sum())
-            ends = zip(maps.neighbor[i, :count].tolist(), maps.image[i, :count].tolist())
+            ends = zip(
+                maps.neighbor[i, :count].tolist(), maps.image[i, :count].tolist(), strict=True
+            )
             if kind == "source":
                 rows = [place[i, j, *image] for j, image in ends]
             else:  # the edge j→i, as seen from j

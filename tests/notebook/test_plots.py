@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -94,7 +92,7 @@ def test_the_plain_pass_reproduces_the_energy(model, name):
 
 @pytest.mark.parametrize("kind", ["source", "destination", "node"])
 def test_faster_kernels_mix_values_with_these_weights(model, maps, kind):
-    """Weights times values, computed here, against what enters the output layer of a faster pass."""
+    """Weights times values, computed here, against the input of a faster pass's output layer."""
     seen = {}
     block = model.blocks[0]
     layer = getattr(block, f"{kind}_attention")
@@ -310,7 +308,7 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     assert kinds.count("Circle") == len(ETHANOL) + 1  # with the ring around the query
     assert kinds.count("FancyArrowPatch") == 2
     (arrows,) = [c for c in axes.collections if type(c).__name__ == "Quiver"]
-    assert arrows.N == len(ETHANOL)
+    assert len(ETHANOL) == arrows.N
 
 
 def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):

@@ -20,8 +20,8 @@ from allscaip_lite.errors import InputError
 from allscaip_lite.spcfw import SPCFw
 from docs.studies.stability.run import (
     Trial,
-    choose,
     changed_bond,
+    choose,
     main,
     rotation_errors,
     run_trial,

@@ -14,17 +14,16 @@ from ase.calculators.calculator import Calculator, all_changes
 
 pytest.importorskip("MDAnalysis")
 
-from allscaip_lite.spcfw import SPCFw  # noqa: E402
-from allscaip_lite.machine import processor_name  # noqa: E402
-from allscaip_lite.errors import RunError  # noqa: E402
-from allscaip_lite.md.dynamics import read_log  # noqa: E402
-from allscaip_lite.md.observables import (  # noqa: E402
+from allscaip_lite.errors import RunError
+from allscaip_lite.machine import processor_name
+from allscaip_lite.md.dynamics import read_log
+from allscaip_lite.md.observables import (
     Estimate,
     average,
     jackknife,
     reweighted_difference,
 )
-from allscaip_lite.md.water_results import (  # noqa: E402
+from allscaip_lite.md.water_results import (
     STAGE_OF,
     TARGETS,
     pool,
@@ -32,14 +31,15 @@ from allscaip_lite.md.water_results import (  # noqa: E402
     read_results,
     verdict,
 )
-from allscaip_lite.tables import insert_table  # noqa: E402
-from docs.studies.water import run as water_study  # noqa: E402
-from docs.studies.water.run import (  # noqa: E402
+from allscaip_lite.spcfw import SPCFw
+from allscaip_lite.tables import insert_table
+from docs.studies.water import run as water_study
+from docs.studies.water.run import (
     WaterBenchmark,
-    on_own_frames,
     collect,
     compare,
     main,
+    on_own_frames,
     run_water_benchmark,
     write_number,
 )

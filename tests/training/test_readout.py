@@ -14,10 +14,10 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite import AllScAIP, cli
-from allscaip_lite.errors import InputError
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
+from allscaip_lite.errors import InputError
 from allscaip_lite.training.refit import Rows, measure, refit, solve
 
 ModelMaker = Callable[..., AllScAIP]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -21,11 +23,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model, structures_from_atoms
-from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.applicability import Seen
 from allscaip_lite.config import PRESETS
 from allscaip_lite.data.aselmdb import DataError, Dataset, Mixture, Subset, write_aselmdb
 from allscaip_lite.data.batches import Batch, Batches, collate, in_order
+from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.kernels import compiled
 from allscaip_lite.kernels.padded import Size
@@ -250,7 +252,7 @@ def test_in_order_is_the_data_once(data: Dataset) -> None:
     limit = int(data.natoms.max()) - 1  # the largest comes alone
     batches = list(in_order(data, limit))
     sizes = [batch.structures.natoms.tolist() for batch in batches]
-    assert sum(sizes, []) == data.natoms.tolist()
+    assert functools.reduce(operator.iadd, sizes, []) == data.natoms.tolist()
     assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
     assert any(len(size) > 1 for size in sizes)
     energies = torch.cat([batch.energy for batch in batches]).tolist()

@@ -299,8 +299,8 @@ def run_study(
     if not wanted:
         raise InputError(f"no cell is named {' or '.join(cells)}; {study.cells()[0].name} is")
     waiting = [cell for cell in wanted if not (folder / f"{cell.name}.json").exists()]
-    started, finished = time.monotonic(), 0
-    for cell in waiting:
+    started = time.monotonic()
+    for finished, cell in enumerate(waiting):
         elapsed = (time.monotonic() - started) / 3600
         if elapsed >= hours:
             print(f"{hours:g} hours are over: {len(waiting) - finished} cells wait", flush=True)
@@ -309,12 +309,11 @@ def run_study(
         print(f"{cell.name}: {number} of {len(wanted)}", flush=True)
         row = run_cell(study, cell, data, folder / cell.name, kernels)
         store_text(folder / f"{cell.name}.json", json.dumps(row))
-        finished += 1
-        pace = (time.monotonic() - started) / finished
+        pace = (time.monotonic() - started) / (finished + 1)
         whole = row["errors"]["all"]
         print(
             f"{cell.name}: energy {whole['energy_mae']:.1f} meV, forces {whole['force_mae']:.1f} "
-            f"meV/Å; {pace * (len(waiting) - finished) / 60:.0f} min left",
+            f"meV/Å; {pace * (len(waiting) - finished - 1) / 60:.0f} min left",
             flush=True,
         )
         if results is not None:

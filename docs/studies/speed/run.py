@@ -42,9 +42,9 @@ from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
-from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.machine import THREADS_OF_USER, processor_name
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.tables import insert_table, markdown_table
 from allscaip_lite.training.loop import (
     RecordedLoss,
@@ -139,7 +139,9 @@ class Side:
     `ask` raises `RuntimeError` with the last line the process wrote, if it has ended.
     """
 
-    def __init__(self, side: str, checkpoint: Path, molecules: int, args: argparse.Namespace):
+    def __init__(
+        self, side: str, checkpoint: Path, molecules: int, args: argparse.Namespace
+    ) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", side]
         command += ["--checkpoint", str(checkpoint), "--atoms", str(3 * molecules)]
         command += ["--device", args.device]
@@ -316,9 +318,11 @@ def notes(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
     lines = [f"{machine(args)}; {model}; {args.rounds} calls."]
     if powers:
         lines.append(f"Time between the two largest sizes: {', '.join(powers)}.")
-    for row in rows:
-        if "failed" in row:
-            lines.append(f"{row['side']} failed at {row['atoms']} atoms: {row['failed']}")
+    lines += [
+        f"{row['side']} failed at {row['atoms']} atoms: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
     return "\n\n".join(lines)
 
 
@@ -354,7 +358,7 @@ def kind_of(operator: str) -> str:
 
 
 def profile(molecules: int, side: str, checkpoint: Path, args: argparse.Namespace) -> str:
-    """Where the time of a side goes in one call: kinds of operators, forward and backward, then the top 12.
+    """Where the time of a side goes in one call: kinds of operators, both passes, then the top 12.
 
     Each operator counts with its own time, without that of the operators it calls. On a GPU it is
     the time of its kernels.
@@ -472,7 +476,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sides",
         nargs="+",
         type=side_and_threads,
-        help=f"what to compare, in this order, of {', '.join(SIDES)} (default: all that can run here); "
+        help=f"what to compare, in this order, of {', '.join(SIDES)} (default: all that run here); "
         "c:2 runs with two threads, c:auto with what the package chooses",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="default: hidden 128, 4 blocks")

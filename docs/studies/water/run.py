@@ -43,7 +43,6 @@ from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import differing, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from allscaip_lite.machine import device_name, processor_name
 from allscaip_lite.md.dynamics import (
     Explosion,
@@ -85,6 +84,7 @@ from allscaip_lite.md.water_results import (
     read_results,
     verdict,
 )
+from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from allscaip_lite.tables import insert_table, markdown_table
 
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
