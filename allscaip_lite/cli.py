@@ -65,6 +65,11 @@ COMMANDS = {
         "fit the last layer of a trained model once more, by least squares",
         "nothing was kept; the same command starts again",
     ),
+    "calibrate": Command(
+        "training.calibrate",
+        "write into a model's file what its training data have in them, and its uncertainty",
+        "nothing was kept; the same command starts again",
+    ),
     "evaluate": Command(
         "evaluation.errors",
         "errors of a model on a data set, overall and by domain, element, charge or size",

@@ -471,13 +471,18 @@ class AllScAIP(nn.Module):
                 "this model has no uncertainty: `allscaip-lite calibrate` makes it from the data "
                 "that the model was trained on"
             )
+        rows = self.last_layer_inputs(structures)
+        return torch.linalg.vector_norm(rows @ self.posterior.to(rows), dim=1)
+
+    @torch.no_grad()
+    def last_layer_inputs(self, structures: Structures) -> Tensor:
+        """(B, 2H + 1) eV: the derivatives of each energy by the last layer's weights and bias."""
         structures = structures.to(self.device, self.dtype)
         hidden = self.energy_head.hidden(self.features(structures, self.operations)).double()
-        rows = hidden.new_zeros(len(structures), hidden.shape[1]).index_add(
-            0, structures.system, hidden
-        )  # (B, 2H)
-        rows = torch.cat([rows, structures.natoms[:, None].to(rows)], 1) * self.energy_scale
-        return torch.linalg.vector_norm(rows @ self.posterior.to(rows), dim=1)
+        sums = hidden.new_zeros(len(structures), hidden.shape[1])  # (B, 2H)
+        sums = sums.index_add(0, structures.system, hidden)
+        natoms = structures.natoms[:, None].to(sums)  # what a change of the bias adds
+        return torch.cat([sums, natoms], dim=1) * self.energy_scale
 
     def predict(
         self,

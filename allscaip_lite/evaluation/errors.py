@@ -41,11 +41,14 @@ if TYPE_CHECKING:
 class Residuals(NamedTuple):
     """Predicted minus labelled, of S structures: energies (S,) in meV/atom, forces, S of (n, 3), in
     meV/Å, and stresses (S, 3, 3) in bar, not a number where a structure or the model has none.
+    deviations: the model's own standard deviations of the energies, (S,) in meV/atom, if it has
+    such.
     """
 
     energies: Tensor
     forces: list[Tensor]
     stresses: Tensor
+    deviations: Tensor | None = None
 
 
 @torch.no_grad()
@@ -54,7 +57,7 @@ def residuals(
 ) -> Residuals:
     """Of a whole data set, in its order."""
     model.eval()
-    energies, forces, stresses = [], [], []
+    energies, forces, stresses, deviations = [], [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
         for batch in in_order(data, max_atoms):
             with model.operations.threads(len(batch.structures.positions)):
@@ -65,14 +68,19 @@ def residuals(
             missing = torch.full_like(batch.stress, torch.nan)
             stress = missing if stress is None else stress.cpu() - batch.stress
             stresses.append(stress.double() / units.bar)
+            if model.posterior is not None:
+                deviation = model.energy_uncertainty(batch.structures).cpu()
+                deviations.append(1e3 * deviation / natoms)
             bar.update(len(natoms))
-    return Residuals(torch.cat(energies), forces, torch.cat(stresses))
+    doubts = torch.cat(deviations) if deviations else None
+    return Residuals(torch.cat(energies), forces, torch.cat(stresses), doubts)
 
 
 def summary(found: Residuals) -> dict[str, float]:
     """MAE and RMSE in the units of `Residuals`, and the number of structures.
 
-    Of stresses, where there are any, the MAE of the components and of the pressure.
+    Of stresses, where there are any, the MAE of the components and of the pressure; of the model's
+    own standard deviations, their mean.
     """
     flat = torch.cat([force.flatten() for force in found.forces])
     row = {
@@ -82,6 +90,8 @@ def summary(found: Residuals) -> dict[str, float]:
         "force_mae": flat.abs().mean().item(),
         "force_rmse": flat.square().mean().sqrt().item(),
     }
+    if found.deviations is not None:
+        row["deviation"] = found.deviations.mean().item()
     known = found.stresses[found.stresses.isfinite().all(2).all(1)]
     if len(known):
         row["stress_mae"] = known.abs().mean().item()
@@ -189,7 +199,18 @@ def by_domain(data: Dataset, found: Residuals) -> Rows:
 
 def _chosen(found: Residuals, members: list[int]) -> Residuals:
     forces = [found.forces[i] for i in members]
-    return Residuals(found.energies[members], forces, found.stresses[members])
+    doubts = None if found.deviations is None else found.deviations[members]
+    return Residuals(found.energies[members], forces, found.stresses[members], doubts)
+
+
+def rank_correlation(found: Residuals) -> float:
+    """Spearman's, of the model's own deviations of energies and their errors, both an atom: 1 where
+    a structure with a larger deviation always has the larger error, 0 where they have nothing to do
+    with each other."""
+    from scipy.stats import spearmanr
+
+    assert found.deviations is not None
+    return float(spearmanr(found.deviations, found.energies.abs()).statistic)
 
 
 # --- Levels of theory ------------------------------------------------------------------------
@@ -257,6 +278,7 @@ def _on_one_zero(described: Sequence[Description], found: Residuals) -> tuple[Re
 COLUMNS = {
     "energy_mae": "energy MAE",
     "energy_rmse": "RMSE (meV/atom)",
+    "deviation": "its own deviation",
     "force_mae": "force MAE",
     "force_rmse": "RMSE (meV/Å)",
     "stress_mae": "stress MAE",
@@ -524,6 +546,11 @@ def run(args: argparse.Namespace) -> None:
             print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
             of_xtb = by_group(described, xtb_residuals(described), GROUPS["domain"])
             print(table(of_xtb), end="\n\n")
+    if found.deviations is not None and len(described) > 2:
+        print(
+            "The model's own deviations rank the errors of its energies with a correlation of "
+            f"{rank_correlation(found):.2f} (Spearman; 1: perfectly, 0: not at all)."
+        )
     if not args.fit_references and found.energies.abs().median() > ANOTHER_LEVEL:
         print(
             "Energies are off by more than 1 eV/atom: labels of another level of theory? "
