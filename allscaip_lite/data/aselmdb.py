@@ -25,9 +25,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.row import AtomsRow
 from ase_db_backends.aselmdb import LMDBDatabase
 
-from allscaip_lite.data.checks import checked_labels, held_results
+from allscaip_lite.data.checks import LABELS, checked_labels, held_results
+from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError
-from allscaip_lite.files import atomic_write
+from allscaip_lite.files import atomic_write, fingerprint
 
 SPLITS = ("train", "val", "test")
 
@@ -333,6 +334,21 @@ def checksum(structures: Iterable[Atoms]) -> str:
         for values in (atoms.numbers, atoms.positions, energy, atoms.calc.results["forces"]):
             digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()
+
+
+def data_fingerprint(data: LabelledData, limit: int = 2000) -> str:
+    """The same for the same structures and labels, in order, charges and multiplicities included.
+
+    Of more than `limit` structures, evenly spaced ones are read, and of the others the numbers of
+    atoms alone: a change of few of very many goes unnoticed.
+    """
+    parts = [data.natoms]
+    for index in evenly_spaced(len(data), limit):
+        atoms = data[int(index)]
+        stated = [np.nan if value is None else value for value in stated_charge_and_spin(atoms)]
+        parts += [atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, np.array(stated)]
+        parts += [np.asarray(atoms.calc.results[n]) for n in LABELS if n in atoms.calc.results]
+    return fingerprint(parts)
 
 
 def evenly_spaced(count: int, limit: int) -> np.ndarray:

@@ -206,7 +206,8 @@ def _chosen(found: Residuals, members: list[int]) -> Residuals:
 def rank_correlation(found: Residuals) -> float:
     """Spearman's, of the model's own deviations of energies and their errors, both an atom: 1 where
     a structure with a larger deviation always has the larger error, 0 where they have nothing to do
-    with each other."""
+    with each other.
+    """
     from scipy.stats import spearmanr
 
     assert found.deviations is not None

@@ -155,7 +155,8 @@ def run_md(
         atoms: the start; it stays as it is.
         calculator: gives energy and forces, and the stress for npt.
         settings: what fixes the run.
-        folder: of the run; one with another label, structure or other settings is refused.
+        folder: of the run; one with another label, model, structure, other masses or settings is
+            refused.
         label: the calculator's name.
         progress: whether to show a progress bar.
 
@@ -173,6 +174,8 @@ def run_md(
     plan = {
         **dataclasses.asdict(settings),
         "model": label,
+        "calculator": _calculator_fingerprint(calculator),
+        "masses": fingerprint([np.round(atoms.get_masses(), 9)]),
         "elements": atoms.numbers.tolist(),
         "structure": _fingerprint(atoms),
     }
@@ -450,12 +453,25 @@ def _fingerprint(atoms: Atoms) -> str:
     return fingerprint([atoms.pbc, *(np.round(array, 9) + 0.0 for array in numbers)])  # no -0
 
 
+def _calculator_fingerprint(calculator: Calculator) -> str:
+    """The same for the same energies: weights of a model, or kind and parameters of another."""
+    model: Any = getattr(calculator, "model", None)
+    if hasattr(model, "state_dict"):
+        config = json.dumps(model.config.to_dict(), sort_keys=True)
+        weights = [value.detach().cpu().numpy() for value in model.state_dict().values()]
+        return fingerprint([np.array(config), *weights])
+    parameters = getattr(calculator, "parameters", {})
+    told = json.dumps(dict(parameters), sort_keys=True, default=repr)
+    return f"{type(calculator).__name__} {fingerprint([np.array(told)])}"
+
+
 def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The state in the folder if it is of the same run; the folder is ours afterwards."""
     listing, file = folder / "settings.json", folder / "state.npz"
     if listing.exists():
         known = json.loads(listing.read_text())
-        if changed := differing(plan, known, but=["duration"]):
+        # what a run of another version did not write down is not held against it
+        if changed := differing(plan, known, but=["duration", *(plan.keys() ^ known.keys())]):
             raise RunError(
                 f"{folder} holds a run with another {', '.join(changed)}: choose another folder"
             )

@@ -1,4 +1,4 @@
-"""What a model saw, and how sure its last layer is, of its training data: `allscaip-lite calibrate`.
+"""What a model saw and how sure its last layer is, of its training data: `allscaip-lite calibrate`.
 
 In: a trained model and the data that it was trained on. Out: the same weights in a new file, with
 what the data have in them (`applicability.Seen`) and the posterior of the last layer, from which
@@ -12,7 +12,6 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +32,8 @@ def energy_rows(
     model: AllScAIP, data: LabelledData, max_atoms: int = 400, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What the last layer reads of each structure (S, 2H + 1), an atom, in eV a unit of weight; and
-    what is missing of its energy (S,), in eV an atom."""
+    what is missing of its energy (S,), in eV an atom.
+    """
     rows, missing = [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
         for members in fill_batches(data.natoms, max_atoms):

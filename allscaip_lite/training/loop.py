@@ -27,7 +27,14 @@ from torch.utils.data import DataLoader
 from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
-from allscaip_lite.data.aselmdb import Dataset, LabelledData, Mixture, Subset, evenly_spaced
+from allscaip_lite.data.aselmdb import (
+    Dataset,
+    LabelledData,
+    Mixture,
+    Subset,
+    data_fingerprint,
+    evenly_spaced,
+)
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
@@ -36,7 +43,7 @@ from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
 from allscaip_lite.kernels.padded import PaddedBatch, Size, can_pad, padded_prediction
-from allscaip_lite.model import AllScAIP, Prediction
+from allscaip_lite.model import UNITS, AllScAIP, Prediction
 from allscaip_lite.training.muon import Muon
 
 
@@ -344,7 +351,6 @@ def train(
     save_every: int = 200,
     workers: int = 0,
     kernels: str = "auto",
-    start: str = "",
     fabric: lightning_fabric.Fabric | None = None,
     watch: Callable[[Stage, int, float], None] | None = None,
 ) -> AllScAIP:
@@ -359,7 +365,7 @@ def train(
         stages: direct first, then conservative, or one of them.
         training_data: labelled structures.
         validation_data: labelled structures that it does not train on.
-        folder: of the run; a run with other settings, data or start in it is refused.
+        folder: of the run; one with other settings, data, labels or another start is refused.
         max_atoms: atoms of a batch.
         seed: of the order of structures and of their rotations.
         validate_every: steps between validations.
@@ -368,7 +374,6 @@ def train(
         kernels: how the model computes, to the same numbers but for rounding, see
             `allscaip_lite.kernels`; "auto" takes what is fastest, on one CUDA GPU a step on
             molecules that is recorded and repeated.
-        start: a name for the model that is given, kept with the run.
         fabric: Lightning's, for GPUs and several processes; by default one device.
         watch: called after each step with stage, step and loss, to draw a curve for example.
 
@@ -391,15 +396,22 @@ def train(
         "stages": [asdict(s) for s in stages],
         "max_atoms": max_atoms,
         "seed": seed,
-        "start": start,
-        "data": fingerprint([training_data.natoms]),
+        "weights at the start": fingerprint(
+            # references are fitted, on another machine to other last digits
+            value.round(decimals=4).cpu().numpy() if name in UNITS else value.cpu().numpy()
+            for name, value in model.state_dict().items()
+        ),
+        "training data": data_fingerprint(training_data),
+        "validation data": data_fingerprint(validation_data),
+        "processes": fabric.world_size,
+        "number type": str(model.dtype),
         "shares": list(getattr(training_data, "shares", ())),
     }
     saved = None
     if state_file.exists():
         saved = torch.load(state_file, map_location="cpu", weights_only=True)
-        # what a run of an earlier version did not write down is not held against it
-        if changed := differing(saved["plan"], plan, but=plan.keys() - saved["plan"].keys()):
+        # what a run of another version wrote down under other names is not held against it
+        if changed := differing(saved["plan"], plan, but=plan.keys() ^ saved["plan"].keys()):
             raise RunError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
                 "--out, or remove it"
@@ -757,6 +769,5 @@ def run(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         workers=args.workers,
         kernels=args.kernels,
-        start=fingerprint(weight.detach().cpu().numpy() for weight in model.parameters()),
         fabric=fabric,
     )

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
 from ase.io import write
 from ase.io.trajectory import Trajectory
 from ase.lattice.cubic import FaceCenteredCubic
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from allscaip_lite import AllScAIPCalculator, cli
+from allscaip_lite import AllScAIPCalculator, cli, load_model
 from allscaip_lite.errors import RunError
 from allscaip_lite.md import dynamics as md
 from allscaip_lite.md.dynamics import (
@@ -303,10 +305,30 @@ def test_a_folder_belongs_to_one_structure_charge_and_spin(tmp_path):
     charged, moving = copper(), copper()
     charged.info["charge"] = 1
     moving.set_momenta(np.random.default_rng(0).normal(size=(32, 3)))
-    for atoms, words in ((other, "structure"), (charged, "charge"), (moving, "structure")):
+    heavy = copper()
+    heavy.set_masses(2 * heavy.get_masses())
+    for atoms, words in (
+        (other, "structure"),
+        (charged, "charge"),
+        (moving, "structure"),
+        (heavy, "masses"),
+    ):
         with pytest.raises(RunError, match=f"another {words}: choose another folder"):
             run_md(atoms, Springs(), short(), tmp_path, progress=False)
+    with pytest.raises(RunError, match="another calculator: choose another folder"):
+        run_md(copper(), EMT(), short(), tmp_path, progress=False)
     run_md(copper(), Springs(), short(), tmp_path, progress=False)
+
+
+def test_other_weights_under_the_same_name_do_not_go_on(tmp_path):
+    water = molecule("H2O", info={"charge": 0, "spin": 1})
+    model = load_model("lite")
+    settings = Settings(duration=1.0, timestep=0.5, save_every=0.5, log_every=0.5)
+    run_md(water, AllScAIPCalculator(model), settings, tmp_path, "mine", progress=False)
+    with torch.no_grad():
+        model.energy_head.contract.bias += 1e-6
+    with pytest.raises(RunError, match="another calculator: choose"):
+        run_md(water, AllScAIPCalculator(model), settings, tmp_path, "mine", progress=False)
 
 
 def test_a_killed_command_goes_on_to_the_same_bits(tmp_path):

@@ -514,13 +514,37 @@ def test_other_data_and_another_start_do_not_mix_in_one_folder(
 ) -> None:
     run(data, tmp_path, (2, 1))
     fewer = Subset(data, np.arange(len(data) - 1))
-    with pytest.raises(RunError, match=r"other settings \(data\)"):
+    with pytest.raises(RunError, match=r"other settings \(training data, "):
         run(fewer, tmp_path, (2, 1))
     stages = [direct_stage(2), conservative_stage(1)]
     options = {"max_atoms": 40, "validate_every": 100}
-    train(small_model(data), stages, data, data, tmp_path / "a", start="one", **options)
-    with pytest.raises(RunError, match=r"other settings \(start\)"):
-        train(small_model(data), stages, data, data, tmp_path / "a", start="two", **options)
+    train(small_model(data), stages, data, data, tmp_path / "a", **options)
+    other = small_model(data)
+    with torch.no_grad():
+        other.energy_head.contract.bias += 1e-6
+    with pytest.raises(RunError, match=r"other settings \(weights at the start\)"):
+        train(other, stages, data, data, tmp_path / "a", **options)
+
+
+@pytest.mark.parametrize("change", ["energy", "forces", "charge", "positions"])
+def test_corrected_labels_do_not_mix_with_old_ones(
+    twenty: Path, tmp_path: Path, change: str
+) -> None:
+    """Nor does the folder return the model of the old labels."""
+    old = Dataset(twenty)
+    train(small_model(old), [direct_stage(1)], old, old, tmp_path / "run", max_atoms=60)
+    frames = [old[index] for index in range(len(old))]
+    if change in ("energy", "forces"):
+        frames[7].calc.results[change] = frames[7].calc.results[change] + 1e-3
+    elif change == "charge":
+        frames[7].info["charge"] -= 2
+    else:
+        frames[7].positions[0] += 1e-3
+        frames[7].calc = SinglePointCalculator(frames[7], **frames[7].calc.results)
+    write_aselmdb(tmp_path / "new.aselmdb", frames)
+    new = Dataset(tmp_path / "new.aselmdb")
+    with pytest.raises(RunError, match=r"other settings \(training data\)"):
+        train(small_model(old), [direct_stage(1)], new, old, tmp_path / "run", max_atoms=60)
 
 
 def test_the_gradient_is_clipped_as_a_whole_whoever_takes_the_step(
