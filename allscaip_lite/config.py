@@ -7,6 +7,7 @@ every other module reads and none changes.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,13 +17,40 @@ DISTANCE_BASES = ("gaussian", "sigmoid", "linear_sigmoid", "silu")
 NORMALIZATIONS = ("rms", "layer", "none")
 SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
 ACTIVATIONS = ("gelu", "squared_relu", "leaky_relu", "relu", "smelu", "star_relu")
+# The smallest and the largest value of each number. A number with a point may also be a whole one.
+LIMITS: dict[str, tuple[float, float]] = {
+    "hidden_size": (1, 16_384),
+    "num_layers": (1, 500),
+    "num_heads": (1, 1_024),
+    "max_num_elements": (2, 119),  # the elements that have a symbol
+    "cutoff": (0.1, 100.0),
+    "k": (1, 1_000),
+    "rank_width": (1e-3, 100.0),
+    "envelope_temperature": (1e-4, 100.0),
+    "max_neighbors": (2, 5_000),
+    "num_distance_basis": (2, 16_384),
+    "direction_degree": (0, 20),
+    "bond_order_degree": (1, 20),
+    "num_rotary_frequencies": (1, 4_096),
+    "ffn_ratio": (1, 64),
+    "attention_dropout": (0.0, 0.99),
+    "ffn_dropout": (0.0, 0.99),
+}
+CHOICES = {
+    "distance_basis": DISTANCE_BASES,
+    "normalization": NORMALIZATIONS,
+    "activation": ACTIVATIONS,
+}
+OPTIONAL = ("max_neighbors", "angular_channels")  # may be None
+LARGEST = 10**9  # num_layers · hidden_size²; a model has some twenty times as many weights
 
 
 @dataclass(frozen=True)
 class AllScAIPConfig:
     """Everything that fixes the shape and the formulas of a model; lengths in Å.
 
-    Raises `InputError`, saying what to change, when the values contradict each other.
+    Raises `InputError`, saying what to change, for a value of another type or outside `LIMITS`, and
+    when the values contradict each other.
     """
 
     hidden_size: int = 128
@@ -63,8 +91,14 @@ class AllScAIPConfig:
     stress: bool = True  # conservative models of periodic systems also give the stress
 
     def __post_init__(self) -> None:
-        if self.angular_channels is not None:
-            object.__setattr__(self, "angular_channels", tuple(self.angular_channels))
+        for field in dataclasses.fields(self):
+            value = checked(field.name, getattr(self, field.name), type(field.default))
+            object.__setattr__(self, field.name, value)
+        if self.num_layers * self.hidden_size**2 > LARGEST:
+            raise InputError(
+                f"num_layers {self.num_layers} of hidden_size {self.hidden_size} are more than fits "
+                "into a memory: make them smaller"
+            )
         if self.hidden_size % self.num_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
@@ -74,15 +108,6 @@ class AllScAIPConfig:
                 f"angular_channels {self.angular_channels} add up to {sum(self.angular_channels)}, "
                 f"but a head has {self.head_size} channels: make them equal, or None for no LAE"
             )
-        for name, allowed in (
-            ("distance_basis", DISTANCE_BASES),
-            ("normalization", NORMALIZATIONS),
-            ("activation", ACTIVATIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} {getattr(self, name)!r} is not one of {allowed}")
-        if min(self.k, self.num_layers, self.num_heads, self.hidden_size) < 1 or self.cutoff <= 0:
-            raise InputError("k, num_layers, num_heads, hidden_size and cutoff must be positive")
         if self.rotary and not self.node_attention:
             object.__setattr__(self, "rotary", False)  # ERoPE lives in the node attention
 
@@ -106,10 +131,48 @@ class AllScAIPConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AllScAIPConfig:
         """Inverse of `to_dict`; unknown keys raise `InputError`, missing ones take the default."""
+        if not isinstance(values, dict):
+            raise InputError(f"a configuration is a dictionary, not a {type(values).__name__}")
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise InputError(f"unknown configuration keys {sorted(unknown)}")
         return cls(**values)
+
+
+def checked(name: str, value: Any, kind: type) -> Any:
+    """A value of the configuration as it is kept; `InputError` for one that is not possible.
+
+    name: of the field. kind: the type of its default.
+    """
+    if value is None and name in OPTIONAL:
+        return None
+    if name in CHOICES:
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            raise InputError(f"{name} {value!r} is not one of {', '.join(CHOICES[name])}")
+        return value
+    if name == "angular_channels":
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 20:
+            raise InputError(f"{name} {value!r} is not a list of channels by degree, or None")
+        for channels in value:
+            if type(channels) is not int or channels < 0:
+                raise InputError(
+                    f"{name} {value!r}: numbers of channels are whole and not negative"
+                )
+        return tuple(value)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise InputError(f"{name} {value!r} is neither True nor False")
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = int(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool) and kind is float:
+        value = float(value)
+    else:
+        raise InputError(f"{name} {value!r} is not a {'' if kind is float else 'whole '}number")
+    smallest, largest = LIMITS[name]
+    if not smallest <= value <= largest:
+        raise InputError(f"{name} {value} is outside {smallest:g} .. {largest:g}")
+    return kind(value) if kind is float else value
 
 
 # `lite` is this package's own: small enough to train and run on a laptop, and, unlike the

@@ -660,13 +660,12 @@ def changed(config: AllScAIPConfig, changes: Sequence[str]) -> AllScAIPConfig:
             )
         try:
             values[name] = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             values[name] = text  # a word, such as layer
-        if type(values[name]) is not type(getattr(config, name)) and name not in _OPTIONAL:
-            expected = type(getattr(config, name)).__name__
-            if not (expected == "float" and isinstance(values[name], int)):
-                raise InputError(f"--set {change}: {name} takes a value of type {expected}")
-    return AllScAIPConfig.from_dict(values)
+    try:
+        return AllScAIPConfig.from_dict(values)
+    except InputError as error:
+        raise InputError(f"--set {' '.join(changes)}: {error}") from error
 
 
 def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
@@ -690,9 +689,6 @@ def reconfigured(model: AllScAIP, changes: Sequence[str]) -> AllScAIP:
     other.load_state_dict({name: theirs[name] for name in ours})
     other.seen = model.seen
     return other
-
-
-_OPTIONAL = ("angular_channels", "max_neighbors")  # null, or another type
 
 
 def run(args: argparse.Namespace) -> None:

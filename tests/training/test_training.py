@@ -799,7 +799,7 @@ def test_the_command_changes_the_preset(
     for wrong, message in (
         ("depth=3", "NAME=VALUE with a NAME among hidden_size"),
         ("num_layers", "NAME=VALUE"),
-        ("num_layers=many", "takes a value of type int"),
+        ("num_layers=many", "is not a whole number"),
         ("activation=tanh", "'tanh' is not one of"),
     ):
         assert cli.main([*command(twenty, tmp_path / "wrong", 0, 1), "--set", wrong]) == 2
