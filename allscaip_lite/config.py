@@ -96,8 +96,8 @@ class AllScAIPConfig:
             object.__setattr__(self, field.name, value)
         if self.num_layers * self.hidden_size**2 > LARGEST:
             raise InputError(
-                f"num_layers {self.num_layers} of hidden_size {self.hidden_size} are more than fits "
-                "into a memory: make them smaller"
+                f"num_layers {self.num_layers} of hidden_size {self.hidden_size} are more than "
+                "fits into a memory: make them smaller"
             )
         if self.hidden_size % self.num_heads:
             raise InputError(

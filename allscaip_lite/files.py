@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks between processes, and fingerprints.
+"""Files that are written whole or not at all, locks between processes, fingerprints, budgets.
 
 In: a path and what belongs there. Out: a file that is either whole or not there.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from allscaip_lite.errors import InputError
 
 
 @contextmanager
@@ -83,3 +86,29 @@ def differing(
 ) -> list[str]:
     """The names, apart from those in `but`, under which two mappings hold different values."""
     return sorted(key for key in {*one, *other} - {*but} if one.get(key) != other.get(key))
+
+
+class Budget:
+    """What a reader may spend on one file, so that a small file cannot ask for a large memory.
+
+    amount: bytes, or a count. what: its name in the message. error: the class of the error.
+    """
+
+    def __init__(self, amount: int, what: str, error: type[InputError] = InputError) -> None:
+        self.left, self.amount, self.what, self.error = amount, amount, what, error
+
+    def spend(self, amount: int) -> None:
+        """Take some of it; raises `error` where that is more than is left."""
+        self.left -= amount
+        if self.left < 0:
+            raise self.error(f"it asks for more than {self.amount:,} {self.what}")
+
+
+def decompress(content: bytes, budget: Budget) -> bytes:
+    """What zlib made into `content`, unless it is larger than the budget has left."""
+    reader = zlib.decompressobj()
+    plain = reader.decompress(content, budget.left + 1)
+    budget.spend(len(plain))
+    if not reader.eof:
+        raise zlib.error("incomplete or truncated stream")
+    return plain

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allscaip_lite.applicability import Seen
-from allscaip_lite.checkpoints.official import check_weights, read_official
+from allscaip_lite.checkpoints.official import check_numbers, check_weights, read_official
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import CheckpointError, InputError
 from allscaip_lite.kernels import choose
@@ -82,6 +82,7 @@ def load_model(
     state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
     posterior = state.pop("posterior", None)
     check_weights(model.state_dict(), state, path.name)
+    check_numbers(state, path.name)
     model.load_state_dict(state, assign=True)
     model.seen, model.posterior = _seen(name_or_path, path), _factor(posterior, model, path)
     model = model.to(device=device, dtype=dtype).eval()
@@ -286,13 +287,20 @@ def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:
         raise CheckpointError(
             f"{path.name} holds tensors, but is no {FORMAT} model: it must come from save_model"
         )
+    if not metadata.get("format_version", "").isdecimal():
+        raise CheckpointError(f"{path.name} is damaged: it has no version")
     if int(metadata["format_version"]) > FORMAT_VERSION:
         raise CheckpointError(f"{path.name} is from a newer version: update this package")
     try:
         config = AllScAIPConfig.from_dict(json.loads(metadata["config"]))
-    except ValueError as error:
+        card = json.loads(metadata["card"])
+    except KeyError as error:
+        raise CheckpointError(f"{path.name} is damaged: it has no {error}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: {error}; is this package too old?") from error
-    return config, json.loads(metadata["card"])
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{path.name} is damaged: its card is no dictionary")
+    return config, card
 
 
 def _read_safetensors(path: Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ In: a `.pt` file as fairchem writes it for inference, a `torch.save` pickle of
 from __future__ import annotations
 
 import io
-import operator
 import pickle
 import re
 import warnings
@@ -54,6 +53,18 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, object], s
                 f"{source}: {name} has shape {shape}, and its configuration asks for "
                 f"{tuple(value.shape)}"
             )
+
+
+def check_numbers(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise `CheckpointError`, naming it, for a weight that is no finite floating-point number."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{source}: {name} holds numbers of type {kind}, not weights")
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{source}: {name} holds numbers that are not finite")
+        if name in UNITS and name.endswith("scale") and not bool(value > 0):
+            raise CheckpointError(f"{source}: {name} is {float(value):g}, and must be positive")
 
 
 # --- the official names of weights ------------------------------------------------------------
@@ -151,6 +162,10 @@ def _plus_one(value: int) -> int:
     return value + 1
 
 
+def _negated(value: Any) -> Any:
+    return not value if isinstance(value, bool) else value  # which the configuration refuses
+
+
 _NORMALIZATIONS = {"rmsnorm": "rms", "layernorm": "layer", "skip": "none"}
 _OFFICIAL_NORMALIZATIONS = {ours: official for official, ours in _NORMALIZATIONS.items()}
 _OPTIONS = (
@@ -183,7 +198,7 @@ _OPTIONS = (
     _Option("ffn_hidden_layer_multiplier", "ffn_ratio", 2),
     _Option("atten_dropout", "attention_dropout", 0.0, float),
     _Option("mlp_dropout", "ffn_dropout", 0.0, float),
-    _Option("direct_forces", "conservative", None, operator.not_, operator.not_),
+    _Option("direct_forces", "conservative", None, _negated, _negated),
     _Option("regress_stress", "stress", False),
 )
 # Options of the reference that this package has one answer to.
@@ -404,8 +419,12 @@ def read_official(path: str | Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
         )
     try:
         return _from_record(checkpoint, path.name)
-    except (AttributeError, CheckpointError) as error:
+    except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} is damaged, or not from fairchem ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _from_record(checkpoint: Record, source: str) -> tuple[AllScAIPConfig, dict[str, Tensor]]:

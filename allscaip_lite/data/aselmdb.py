@@ -13,19 +13,21 @@ import argparse
 import hashlib
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ase.db
-import lmdb
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.row import AtomsRow
-from ase_db_backends.aselmdb import LMDBDatabase
 
 from allscaip_lite.data.checks import LABELS, checked_labels, held_results
+from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
 from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write, fingerprint
@@ -96,9 +98,8 @@ class Dataset:
         self.labelled = labelled
         self._groups = groups
         self._natoms: np.ndarray | None = None
-        self._open: dict[int, LMDBDatabase] = {}
-        self._pid = os.getpid()
-        sizes = [len(self._database(shard)) for shard in range(len(self.paths))]
+        self._open: dict[int, _Shard] = {}
+        sizes = [len(self._shard(number).ids) for number in range(len(self.paths))]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])  # (shards + 1,)
         if not len(self):
             raise DataError(f"{', '.join(map(str, self.paths))}: no structures inside")
@@ -128,10 +129,9 @@ class Dataset:
         return atoms
 
     def _atoms(self, index: int) -> Atoms:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        database = self._database(shard)
-        row = database.get(id=database.ids[index - int(self._starts[shard])])
-        return atoms_of_row(row)
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = self._shard(number)
+        return shard.atoms(shard.ids[index - int(self._starts[number])])
 
     @property
     def natoms(self) -> np.ndarray:
@@ -159,19 +159,16 @@ class Dataset:
         return all(int(counts[i]) == len(self._atoms(start + i)) for i in {0, size - 1} if size)
 
     def _count(self, shard: int) -> np.ndarray:
-        database = self._database(shard)
-        counts = database.metadata.get("natoms", ())
-        if len(counts) != len(database):
-            counts = [row.natoms for row in database.select(include_data=False)]
-        return np.asarray(counts, dtype=np.int64)
+        data = self._shard(shard)
+        counts = np.asarray(data.metadata().get("natoms", ()))
+        if counts.shape != (len(data.ids),) or counts.dtype.kind not in "iu":
+            counts = np.array([len(data.atoms(number)) for number in data.ids], dtype=np.int64)
+        return counts
 
-    def _database(self, shard: int) -> LMDBDatabase:
-        # LMDB handles do not survive a fork: each process opens its own, when it first reads.
-        if self._pid != os.getpid():
-            self._open, self._pid = {}, os.getpid()
-        if shard not in self._open:
-            self._open[shard] = _connect(self.paths[shard])
-        return self._open[shard]
+    def _shard(self, number: int) -> _Shard:
+        if number not in self._open:
+            self._open[number] = _Shard(self.paths[number])
+        return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -281,17 +278,59 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _connect(path: Path) -> LMDBDatabase:
-    if path.suffix != ".aselmdb":
-        raise DataError(f"{path}: not an .aselmdb file")
-    try:  # before ASE does, whose database object complains once more when it is thrown away
-        lmdb.open(str(path), subdir=False, readonly=True, lock=False).close()
-    except lmdb.Error as error:
-        raise DataError(f"{path}: not a readable .aselmdb file ({error})") from error
-    database = ase.db.connect(path, readonly=True, use_lock_file=False)
-    if not database.deleted_ids:  # a list of 100 million numbers would take gigabytes
-        database.ids = range(1, len(database.ids) + 1)
-    return database
+class _Shard:
+    """One file: rows of an ASE database in LMDB, by their ids (1, 2, ... without deleted ones)."""
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix != ".aselmdb":
+            raise DataError(f"{path}: not an .aselmdb file")
+        self.path, self.file = path, LMDBFile(path)
+        # whole numbers take 21 digits and a comma
+        limit = 22 * self.file.entries + ROW_BYTES
+        following, deleted = self._entry("nextid", limit, 1), self._entry("deleted_ids", limit, [])
+        try:
+            deleted = {int(number) for number in deleted}
+            count = int(following) - 1
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged: its ids are no numbers") from error
+        if not 0 <= count - len(deleted) <= self.file.entries:
+            raise DataError(f"{path} is damaged: it has fewer than the {count:,} rows that it says")
+        self.ids: Sequence[int] = range(1, count + 1)
+        if deleted:
+            self.ids = [number for number in self.ids if number not in deleted]
+
+    def _entry(self, key: str, limit: int, default: Any) -> Any:
+        content = self.file.get(key.encode())
+        if content is None:
+            return default
+        try:
+            return unpack_json(content, limit)
+        except DataError as error:
+            raise DataError(f"{self.path}, entry {key}: {error}") from error
+        except (MemoryError, TypeError, ValueError, zlib.error) as error:
+            raise DataError(f"{self.path} is damaged: its entry {key} ({error})") from error
+
+    def metadata(self) -> dict[str, Any]:
+        found = self._entry("metadata", 22 * self.file.entries + ROW_BYTES, {})
+        return found if isinstance(found, dict) else {}
+
+    def atoms(self, number: int) -> Atoms:
+        content = self._entry(str(number), ROW_BYTES, None)
+        if content is None:
+            raise DataError(f"{self.path} has no row {number}, though it says so")
+        try:
+            for name in all_properties:  # as ASE's own reader does
+                if isinstance(content.get(name), list):
+                    content[name] = np.array(content[name])
+            if not isinstance(content.setdefault("data", {}), dict):
+                raise TypeError("its data is no dictionary")  # a text, which ASE would decode
+            content["id"] = number
+            atoms = atoms_of_row(AtomsRow(content))
+        except Exception as error:  # whatever else a row says than what ASE wrote
+            raise DataError(
+                f"{self.path}, row {number}, is no structure ({type(error).__name__}: {error})"
+            ) from error
+        return atoms
 
 
 def _natoms_in_metadata(group: list[Path]) -> np.ndarray | None:
@@ -299,8 +338,11 @@ def _natoms_in_metadata(group: list[Path]) -> np.ndarray | None:
     file = group[0].parent / "metadata.npz"
     if not file.is_file():
         return None
-    with np.load(file, allow_pickle=False) as metadata:
-        return metadata.get("natoms")
+    try:
+        with np.load(file, allow_pickle=False) as metadata:
+            return metadata.get("natoms")
+    except (EOFError, MemoryError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file} is damaged ({error}): copy it again, or remove it") from error
 
 
 def split_by_molecule(

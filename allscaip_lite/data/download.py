@@ -279,6 +279,12 @@ def _unpack(archive: Path, done: Path, progress: bool) -> None:
             tqdm(desc=f"unpacking {archive.name}", unit="file", disable=not progress) as bar,
         ):
             for member in members:
+                # a link could lead what comes after it out of the folder, whatever tarfile checks
+                if not (member.isreg() or member.isdir()):
+                    raise InputError(
+                        f"{archive} holds {member.name}, which is a link or a device: only files "
+                        "and folders are unpacked"
+                    )
                 members.extract(member, partial, filter="data")
                 bar.update()
             while members.fileobj.read(CHUNK):  # to its end, where its checksum is

@@ -592,6 +592,67 @@ def test_handwritten_pickles(tmp_path: Path, program: bytes, error: type[Excepti
     assert raised.type is error
 
 
+def shared_lists(depth: int) -> bytes:
+    """A list that holds the one before twice, and so on: 2**depth texts if it is copied."""
+    program = b"]"
+    for number in range(depth):
+        put, get = (code + bytes([number]) for code in (b"q", b"h"))
+        program += put + b"](" + get * 2 + b"e"
+    return program
+
+
+COPIES = b"](" + b"N" * 5000 + b"eq\0](" + b"cbuiltins\nlist\n(h\0tR" * 200 + b"e"
+CLONES = (
+    b"(" + b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\n"
+    b"X\1\0\0\x000X\3\0\0\0cpuK\2tQK\0K\2\x85K\1\x85tR" * 3000 + b"l"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        (b"}" + b")" + b"\x85" * 100_000 + b"Ns", "deeper than 200"),  # hash() would overflow
+        (b"}]q\0(" + b"]cbuiltins\ntuple\n(h\0tRa" * 300 + b"tRNs", "damaged|deeper than 200"),
+        (b"Nr\xff\xff\xff\x3f", "under the number 1073741823"),  # a table of 8 GB
+        (b"]" * 1_000_001, "instructions"),
+        (b"N" * (5 << 20), "larger than 4 MB"),
+        (b"\x8b" + (1 << 20).to_bytes(4, "little") + b"\1" * (1 << 20), "64 bits"),
+        (b"cbuiltins\nstr\n(" + shared_lists(60) + b"tR", "str of a container"),
+        (COPIES, "copied items"),
+        (CLONES, "bytes of weights"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_small_files_cannot_ask_for_much(tmp_path: Path, program: bytes, complaint: str) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x04" + program + b".")
+        archive.writestr("archive/data/0", b"\0" * 8, zipfile.ZIP_STORED)
+    with pytest.raises(CheckpointError, match=complaint):
+        read_torch_file(tmp_path / "m.pt")
+
+
+def test_a_configuration_of_shared_lists_is_not_copied_for_ever(tmp_path: Path) -> None:
+    path = write_program(tmp_path / "m.pt", b"\x80\x04" + shared_lists(60) + b".")
+    with pytest.raises(CheckpointError, match="values in a configuration"):
+        to_plain(read_torch_file(path))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "integer", "scale"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bad: float | str) -> None:
+    model = AllScAIP(TINY)
+    state = model.state_dict()
+    if bad == "scale":
+        model.energy_scale.fill_(0.0)
+    elif bad == "integer":
+        weight = model.blocks[0].node_norm
+        weight.weight = torch.nn.Parameter(weight.weight.int(), requires_grad=False)
+    else:
+        state["blocks.0.edge_ffn.expand.weight"][0, 0] = bad
+    path = save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="m.safetensors: .*(not finite|int32|positive)"):
+        load_model(path)
+
+
 def test_classes_of_the_file_cannot_reach_ours(tmp_path: Path) -> None:
     """Setting attributes on a class that the file names changes nothing beyond that file."""
     program = (

@@ -210,6 +210,20 @@ def test_an_archive_that_would_write_elsewhere_is_refused(server: Server, tmp_pa
     assert not (tmp_path / "evil.txt").exists() and not (tmp_path / "here" / "evil.txt").exists()
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_not_unpacked(server: Server, tmp_path: Path, kind: bytes) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("neutral_val/first"))
+        link = tarfile.TarInfo("neutral_val/data0.aselmdb")
+        link.type, link.linkname = kind, "first"  # inside the folder: no filter minds it
+        tar.addfile(link)
+    server.content = stream.getvalue()
+    with pytest.raises(InputError, match="data0.aselmdb, which is a link or a device"):
+        get(server, tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+
 def test_a_broken_archive_is_not_taken_for_a_set(
     server: Server, tmp_path: Path, published: bytes
 ) -> None:

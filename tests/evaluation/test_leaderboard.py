@@ -228,6 +228,74 @@ def test_a_pickle_that_asks_for_more_than_data_is_refused(tmp_path, monkeypatch,
         read(tmp_path / "a.pkl")
 
 
+def array(code: str, shape: object, raw: bytes) -> bytes:
+    """The pickle of a numpy array of this type, shape and bytes, true or not."""
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
+        + pickle.dumps(shape, 0)[:-1]
+        + f"cnumpy\ndtype\n(S'{code}'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n".encode()
+        + pickle.dumps(raw, 2)[2:-1]
+        + b"tb."
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "shape", "raw"),
+    [
+        ("f8,O", (1,), b"\1" * 16),  # memory that the file chooses, read as Python's objects
+        ("O", (1,), b"\1" * 8),
+        ("(1,)O", (1,), b"\1" * 8),
+        ("(2,)f8", (1,), b"\1" * 16),
+        ("V8", (1,), b"\1" * 8),
+        ("U0", (10**12,), b""),
+        ("U", (10**12,), b""),
+        ("U1", (1,), b"\xff" * 4),
+        ("f8", (1,), b"\1" * 16),
+        ("f8", (3,), b"\1" * 16),
+        ("f8", (-1, -1), b"\1" * 8),
+        ("f8", (2**62, 4), b""),
+        ("f8", "ab", b"\1" * 8),
+    ],
+)
+def test_an_array_is_of_numbers_that_are_in_the_file(tmp_path, code, shape, raw):
+    (tmp_path / "a.pkl").write_bytes(array("f8", (2,), np.arange(2.0).tobytes()))
+    assert read(tmp_path / "a.pkl").tolist() == [0, 1]
+    (tmp_path / "a.pkl").write_bytes(array(code, shape, raw))
+    with pytest.raises(DataError, match=r"a\.pkl"):
+        read(tmp_path / "a.pkl")
+
+
+def test_bools_are_true_or_false_whatever_their_bytes(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(array("b1", (3,), b"\0\2\xff"))
+    assert read(tmp_path / "a.pkl").view(np.uint8).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"}" + b")" + b"\x85" * 100_000 + b"Ns",
+        b"Nr\xff\xff\xff\x3f",
+        b"]q\0](h\0h\0eq\1" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(1, 60)),
+    ],
+    ids=["deep", "memo", "shared"],
+)
+def test_small_pickles_cannot_ask_for_much(tmp_path, program):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + program + b".")
+    with pytest.raises(DataError, match="deeper than|under the number|bytes of structures"):
+        read(tmp_path / "a.pkl")
+
+
+def test_json_has_a_depth_and_arrays_that_are_in_the_file(tmp_path):
+    for text in (
+        '{"a":' * 100_000,
+        '{"a": {"atoms_json": "{\\"__ndarray__\\": [[1], \\"S1000000000\\", [\\"a\\"]]}"}}',
+        '{"a": {"atoms_json": "{\\"__ndarray__\\": [[1000000000000], \\"f8\\", [1]]}"}}',
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError, match=r"a\.json"):
+            read(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04nonsense", b"not a pickle"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(content)
