@@ -18,6 +18,7 @@ from allscaip_lite.structures import Structures
 
 DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at once
 COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
+MAX_PAIRS = 3e7  # of a system; some 10 GB
 TIE = 1e-5  # Å; distances that differ by less count as equal
 
 
@@ -29,7 +30,7 @@ def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tenso
     the lattice vectors. Atoms of different systems never pair. Raises `StructureError` where two
     atoms coincide.
     """
-    found = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     offset = 0
     device = structures.positions.device
     structures = structures.to("cpu")  # a GPU would wait for the next order most of the time
@@ -57,9 +58,21 @@ def _search_cells(
     positions: Tensor, cell: Tensor, pbc: Tensor, reach: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs within `reach` by vesin's cell list: O(N), any cell, images beyond the first too."""
+    positions, cell = positions.double(), cell.double()
+    if pbc.any():
+        lattice = torch.as_tensor(complete_cell((cell * pbc.unsqueeze(1)).numpy()))
+        height = (positions @ lattice.inverse())[:, ~pbc]  # in Å, along directions without images
+        volume = float(lattice.det().abs()) * float((np.ptp(height.numpy(), axis=0) + 1).prod())
+        if len(positions) ** 2 / volume * 2 * reach**3 > MAX_PAIRS:  # in half a sphere of 4π/3 R³
+            raise StructureError(
+                f"{len(positions)} atoms in a cell of {volume:.3g} Å³ have more neighbours within "
+                f"{reach:.3g} Å than fit into memory: check the cell and its unit"
+            )
+    else:
+        positions = _closed_up(positions, 2 * reach)
     first, second, shift, distance = vesin.NeighborList(cutoff=reach, full_list=False).compute(
-        points=positions.double().numpy(),
-        box=cell.double().numpy(),
+        points=positions.numpy(),
+        box=cell.numpy(),
         periodic=pbc.numpy(),
         quantities="ijSd",
     )
@@ -69,6 +82,17 @@ def _search_cells(
         torch.as_tensor(np.asarray(part).astype(np.int64)) for part in (first, second, shift)
     )
     return first, second, shift
+
+
+def _closed_up(positions: Tensor, limit: float) -> Tensor:
+    """Positions (N, 3) whose gaps along an axis are at most `limit` Å; what is nearer stays.
+
+    A cell list reaches over all space between the atoms, however empty it is.
+    """
+    ordered, order = positions.sort(dim=0)
+    excess = (ordered.diff(dim=0) - limit).clamp(min=0).cumsum(0)  # (N - 1, 3)
+    ordered[1:] -= excess
+    return torch.empty_like(positions).scatter(0, order, ordered)
 
 
 def _raise_coincident(first: Tensor, second: Tensor, index: int) -> None:

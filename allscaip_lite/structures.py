@@ -19,6 +19,9 @@ from torch import Tensor
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import StructureError
 
+LARGEST_SPREAD = 3e4  # Å; float32 rounds a position there by 0.001 Å
+THINNEST = 0.02  # Å, of a cell
+
 
 @dataclass(frozen=True)
 class Structures:
@@ -180,5 +183,20 @@ def _check_geometry(atoms: Atoms, where: object, max_num_elements: int) -> None:
     if atoms.pbc.any():
         if not np.isfinite(atoms.cell.array).all():
             raise StructureError(f"{where}: the cell is not finite")
-        if (atoms.cell.lengths()[atoms.pbc] < 1e-6).any() or atoms.cell.complete().volume < 1e-6:
-            raise StructureError(f"{where} is periodic along a lattice vector that is zero or flat")
+        heights = atoms.cell.lengths()  # distances between opposite faces
+        if atoms.cell.complete().volume > 1e-9:
+            whole = np.linalg.inv(atoms.cell.complete().array)
+            heights = np.minimum(heights, 1 / np.linalg.norm(whole, axis=0))
+        if heights[atoms.pbc].min() < THINNEST or atoms.cell.complete().volume <= 1e-9:
+            raise StructureError(
+                f"{where} is periodic along a lattice vector that is zero or flat: its cell is "
+                f"{heights[atoms.pbc].min():.2g} Å thin"
+            )
+        spread = atoms.cell.lengths()[atoms.pbc].max()
+    else:
+        spread = np.ptp(atoms.positions, axis=0).max()
+    if spread > LARGEST_SPREAD:
+        raise StructureError(
+            f"{where} is {spread:.3g} Å long, and the model's numbers tell positions apart up to "
+            f"{LARGEST_SPREAD:g} Å: check the unit, or compute parts that are apart one by one"
+        )

@@ -19,6 +19,7 @@ from allscaip_lite import (
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureWarning
 from allscaip_lite.graph import build_graph
+from allscaip_lite.neighbors import candidate_pairs
 
 
 def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:
@@ -296,3 +297,38 @@ def test_two_atoms_on_one_spot(case: str, small_config: AllScAIPConfig) -> None:
     batch = structures_from_atoms(state(atoms))
     with pytest.raises(StructureError, match="atoms 0 and 2 stand on one spot: move one"):
         build_graph(batch, small_config)
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc", "complaint"),
+    [
+        ([0.01, 0.01, 0.01], True, "0.01 Å thin"),
+        ([5.0, 5.0, 0.01], True, "0.01 Å thin"),
+        ([0.05, 0.05, 0.02], True, "more neighbours within"),
+        ([5.0, 5.0, 1e6], True, "1e\\+06 Å long"),
+        ([5.0, 5.0, 1e6], [True, True, False], None),
+    ],
+)
+def test_cells_that_would_fill_the_memory_are_refused(cell, pbc, complaint) -> None:
+    atoms = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], cell=cell, pbc=pbc, info={"charge": 0, "spin": 1})
+    if complaint is None:
+        assert len(candidate_pairs(structures_from_atoms(atoms), 6.0)[0]) > 1
+        return
+    with pytest.raises(StructureError, match=complaint):
+        candidate_pairs(structures_from_atoms(atoms), 6.0)
+
+
+def test_a_molecule_far_away_changes_no_pairs() -> None:
+    """A cell list of a long and thin box divided by zero, and ended the process."""
+    near = Atoms("H450", 2.0 * np.indices((9, 10, 5)).reshape(3, -1).T)
+    near.info = {"charge": 0, "spin": 1}
+    alone = candidate_pairs(structures_from_atoms(near), 5.9)
+    for distance in (30, 2e4):
+        far = near + Atoms("H2", [[distance, 0, 0], [distance + 0.7, 0, 0]])
+        far.info = near.info
+        first, second, _ = candidate_pairs(structures_from_atoms(far, torch.float64), 5.9)
+        pairs = {*zip(first.tolist(), second.tolist(), strict=True)} - {(450, 451)}
+        assert pairs == {*zip(alone[0].tolist(), alone[1].tolist(), strict=True)}
+    far.positions[450:] += 2e6
+    with pytest.raises(StructureError, match="Å long"):
+        structures_from_atoms(far)
