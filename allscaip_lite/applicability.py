@@ -16,11 +16,10 @@ import numpy as np
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 from ase.symbols import Symbols
 
-from allscaip_lite.errors import InputError, StructureError, StructureWarning
+from allscaip_lite.errors import WAYS, InputError, StructureError, StructureWarning
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures
 
-WAYS = ("warn", "error", "ignore")  # what to do where a structure is outside
 REACH = 3.0  # Å, within which the closest pair of a structure is looked for
 SMALL = 64  # atoms; below, all pairs of a molecule are looked at
 LARGE = 3000  # atoms; above, distances between all atoms would take too long

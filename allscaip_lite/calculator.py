@@ -19,13 +19,13 @@ from ase.calculators.calculator import (
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from allscaip_lite.applicability import WAYS
 from allscaip_lite.checkpoints import load_model
 from allscaip_lite.electrons import stated_charge_and_spin
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import WAYS, InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.model import AllScAIP, Result, without_weight_grad
+from allscaip_lite.structures import structures_from_atoms
 
 
 class AllScAIPCalculator(Calculator):
@@ -36,6 +36,9 @@ class AllScAIPCalculator(Calculator):
     `model` is a copy on the same weights that takes no gradients of them (on a copy of them, where
     `device` or `dtype` ask for another place). Results are kept until positions, cell, elements,
     charge or multiplicity change; after a change of the weights, call `reset()`.
+
+    `atoms.get_potential_energies()` gives each atom's share of the energy, which is arbitrary: only
+    the sum means anything (see `AllScAIP.atomic_energies`).
 
     `kernels` chooses how the model computes, see the table of `allscaip_lite.kernels`; the results
     are the same. "auto" takes what is fastest on the device: on a CPU kernels in C, where there is
@@ -52,7 +55,7 @@ class AllScAIPCalculator(Calculator):
     structure without periodic directions, or of a model with a head for direct forces.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]
 
     def __init__(
         self,
@@ -121,9 +124,12 @@ class AllScAIPCalculator(Calculator):
             "free_energy": result.energy,
             "forces": result.forces,
         }
+        if "energies" in (properties or ()):  # on request, for it takes a pass of its own
+            structures = structures_from_atoms(atoms, torch.float64, assumed={})
+            self.results["energies"] = self.model.atomic_energies(structures).cpu().numpy()
         if result.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)
 
     def answer(self, atoms: Atoms) -> Result:
         """What the model gives, computed anew."""
-        return self.model.predict(atoms, self.recorded, self.outside_training)[0]
+        return self.model.predict(atoms, self.recorded, self.outside_training)

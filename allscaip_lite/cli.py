@@ -50,6 +50,21 @@ DATA_COMMANDS = {
     ),
 }
 COMMANDS = {
+    "predict": Command(
+        "tasks.predict",
+        "energies and forces of structures, from files or SMILES",
+        "nothing was kept; the same command starts again",
+    ),
+    "relax": Command(
+        "tasks.relax",
+        "move the atoms of structures until they are at rest",
+        "nothing was kept; the same command starts again",
+    ),
+    "vibrations": Command(
+        "tasks.vibrations",
+        "harmonic frequencies and zero-point energies of structures",
+        "nothing was kept; the same command starts again",
+    ),
     "label": Command(
         "labels.command",
         "energies and forces of your structures by a reference method: GFN2-xTB, wB97M-V, SPC/Fw",

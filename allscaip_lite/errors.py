@@ -5,6 +5,9 @@ exception, a bare `ValueError` of this package too, is a fault of the package an
 traceback. The subclasses are those that some caller tells apart.
 """
 
+# What to do where a structure has what a model did not see in training.
+WAYS = ("warn", "error", "ignore")
+
 
 class InputError(ValueError):
     """An input, an option or a file that cannot be used; the message says what to change."""

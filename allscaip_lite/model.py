@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -448,6 +448,20 @@ class AllScAIP(nn.Module):
         bias = bias.unflatten(0, (layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
         return (bias if empty is None else bias + empty).unbind(0)
 
+    @torch.no_grad()
+    def atomic_energies(self, structures: Structures) -> Tensor:
+        """(N,) eV: a share of the energy for each atom, in float64.
+
+        Only their sum means anything: training sees no other, and another training shares the same
+        sum out in another way. What belongs to no atom is shared alike.
+        """
+        structures = structures.to(self.device, self.dtype)
+        states = self.features(structures, self.operations)
+        atomic = self.energy_head(states, self.operations).squeeze(1).double() * self.energy_scale
+        atomic = atomic + self.element_references[structures.atomic_numbers]
+        common = self.energy_mean + self.charge_reference * structures.charge  # (B,)
+        return atomic + (common / structures.natoms)[structures.system]
+
     def in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
         """(N,), what the energy head says of each atom → (B,) eV, in float64."""
         per_atom = atomic.double() * self.energy_scale
@@ -484,14 +498,22 @@ class AllScAIP(nn.Module):
         natoms = structures.natoms[:, None].to(sums)  # what a change of the bias adds
         return torch.cat([sums, natoms], dim=1) * self.energy_scale
 
+    @overload
+    def predict(self, atoms: Atoms, *others: Any, **named: Any) -> Result: ...
+
+    @overload
+    def predict(self, atoms: Sequence[Atoms], *others: Any, **named: Any) -> list[Result]: ...
+
     def predict(
         self,
         atoms: Atoms | Sequence[Atoms],
         forward: Callable[..., Prediction] | None = None,
         outside_training: str = "warn",
         uncertainty: bool = False,
-    ) -> list[Result]:
+    ) -> Result | list[Result]:
         """Energies, forces and stresses of structures, in one batch; `forward` may be recorded.
+
+        One structure has one result, a sequence of structures a list.
 
         What of a structure is outside of what training saw is said in a warning, once a kind and
         formula; with `outside_training="error"` it is a `StructureError`, with "ignore" nothing.
@@ -516,7 +538,7 @@ class AllScAIP(nn.Module):
         forces = forces.double().cpu().split(structures.natoms.tolist())
         stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
         full = [bool(system.pbc.any()) and system.cell.rank == 3 for system in batch]
-        return [
+        results = [
             Result(
                 float(energy[i]),
                 forces[i].numpy(),
@@ -525,6 +547,7 @@ class AllScAIP(nn.Module):
             )
             for i in range(len(batch))
         ]
+        return results[0] if isinstance(atoms, Atoms) else results
 
 
 def without_weight_grad(module: M) -> M:

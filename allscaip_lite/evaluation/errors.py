@@ -104,6 +104,16 @@ def evaluate(model: AllScAIP, data: LabelledData) -> dict[str, float]:
     return summary(residuals(model, data))
 
 
+def outside_of_training(model: AllScAIP, data: LabelledData) -> dict[str, int]:
+    """How many structures have something that the model did not see in training, by kind."""
+    counts: dict[str, int] = {}
+    if model.seen is not None:
+        for batch in in_order(data, 1000):
+            for _, kind, _ in model.seen.outside(batch.structures):
+                counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
 # --- By groups -------------------------------------------------------------------------------
 
 
@@ -547,6 +557,9 @@ def run(args: argparse.Namespace) -> None:
             print("GFN2-xTB itself, on the same structures, after a fit of elements and charge:")
             of_xtb = by_group(described, xtb_residuals(described), GROUPS["domain"])
             print(table(of_xtb), end="\n\n")
+    if outside := outside_of_training(model, data):
+        listed = ", ".join(f"{kind} {count}" for kind, count in outside.items())
+        print(f"Structures outside of what {args.model} saw in training: {listed}.")
     if found.deviations is not None and len(described) > 2:
         print(
             "The model's own deviations rank the errors of its energies with a correlation of "

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.electrons import stated_charge_and_spin, states_charge_or_spin
-from allscaip_lite.errors import RunError, StructureError
+from allscaip_lite.errors import WAYS, RunError, StructureError
 from allscaip_lite.files import atomic_write, differing, fingerprint, store_text
 from allscaip_lite.kernels import add_kernels_option
 
@@ -574,7 +574,7 @@ _PLAIN: dict[str, type[Any]] = {
     "seed": int,
     "hottest": float,
 }
-_OTHERS = ("structure", "model", "out", "device", "kernels", "charge", "spin")
+_OTHERS = ("structure", "model", "out", "device", "kernels", "charge", "spin", "outside_training")
 
 
 def femtoseconds(text: str) -> float:
@@ -612,6 +612,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--charge", type=int, help="default: the structure's own")
     parser.add_argument("--spin", type=int, help="multiplicity; default: the structure's own")
     parser.add_argument("--seed", type=int, help="of velocities and noise (default: 0)")
+    parser.add_argument(
+        "--outside-training",
+        choices=WAYS,
+        help="where a structure has what the model did not see in training (default: warn)",
+    )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     add_kernels_option(parser)
 
@@ -673,7 +678,10 @@ def run(args: argparse.Namespace) -> int:
         from allscaip_lite.calculator import AllScAIPCalculator
 
         kernels = others.get("kernels") or "auto"
-        calculator = AllScAIPCalculator(model, others.get("device"), kernels=kernels)
+        outside = str(others.get("outside_training", "warn"))
+        calculator = AllScAIPCalculator(
+            model, others.get("device"), kernels=kernels, outside_training=outside
+        )
     folder = Path(others.get("out", "runs/md"))
     final = run_md(atoms, calculator, settings, folder, label=model)
     print(

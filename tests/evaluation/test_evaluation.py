@@ -47,7 +47,7 @@ def labelled(model: AllScAIP, tmp_path: Path) -> Path:
     for name, shift, push in (("H2O", 0.3, 0.01), ("NH3", -0.4, 0.03), ("H2O", 0.6, 0.0)):
         atoms = molecule(name)
         atoms.info.update(charge=0, spin=1, data_id=name.lower())
-        (result,) = model.predict(atoms)
+        result = model.predict(atoms)
         forces = result.forces - push
         atoms.calc = SinglePointCalculator(atoms, energy=result.energy - shift, forces=forces)
         structures.append(atoms)
@@ -84,7 +84,7 @@ def test_errors_of_the_stress(model: AllScAIP, tmp_path: Path) -> None:
     structures = []
     for atoms, shift in ((crystal, 300.0 * np.array([1, 1, 1, 0.5, 0, 0])), (lone, None)):
         atoms.info.update(charge=0, spin=1, data_id="salt" if atoms is crystal else "water")
-        (result,) = model.predict(atoms)
+        result = model.predict(atoms)
         labels = {"energy": result.energy, "forces": result.forces}
         if shift is not None:
             labels["stress"] = full_3x3_to_voigt_6_stress(result.stress) - shift * units.bar
@@ -152,7 +152,7 @@ def relabelled(model: AllScAIP, tmp_path: Path, own: dict[str, float]) -> Datase
         charge = {"NH3": 1, "CH3OH": -1, "N2H4": 2}.get(name, 0)
         atoms.info |= {"charge": charge, "spin": 1 + charge % 2}
         atoms.info |= {"data_id": "any", "source": f"here/{name}", "molecule": f"{name}.Ne"}
-        (result,) = model.predict(atoms)
+        result = model.predict(atoms)
         zero = sum(own[symbol] for symbol in atoms.symbols) - 4700.0 * charge
         error = 1e-3 * (-1) ** seed * len(atoms)
         labels = {"energy": result.energy + zero + error, "forces": result.forces + 0.02}
@@ -196,7 +196,7 @@ def test_the_command_writes_predictions_and_pictures(
         assert list(found["natoms"]) == [len(atoms) for atoms in data]
         ends = np.cumsum(found["natoms"])
         for index, part in enumerate(np.split(found["forces"], ends[:-1])):
-            (alone,) = model.predict(data[index])
+            alone = model.predict(data[index])
             np.testing.assert_allclose(part, alone.forces, atol=1e-5)
             assert found["energy"][index] == pytest.approx(alone.energy, abs=1e-4)
 

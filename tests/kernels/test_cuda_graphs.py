@@ -197,15 +197,15 @@ def test_other_structures_and_denser_ones(make_model: ModelMaker) -> None:
     model = make_model().to(DEVICE)
     recording = RecordedModel(model)
     for atoms in (water(), *molecules()):
-        expected = model.predict(atoms)[0]
-        result = model.predict(atoms, recording)[0]
+        expected = model.predict(atoms)
+        result = model.predict(atoms, recording)
         assert abs(result.energy - expected.energy) < 1e-9
         assert np.allclose(result.forces, expected.forces, atol=1e-9)
     thin = water()
     thin.set_cell(thin.cell * 4, scale_atoms=True)
     for atoms in (thin, water()):
         assert np.allclose(
-            model.predict(atoms, recording)[0].forces, model.predict(atoms)[0].forces, atol=1e-9
+            model.predict(atoms, recording).forces, model.predict(atoms).forces, atol=1e-9
         )
 
 
@@ -213,11 +213,11 @@ def test_charge_is_read_with_every_step(make_model: ModelMaker) -> None:
     model = make_model().to(DEVICE)
     recording = RecordedModel(model)
     atoms = molecules()[0]
-    before = model.predict(atoms, recording)[0].energy
+    before = model.predict(atoms, recording).energy
     atoms.info |= {"charge": 2}
-    after = model.predict(atoms, recording)[0].energy
+    after = model.predict(atoms, recording).energy
     assert after != before
-    assert abs(after - model.predict(atoms)[0].energy) < 1e-9
+    assert abs(after - model.predict(atoms).energy) < 1e-9
 
 
 def test_what_cannot_be_padded_is_refused(make_model: ModelMaker) -> None:
@@ -241,9 +241,9 @@ def test_a_patient_recording_waits_and_falls_back(
     slab.pbc = [True, True, False]
     for atoms in (molecules()[0], slab):
         recorded.clear()
-        expected = model.predict(atoms)[0]
+        expected = model.predict(atoms)
         for repeat in range(1, cuda_graphs.PATIENCE + 3):
-            found = model.predict(atoms, recording)[0]
+            found = model.predict(atoms, recording)
             assert found.energy == pytest.approx(expected.energy, abs=1e-9)
             assert np.allclose(found.forces, expected.forces, rtol=0, atol=1e-9)
             assert len(recorded) == max(0, repeat - cuda_graphs.PATIENCE)

@@ -65,7 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Atoms]:
 
 def test_molecule(model: AllScAIP, calculator: AllScAIPCalculator) -> None:
     atoms = water()
-    expected = model.predict(atoms)[0]
+    expected = model.predict(atoms)
     atoms.calc = calculator
     assert isinstance(atoms.get_potential_energy(), float)
     assert atoms.get_potential_energy() == expected.energy
@@ -81,7 +81,7 @@ def test_crystal_in_conventions_of_ase(
     atoms.calc = calculator
     stress = atoms.get_stress()
     assert stress.shape == (6,)
-    expected = full_3x3_to_voigt_6_stress(model.predict(atoms)[0].stress)
+    expected = full_3x3_to_voigt_6_stress(model.predict(atoms).stress)
     np.testing.assert_array_equal(stress, expected)
     np.testing.assert_allclose(stress, calculate_numerical_stress(atoms, eps=1e-5), atol=1e-8)
     forces = calculate_numerical_forces(atoms, eps=1e-4, iatoms=[0, 1])
@@ -137,7 +137,7 @@ def test_a_change_is_computed_anew(
     after = atoms.get_potential_energy()
     assert len(counted) == 2
     assert abs(after - before) > 1e-4
-    assert after == model.predict(atoms)[0].energy
+    assert after == model.predict(atoms).energy
 
 
 def test_charge_and_multiplicity_change_under_other_names(
@@ -172,7 +172,7 @@ def test_one_calculator_serves_several_structures(
         atoms.calc = calculator
     for _ in range(2):
         for atoms in batch:
-            expected = model.predict(atoms)[0]
+            expected = model.predict(atoms)
             assert atoms.get_potential_energy() == expected.energy
             np.testing.assert_array_equal(atoms.get_forces(), expected.forces)
 
@@ -215,7 +215,7 @@ def test_the_model_that_is_given_stays_as_it_is(make_model: ModelMaker) -> None:
 
 def test_dtype_is_chosen_without_touching_the_model(model: AllScAIP) -> None:
     atoms = water()
-    exact = model.predict(atoms)[0].energy
+    exact = model.predict(atoms).energy
     atoms.calc = AllScAIPCalculator(model, device="cpu", dtype=torch.float32)
     assert atoms.calc.model.dtype == torch.float32 and model.dtype == torch.float64
     assert atoms.get_forces().dtype == np.float64  # ASE's
@@ -229,7 +229,7 @@ def test_by_path(make_model: ModelMaker, tmp_path: Path) -> None:
     atoms = water()
     for path in (tmp_path / "small.safetensors", str(tmp_path / "small.safetensors")):
         atoms.calc = AllScAIPCalculator(path, device="cpu")
-        assert atoms.get_potential_energy() == pytest.approx(model.predict(atoms)[0].energy)
+        assert atoms.get_potential_energy() == pytest.approx(model.predict(atoms).energy)
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert AllScAIPCalculator(path).model.device.type == expected
 
@@ -278,7 +278,7 @@ def test_stress_of_a_model_that_has_none(
     with pytest.raises(PropertyNotImplementedError, match="this model gives no stress"):
         atoms.get_stress()
     assert not counted
-    np.testing.assert_array_equal(atoms.get_forces(), model.predict(crystal)[0].forces)
+    np.testing.assert_array_equal(atoms.get_forces(), model.predict(crystal).forces)
 
 
 def test_impossible_structures(calculator: AllScAIPCalculator) -> None:

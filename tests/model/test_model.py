@@ -62,7 +62,7 @@ def slope(model: AllScAIP, atoms: Atoms, direction: np.ndarray, step: float = 1e
 
 def assert_forces_are_slopes(model: AllScAIP, atoms: Atoms, seeds: int = 2) -> None:
     """Along random directions in which every coordinate of every atom takes part."""
-    forces = model.predict(atoms)[0].forces
+    forces = model.predict(atoms).forces
     assert np.abs(forces).max() > 1e-2  # else there is nothing to compare
     for seed in range(seeds):
         direction = np.random.default_rng(seed).normal(size=forces.shape)
@@ -99,7 +99,7 @@ def test_alone_and_in_any_batch(
         slab,
         rattled("CH3CH2OH", charge=1),
     ]
-    single = [model.predict(atoms)[0] for atoms in alone]
+    single = [model.predict(atoms) for atoms in alone]
     for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 1, 3], [3, 3, 1], [2, 4]):
         together = model.predict([alone[i] for i in order])
         assert len(together) == len(order)
@@ -109,7 +109,7 @@ def test_alone_and_in_any_batch(
 
 def test_one_structure_answers_like_a_list_of_it(model: AllScAIP) -> None:
     atoms = rattled("H2O")
-    (alone,), (listed,) = model.predict(atoms), model.predict([atoms])
+    alone, (listed,) = model.predict(atoms), model.predict([atoms])
     assert isinstance(alone.energy, float)
     assert alone.forces.shape == (3, 3) and alone.forces.dtype == np.float64
     assert alone.stress is None
@@ -159,12 +159,12 @@ def test_inference_mode_changes_nothing(
 ) -> None:
     """Forces are gradients, which that mode forbids: the model leaves it."""
     path = save_model(make_model(), tmp_path / "model.safetensors")
-    outside = load_model(path).predict(cluster)[0]
+    outside = load_model(path).predict(cluster)
     with torch.inference_mode():
         inside = load_model(path)
-        assert_same(outside, inside.predict(cluster)[0])
+        assert_same(outside, inside.predict(cluster))
         found = inside(structures_from_atoms(cluster, torch.float64), create_graph=False)
-    assert_same(outside, inside.predict(cluster)[0])
+    assert_same(outside, inside.predict(cluster))
     np.testing.assert_allclose(found.forces, outside.forces, atol=1e-10)
 
 
@@ -209,7 +209,7 @@ def test_forces_of_a_perfect_crystal_are_not_one_sided(
     )
     if dtype == torch.float64:
         direction = np.random.default_rng(0).normal(size=(8, 3))
-        expected = -(model.predict(crystal)[0].forces * direction).sum()
+        expected = -(model.predict(crystal).forces * direction).sum()
         assert slope(model, crystal, direction) == pytest.approx(expected, abs=1e-4)
 
 
@@ -267,7 +267,7 @@ def test_forces_are_the_slopes_of_the_energy(
 
 def test_every_force_component_is_a_slope(model: AllScAIP) -> None:
     atoms = rattled("H2O")
-    forces = model.predict(atoms)[0].forces
+    forces = model.predict(atoms).forces
     for index in np.ndindex(3, 3):
         direction = np.zeros((3, 3))
         direction[index] = 1
@@ -296,7 +296,7 @@ def test_stress_is_the_slope_over_strain(
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.03 * np.arange(9).reshape(3, 3) / 9))
     else:
         atoms = request.getfixturevalue(name)
-    stress = model.predict(atoms)[0].stress
+    stress = model.predict(atoms).stress
     assert np.abs(stress).max() > 1e-4
     np.testing.assert_allclose(stress, stress.T, atol=1e-14)
     expected = np.array([[strain_slope(model, atoms, i, j) for j in range(3)] for i in range(3)])
@@ -353,7 +353,7 @@ def slope_along(model: AllScAIP, at: Callable[[float], Atoms], s: float, step: f
 def force_along(model: AllScAIP, at: Callable[[float], Atoms], s: float) -> float:
     """dE/ds by the forces."""
     direction = at(1.0).positions - at(0.0).positions
-    return -float((model.predict(at(s))[0].forces * direction).sum())
+    return -float((model.predict(at(s)).forces * direction).sum())
 
 
 MOVER, PATH = 2, np.array([0.4, -0.8, 0.5])
@@ -688,12 +688,12 @@ def test_options_without_weights_of_their_own_change_the_energy(
 ) -> None:
     other = make_model(**OPTIONS[name])
     other.load_state_dict(model.state_dict())
-    assert abs(other.predict(cluster)[0].energy - model.predict(cluster)[0].energy) > 1e-4
+    assert abs(other.predict(cluster).energy - model.predict(cluster).energy) > 1e-4
 
 
 def test_lae_of_degree_zero_is_no_lae(make_model: ModelMaker, cluster: Atoms) -> None:
     without, degree_zero = make_model(angular_channels=None), make_model(angular_channels=(16,))
-    assert_same(without.predict(cluster)[0], degree_zero.predict(cluster)[0])
+    assert_same(without.predict(cluster), degree_zero.predict(cluster))
 
 
 def test_fixed_slots_change_nothing_while_they_suffice(

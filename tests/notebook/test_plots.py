@@ -86,7 +86,7 @@ def test_rows_sum_to_one_and_empty_slots_hold_nothing(model, name):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_plain_pass_reproduces_the_energy(model, name):
     atoms = STRUCTURES[name]
-    (result,) = model.predict(atoms)
+    result = model.predict(atoms)
     assert attention_maps(model, atoms).energy == pytest.approx(result.energy, abs=1e-9)
 
 

@@ -703,7 +703,7 @@ def test_references_follow_another_price_of_an_electron(data: Dataset, tmp_path:
     for name, charge in charges.items():
         atoms = molecule(name)
         atoms.info |= {"charge": charge, "spin": 1 + charge % 2}
-        answer = model.predict(atoms)[0]
+        answer = model.predict(atoms)
         energy = answer.energy - 4.7 * charge + 3.0 * list(atoms.symbols).count("O")
         atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=answer.forces)
         structures.append(atoms)
@@ -713,7 +713,7 @@ def test_references_follow_another_price_of_an_electron(data: Dataset, tmp_path:
     assert float(moved[-1]) == float(model.charge_reference) == pytest.approx(-4.7, abs=1e-3)
     assert float(moved[8]) == pytest.approx(3.0, abs=1e-3)
     for atoms in ions:
-        error = model.predict(atoms)[0].energy - atoms.get_potential_energy()
+        error = model.predict(atoms).energy - atoms.get_potential_energy()
         assert error == pytest.approx(0.0, abs=1e-3)
 
 

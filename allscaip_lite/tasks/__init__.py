@@ -1,0 +1,1 @@
+"""What one asks a model of a structure: energies, a relaxed geometry, vibrations."""

@@ -1,0 +1,100 @@
+"""Structures at rest: `allscaip-lite relax`.
+
+In: files that ASE reads, or SMILES. Out: the same structures where no force is above a limit, in a
+file of their own. ASE's LBFGS moves the atoms and, if asked, the cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.filters import FrechetCellFilter
+from ase.optimize import LBFGS
+from tqdm import tqdm
+
+from allscaip_lite.errors import InputError
+from allscaip_lite.tasks.predict import add_common_arguments, calculator_of, inputs, write
+
+
+def relax(
+    atoms: Atoms,
+    calculator: Calculator,
+    fmax: float = 0.02,
+    steps: int = 500,
+    cell: bool = False,
+    progress: bool = False,
+) -> tuple[Atoms, bool]:
+    """A structure at rest.
+
+    Args:
+        atoms: the start; it stays as it is.
+        calculator: gives energy and forces, and the stress if the cell moves.
+        fmax: eV/Å, the largest force at the end.
+        steps: at most so many.
+        cell: whether the cell moves too.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The structure with its energy and forces, and whether the forces got below `fmax`.
+    """
+    moving = atoms.copy()
+    moving.calc = calculator
+    if cell and not (moving.pbc.all() and moving.cell.rank == 3):
+        raise InputError(f"{atoms.symbols} has no cell that is periodic in all directions to relax")
+    with tqdm(total=steps, unit="steps", desc=str(atoms.symbols), disable=not progress) as bar:
+        body: Any = FrechetCellFilter(moving) if cell else moving
+        optimizer = LBFGS(body, logfile=os.devnull)
+        converged = False
+        for at_rest in optimizer.irun(fmax=fmax, steps=steps):
+            converged = bool(at_rest)
+            largest = float(np.linalg.norm(moving.get_forces(), axis=1).max())
+            bar.set_postfix_str(f"largest force {largest:.3f} eV/Å", refresh=False)
+            bar.update(optimizer.nsteps - bar.n)
+    results = {name: moving.calc.results[name] for name in ("energy", "forces")}
+    still = moving.copy()
+    still.calc = SinglePointCalculator(still, **results)
+    return still, converged
+
+
+def file_beside(words: Sequence[str], ending: str) -> Path:
+    """A name in this folder for the results of structures: water.xyz → water-relaxed.extxyz."""
+    first = words[0].rpartition("@")[0] or words[0]
+    stem = Path(first).stem if Path(first).exists() else re.sub(r"[^\w.+-]+", "_", words[0])[:40]
+    return Path(f"{stem}-{ending}.extxyz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `allscaip-lite relax`."""
+    parser.description = "Move the atoms of structures to where no force is above a limit (LBFGS)."
+    add_common_arguments(parser)
+    parser.add_argument("--out", type=Path, help="default: NAME-relaxed.extxyz in this folder")
+    parser.add_argument("--fmax", type=float, default=0.02, help="largest force at the end, eV/Å")
+    parser.add_argument("--steps", type=int, default=500, help="at most so many")
+    parser.add_argument("--cell", action="store_true", help="relax the cell too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`allscaip-lite relax`: the exit status is 2 where a structure did not come to rest."""
+    out = args.out or file_beside(args.structures, "relaxed")
+    calculator = calculator_of(args)
+    done, restless = [], []
+    for name, atoms in inputs(args):
+        still, converged = relax(atoms, calculator, args.fmax, args.steps, args.cell, True)
+        moved = np.linalg.norm(still.positions - atoms.positions, axis=1).max()
+        print(f"{still.get_potential_energy():.4f} eV, atoms moved by up to {moved:.2f} Å  {name}")
+        done.append(still)
+        restless += [] if converged else [name]
+    write(out, done)
+    print(f"written: {out}")
+    for name in restless:
+        print(f"forces above {args.fmax} eV/Å after {args.steps} steps: {name}")
+    return 2 if restless else 0

@@ -1,0 +1,119 @@
+"""Commands on structures: energies, geometries at rest, frequencies, from files and SMILES."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import molecule
+
+from allscaip_lite import AllScAIPCalculator, cli, load_model
+from allscaip_lite.tasks.relax import relax
+from allscaip_lite.tasks.vibrations import vibrations
+
+
+def water(charge: int = 0, spin: int = 1) -> Atoms:
+    return molecule("H2O", info={"charge": charge, "spin": spin})
+
+
+def test_predict_writes_a_line_a_structure_and_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [water(), water(1, 2), molecule("OH")]
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    out = tmp_path / "found.extxyz"
+    command = ["predict", str(tmp_path / "a.extxyz"), "--out", str(out), "--device", "cpu"]
+    assert cli.main([*command, "--charge", "-1", "--spin", "1"]) == 0  # of OH alone
+    said = capsys.readouterr()
+    frames[2].info = {"charge": -1, "spin": 1}
+    expected = load_model("lite").predict(frames)
+    for index, (atoms, result) in enumerate(zip(ase.io.read(out, ":"), expected, strict=True)):
+        assert atoms.get_potential_energy() == pytest.approx(result.energy, abs=1e-5)
+        np.testing.assert_allclose(atoms.get_forces(), result.forces, atol=1e-5)
+        line = next(line for line in said.out.splitlines() if f"structure {index}" in line)
+        assert f"{result.energy:.4f}"[:-1] in line
+    assert (atoms.info["charge"], atoms.info["spin"]) == (-1, 1)
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_outside_is_said_at_the_end_and_may_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ase.io.write(tmp_path / "a.xyz", Atoms("Xe"))
+    model = load_model("lite")
+    if model.seen is None:
+        pytest.skip("the bundled weights do not say what they saw")
+    assert cli.main(["predict", str(tmp_path / "a.xyz"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("element: Xe: Xe") == 2
+    assert said.index("once more") < said.rindex("element: Xe: Xe")
+    command = ["predict", str(tmp_path / "a.xyz"), "--outside-training", "error"]
+    assert cli.main([*command, "--device", "cpu"]) == 2
+
+
+def test_smiles_have_their_charge_and_multiplicity(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rdkit")
+    words = ["[OH-]", "[CH3]", "O.O", "[O][O]"]
+    assert cli.main(["predict", *words, "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    states = [tuple(map(int, re.findall(r"([+-]\d+) +(\d+)  \S+$", line)[0])) for line in lines]
+    assert states == [(-1, 1), (0, 2), (0, 1), (0, 3)]
+
+
+@pytest.mark.parametrize("word", ["nowhere.xyz", "nowhere", "C("])
+def test_what_is_no_file_and_no_smiles_is_said(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["predict", word, "--device", "cpu"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_relax_comes_to_rest_or_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = water()
+    start.rattle(0.1, seed=1)
+    ase.io.write("w.xyz", start)
+    command = ["relax", "w.xyz", "--charge", "0", "--spin", "1", "--device", "cpu"]
+    assert cli.main([*command, "--fmax", "0.05"]) == 0
+    still = ase.io.read("w-relaxed.extxyz")
+    assert np.linalg.norm(still.get_forces(), axis=1).max() <= 0.05
+    assert still.info["charge"] == 0
+    assert cli.main([*command, "--fmax", "1e-9", "--steps", "1"]) == 2
+    assert "forces above 1e-09" in capsys.readouterr().out
+    assert cli.main([*command, "--cell"]) == 2
+    assert "no cell" in capsys.readouterr().err
+
+
+def test_frequencies_are_those_of_a_numerical_hessian() -> None:
+    calculator = AllScAIPCalculator("lite-xtb", "cpu", torch.float64)
+    still, converged = relax(water(), calculator, 0.01)
+    assert converged
+    waves = vibrations(still, calculator).get_energies() / units.invcm
+    bend, *stretches = sorted(waves.real)[-3:]
+    assert 1300 < bend < 1900 and all(3200 < wave < 4200 for wave in stretches)
+    # the curvature along a stretch, by energies
+    energies = []
+    for change in (-0.01, 0.0, 0.01):
+        moved = still.copy()
+        moved.positions[1] += (0, change, 0)
+        energies.append(calculator.get_potential_energy(moved))
+    curvature = (energies[0] - 2 * energies[1] + energies[2]) / 0.01**2
+    hessian = vibrations(still, calculator).get_hessian_2d()
+    assert hessian[4, 4] == pytest.approx(curvature, rel=0.02)
+
+
+def test_shares_of_atoms_add_up_to_the_energy() -> None:
+    calculator = AllScAIPCalculator("lite", "cpu")
+    for atoms in (water(), water(1, 2)):
+        atoms.calc = calculator
+        shares = atoms.get_potential_energies()
+        assert shares.shape == (3,)
+        assert shares.sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
+        assert shares[1] == pytest.approx(shares[2], abs=0.02)  # the two hydrogens
