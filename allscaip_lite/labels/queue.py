@@ -17,13 +17,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from ase import Atoms
 from tqdm import tqdm
@@ -33,8 +32,6 @@ from allscaip_lite.errors import RunError
 from allscaip_lite.files import store_text, try_lock, unfinished_folder
 from allscaip_lite.labels import LabelError
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 Work = Callable[[Any], list[Atoms]]
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -80,7 +77,8 @@ def run_jobs(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _one_thread_each()
+    # for the processes that start from here on: numerical libraries read it at import
+    os.environ |= dict.fromkeys(THREADS, "1")
     context = multiprocessing.get_context("spawn")
     arguments = (folder, list(jobs), work)
     crew = [context.Process(target=_do_all, args=arguments, daemon=True) for _ in range(workers)]
@@ -132,7 +130,7 @@ def _count(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
 
 
 def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
-    _ignore_interrupt()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     for job in jobs:
         if os.getppid() != parent:
@@ -277,26 +275,3 @@ def store_plan(folder: str | os.PathLike[str], plan: Mapping[str, Any]) -> None:
     if path.exists() and path.read_text() != text:
         raise LabelError(f"{folder} holds another data set (its plan.json): choose a new --out")
     store_text(path, text)
-
-
-def in_processes(
-    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int
-) -> Iterator[Result]:
-    """`work(task)` of each task, in their order, by new processes of one thread each.
-
-    For jobs that keep their own results. Ctrl-C reaches the parent alone: a worker finishes its
-    task.
-    """
-    _one_thread_each()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool:
-        yield from pool.map(work, tasks)
-
-
-def _one_thread_each() -> None:
-    """For the processes that are started from here on: numerical libraries read it at import."""
-    os.environ |= dict.fromkeys(THREADS, "1")
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

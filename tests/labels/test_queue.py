@@ -20,7 +20,7 @@ from allscaip_lite.data.aselmdb import Dataset, checksum
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import unfinished_folder
 from allscaip_lite.labels import LabelError, queue
-from allscaip_lite.labels.queue import Job, collect, in_processes, run_jobs, stored, take_over
+from allscaip_lite.labels.queue import Job, collect, run_jobs, stored, take_over
 
 JOBS = [
     *(Job(f"H2 {length}", f"job{length}", "train", length) for length in (0.6, 0.7, 0.8, 0.9)),
@@ -200,8 +200,3 @@ def test_a_folder_holds_one_plan(tmp_path):
     queue.store_plan(tmp_path, {"seed": 0})
     with pytest.raises(LabelError, match="another data set"):
         queue.store_plan(tmp_path, {"seed": 1})
-
-
-def test_results_of_processes_come_in_the_order_of_the_tasks():
-    found = [atoms.get_potential_energy() for [atoms] in in_processes(label, [0.9, 0.7, 0.8], 2)]
-    assert found == [-0.9, -0.7, -0.8]

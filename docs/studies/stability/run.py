@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +37,7 @@ from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.labels.queue import in_processes
-from allscaip_lite.machine import processor_name
+from allscaip_lite.machine import THREADS_OF_USER, processor_name
 from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.md.dynamics import Explosion, Settings, read_log, run_md
 from allscaip_lite.md.observables import drift
@@ -326,7 +329,18 @@ def run(args: argparse.Namespace) -> int:
         if molecules[share]
     ]
     rows: list[dict[str, Any]] = [{}] * len(molecules)
-    tried = map(_work, tasks) if len(tasks) == 1 else in_processes(_work, tasks, len(tasks))
+    if len(tasks) == 1:
+        tried = [_work(tasks[0])]
+    else:
+        os.environ |= dict.fromkeys(THREADS_OF_USER, "1")
+        pool = ProcessPoolExecutor(
+            len(tasks),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=signal.signal,  # Ctrl-C reaches the parent alone
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        )
+        with pool:
+            tried = list(pool.map(_work, tasks))
     for share, found in zip(shares, tried, strict=False):
         rows[share] = found
     result = {"model": args.model, "trial": asdict(trial), "machine": processor_name()}
