@@ -27,18 +27,24 @@ SMALL = AllScAIPConfig(
 
 # Folders whose tests train, label, run dynamics or start servers: all of them are `slow`.
 SLOW_FOLDERS = ("evaluation", "labels", "md", "notebook", "parity", "studies", "training")
+# but this one: it holds the model to fairchem's numbers where fairchem is not installed
+QUICK_FILES = ("test_golden.py",)
+
+
+def is_slow(file: Path) -> bool:
+    return file.parent.name in SLOW_FOLDERS and file.name not in QUICK_FILES
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`-m "not slow"` does not even import what the slow folders need."""
-    slow = collection_path.name in SLOW_FOLDERS and collection_path.parent == Path(__file__).parent
+    slow = collection_path.suffix == ".py" and is_slow(collection_path)
     return True if slow and config.getoption("markexpr") == "not slow" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the slow folders, and skip those for a GPU where there is none."""
     for item in items:
-        if item.path.parent.name in SLOW_FOLDERS:
+        if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
