@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.calculator import all_changes
+from torch import Tensor
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.graph import Graph, build_graph
@@ -24,6 +26,15 @@ SMALL = AllScAIPConfig(
     angular_channels=(5, 4, 1, 3, 3),
     num_rotary_frequencies=8,
 )
+
+# Channels of an attention's groups by degree, of heads with 16.
+CHANNELS = {
+    "lae": (5, 4, 1, 3, 3),
+    "empty group": (9, 0, 4, 0, 3),
+    "no invariant group": (0, 8, 8),
+    "one group": (16,),
+    "none": None,
+}
 
 # Folders whose tests train, label, run dynamics or start servers: all of them are `slow`.
 SLOW_FOLDERS = ("evaluation", "labels", "md", "notebook", "parity", "studies", "training")
@@ -56,6 +67,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+def neutral(name: str, spin: int = 1) -> Atoms:
+    atoms = Atoms("He") if name == "He" else molecule(name)
+    atoms.info.update(charge=0, spin=spin)
+    return atoms
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ase import Atoms
-from ase.build import molecule
+from conftest import CHANNELS, neutral, random
 from torch import Tensor
 
 from allscaip_lite import attention, kernels
@@ -34,13 +34,6 @@ SETS: dict[str, Callable[[], Operations]] = {
     "onednn": lambda: replace(kernels.in_torch("cpu"), linear=elementwise.linear_by_onednn),
     "c": kernels.in_c,
     "c, for training": lambda: kernels.in_c().twice_differentiable,
-}
-CHANNELS = {
-    "lae": (5, 4, 1, 3, 3),
-    "empty group": (9, 0, 4, 0, 3),
-    "no invariant group": (0, 8, 8),
-    "one group": (16,),
-    "none": None,
 }
 
 
@@ -70,17 +63,6 @@ def of_its_own(operations: Operations, name: str) -> bool:
     }
     field = next(field for words, field in words.items() if name.startswith(words))
     return getattr(operations, field) is not getattr(PLAIN, field)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def neutral(name: str) -> Atoms:
-    atoms = Atoms("He") if name == "He" else molecule(name)
-    atoms.info.update(charge=0, spin=1)
-    return atoms
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ase import Atoms
-from ase.build import molecule
+from conftest import CHANNELS, neutral, random
 from torch import Tensor
 
 from allscaip_lite import attention
@@ -27,24 +27,6 @@ from allscaip_lite.encodings import (
 from allscaip_lite.graph import Graph
 
 HEADS = 2
-CHANNELS = {
-    "lae": (5, 4, 1, 3, 3),
-    "empty group": (9, 0, 4, 0, 3),
-    "no invariant group": (0, 8, 8),
-    "one group": (16,),
-    "none": None,
-}
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
-
-
-def neutral(name: str, spin: int = 1) -> Atoms:
-    atoms = Atoms("He") if name == "He" else molecule(name)
-    atoms.info.update(charge=0, spin=spin)
-    return atoms
 
 
 @dataclass
