@@ -5,18 +5,26 @@ In: a path and what belongs there. Out: a file that is either whole or not there
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import os
+import pickle
 import shutil
+import warnings
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import InputError, RunError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -64,7 +72,90 @@ def try_lock(path: str | os.PathLike[str]) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        # the one that held it before may have removed the file meanwhile
+        now = Path(path)
+        yield now.exists() and os.path.samestat(os.fstat(file.fileno()), now.stat())
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Work alone in a folder, which is made where it does not exist.
+
+    Raises `RunError` where another process does. Its lock ends with it, however that ends. Of
+    several processes of one training run the first locks for all.
+    """
+    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0):
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / ".lock"
+    with try_lock(path) as mine:
+        if not mine:
+            raise RunError(f"another process works in {folder}: wait for it, or choose another one")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def alone(function: Callable[P, Result]) -> Callable[P, Result]:
+    """A function that works in its argument `folder` under the lock of `locked`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with locked(signature.bind(*args, **kwargs).arguments["folder"]):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def store_state(path: Path) -> Iterator[Path]:
+    """`atomic_write` that keeps the file before, for `read_state`."""
+    with atomic_write(path) as partial:
+        yield partial
+        if path.exists():
+            path.replace(_before(path))
+
+
+def read_state(path: Path, read: Callable[[Path], Result]) -> Result | None:
+    """What a run saved last in a zip file (.npz, .pt), or before that where the last is damaged.
+
+    Args:
+        path: where `store_state` wrote it.
+        read: reads a file whose checksums are right.
+
+    Returns:
+        The content; None where nothing was saved. A fall-back is said in a warning.
+
+    Raises:
+        RunError: where what was saved is damaged.
+    """
+    damage = ""
+    for file in (path, _before(path)):
+        if not file.exists():
+            continue
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if part := archive.testzip():
+                    raise zipfile.BadZipFile(f"{part} has another checksum")
+            found = read(file)
+        except (EOFError, LookupError, RuntimeError, ValueError, zlib.error) as error:
+            damage = f"{file} is damaged ({error})"
+        except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            damage = f"{file} is damaged ({error})"
+        else:
+            if damage:
+                warnings.warn(f"{damage}: going on from the state before it", stacklevel=3)
+            return found
+    if damage:
+        raise RunError(f"{damage}, and none before it is there: remove the folder and start again")
+    return None
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.before{path.suffix}")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,8 @@ J. Chem. Phys. 138, 174102, 2013), on the box's volume too at constant pressure 
 Probert, J. Chem. Phys. 120, 11432, 2004). Times are in fs unless a name says otherwise.
 
 A folder holds `settings.json`, `trajectory.traj` (ASE's format: positions, momenta, energy),
-`log.csv` (columns LOG_COLUMNS), `state.npz`, and, if a run exploded, `exploded.extxyz`.
+`log.csv` (columns LOG_COLUMNS), `state.npz` and `state.before.npz` (the state and the one before
+it), and, if a run exploded, `exploded.extxyz`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -33,7 +35,6 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, CalculatorError
 from ase.io.trajectory import Trajectory
-from ase.io.ulm import InvalidULMFileError
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary
@@ -44,7 +45,15 @@ from tqdm import tqdm
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.electrons import stated_charge_and_spin, states_charge_or_spin
 from allscaip_lite.errors import WAYS, RunError, StructureError
-from allscaip_lite.files import atomic_write, differing, fingerprint, store_text
+from allscaip_lite.files import (
+    alone,
+    atomic_write,
+    differing,
+    fingerprint,
+    read_state,
+    store_state,
+    store_text,
+)
 from allscaip_lite.kernels import add_kernels_option
 
 ENSEMBLES = ("nve", "nvt", "npt")
@@ -138,6 +147,7 @@ class Settings:
         return round(getattr(self, name) / self.timestep)
 
 
+@alone
 def run_md(
     atoms: Atoms,
     calculator: Calculator,
@@ -164,7 +174,8 @@ def run_md(
         The structure at the end of the run.
 
     Raises:
-        RunError: for a run that cannot start.
+        RunError: for a run that cannot start, a folder where another process works, and files of
+            the run that are damaged.
         Explosion: for energy or forces that are not finite, a temperature above `settings.hottest`,
             or a volume that has changed threefold.
     """
@@ -202,19 +213,16 @@ def run_md(
             _set(integrator, name, state[name])
         generator.bit_generator.state = json.loads(str(state["random"]))
         frames, seconds = int(state["frames"]), float(state["seconds"])
-    _cut_trajectory(folder / "trajectory.traj", frames)
-    _cut_log(folder / "log.csv", -1 if state is None else integrator.nsteps)
-    _simulate(integrator, settings, generator, folder, frames, seconds, progress)
+    written = _Written(folder)
+    written.resume(state or {}, frames, -1 if state is None else integrator.nsteps)
+    _simulate(integrator, settings, generator, folder, written, seconds, progress)
     return moving
 
 
 def is_finished(folder: str | os.PathLike[str], settings: Settings) -> bool:
     """Whether the run in `folder` has got to the end of these settings."""
-    file = Path(folder) / "state.npz"
-    if not file.exists():
-        return False
-    with np.load(file) as state:
-        return int(state["step"]) >= settings.steps("duration")
+    state = read_state(Path(folder) / "state.npz", _arrays)
+    return state is not None and int(state["step"]) >= settings.steps("duration")
 
 
 def make_integrator(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> Integrator:
@@ -312,7 +320,7 @@ def _simulate(
     settings: Settings,
     generator: np.random.Generator,
     folder: Path,
-    frames: int,
+    written: _Written,
     seconds: float,
     progress: bool,
 ) -> None:
@@ -339,7 +347,7 @@ def _simulate(
         writer = csv.writer(log)
 
         def record(step: int) -> None:
-            nonlocal frames, seconds
+            nonlocal seconds
             _stop_if_exploded(integrator, volume, settings, folder)
             if step % log_every == 0:
                 row = _measure(integrator, settings)
@@ -353,13 +361,13 @@ def _simulate(
                 bar.set_postfix_str(note, refresh=False)
             if step % save_every == 0:
                 trajectory.write(atoms)
-                frames += 1
+                written.add(atoms)
             if step % save_every == 0 or step == last:
                 seconds = time.monotonic() - started
-                _save_state(folder / "state.npz", integrator, generator, frames, seconds)
+                _save_state(folder / "state.npz", integrator, generator, written, seconds)
 
         try:
-            if first == 0 and frames == 0:
+            if first == 0 and written.frames == 0:
                 record(0)
             while integrator.nsteps < last:
                 integrator.step()
@@ -467,37 +475,45 @@ def _calculator_fingerprint(calculator: Calculator) -> str:
 
 def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The state in the folder if it is of the same run; the folder is ours afterwards."""
-    listing, file = folder / "settings.json", folder / "state.npz"
+    listing, state = folder / "settings.json", read_state(folder / "state.npz", _arrays)
     if listing.exists():
-        known = json.loads(listing.read_text())
+        try:
+            known = json.loads(listing.read_text())
+            known["duration"] = float(known["duration"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{listing} is damaged ({error}): remove {folder} and start again"
+            ) from error
         # what a run of another version did not write down is not held against it
         if changed := differing(plan, known, but=["duration", *(plan.keys() ^ known.keys())]):
             raise RunError(
                 f"{folder} holds a run with another {', '.join(changed)}: choose another folder"
             )
-        if file.exists() and plan["duration"] < known["duration"]:
+        if state is not None and plan["duration"] < known["duration"]:
             raise RunError(
                 f"{folder} holds a longer run, {known['duration'] / 1000:g} ps: give that duration "
                 "or more, or choose another folder"
             )
     store_text(listing, json.dumps(plan, indent=1))
-    if not file.exists():
-        return None
-    with np.load(file, allow_pickle=False) as state:
-        return dict(state)
+    return state
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _save_state(
     file: Path,
     integrator: Integrator,
     generator: np.random.Generator,
-    frames: int,
+    written: _Written,
     seconds: float,
 ) -> None:
     atoms = integrator.atoms
     arrays = {
         "step": integrator.nsteps,
-        "frames": frames,
+        **written.summary(),
         "seconds": seconds,  # that the run took so far
         "positions": atoms.positions,
         "momenta": atoms.get_momenta(),
@@ -505,7 +521,7 @@ def _save_state(
         "random": json.dumps(generator.bit_generator.state),
         **{name: attrgetter(name)(integrator) for name in _memory(integrator)},
     }
-    with atomic_write(file) as partial:
+    with store_state(file) as partial:
         np.savez(partial, **arrays)
 
 
@@ -515,27 +531,81 @@ def _set(integrator: Integrator, name: str, value: np.ndarray) -> None:
     setattr(attrgetter(owner)(integrator) if owner else integrator, attribute, plain)
 
 
-def _cut_trajectory(file: Path, frames: int) -> None:
-    """Keep the first structures of a trajectory: later ones were written after the state was."""
-    if not frames:
-        file.unlink(missing_ok=True)
-        return
-    try:
-        with Trajectory(file) as known:
-            count = len(known)
-            if count == frames:
-                return
-            kept = [known[index] for index in range(min(count, frames))]
-    except (FileNotFoundError, InvalidULMFileError) as error:
-        raise RunError(f"{file} is gone or broken: remove {file.parent} and start again") from error
-    if count < frames:
-        raise RunError(f"{file} is shorter than it was: remove {file.parent} and start again")
-    with (
-        atomic_write(file) as partial,
-        Trajectory(partial, "w", properties=["energy"]) as shorter,
-    ):
-        for atoms in kept:
-            shorter.write(atoms)
+class _Written:
+    """What a run has written so far: structures, bytes of the log, and their checksums."""
+
+    def __init__(self, folder: Path) -> None:
+        self.trajectory, self.log = folder / "trajectory.traj", folder / "log.csv"
+        self.frames, self.log_bytes = 0, 0
+        self.of_frames, self.of_log = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, atoms: Atoms) -> None:
+        """Count a structure that was written to the trajectory."""
+        self.frames += 1
+        energy = np.float64(atoms.get_potential_energy())
+        for array in (atoms.positions, atoms.get_momenta(), atoms.cell.array, energy):
+            self.of_frames.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+
+    def summary(self) -> dict[str, int | str]:
+        """The numbers and checksums, for the run's state."""
+        with self.log.open("rb") as stream:
+            stream.seek(self.log_bytes)
+            new = stream.read()
+        self.log_bytes += len(new)
+        self.of_log.update(new)
+        return {
+            "frames": self.frames,
+            "frames_sha256": self.of_frames.hexdigest(),
+            "log_bytes": self.log_bytes,
+            "log_sha256": self.of_log.hexdigest(),
+        }
+
+    def resume(self, state: Mapping[str, np.ndarray], frames: int, step: int) -> None:
+        """Bring trajectory and log back to what they were when the state was saved.
+
+        What was written later is cut off. Raises RunError where they are not what was written.
+        """
+        self._resume_trajectory(frames, str(state.get("frames_sha256", "")))
+        if "log_sha256" in state:
+            content = self.log.read_bytes() if self.log.exists() else b""
+            content = content[: int(state["log_bytes"])]
+            if hashlib.sha256(content).hexdigest() != str(state["log_sha256"]):
+                raise _not_as_written(self.log)
+            with atomic_write(self.log) as partial:
+                partial.write_bytes(content)
+        else:
+            _cut_log(self.log, step)
+        self.summary()
+
+    def _resume_trajectory(self, frames: int, checksum: str) -> None:
+        if not frames:
+            self.trajectory.unlink(missing_ok=True)
+            return
+        try:
+            with Trajectory(self.trajectory) as known:
+                count = len(known)
+                kept = [known[index] for index in range(min(count, frames))]
+            for atoms in kept:
+                self.add(atoms)
+        except Exception as error:  # ASE's reader fails in many ways on what is cut or changed
+            raise _not_as_written(self.trajectory) from error
+        if count < frames or (checksum and self.of_frames.hexdigest() != checksum):
+            raise _not_as_written(self.trajectory)
+        if count == frames:
+            return
+        with (
+            atomic_write(self.trajectory) as partial,
+            Trajectory(partial, "w", properties=["energy"]) as shorter,
+        ):
+            for atoms in kept:
+                shorter.write(atoms)
+
+
+def _not_as_written(file: Path) -> RunError:
+    what = (
+        "is not as the run left it (cut short, changed or broken)" if file.exists() else "is gone"
+    )
+    return RunError(f"{file} {what}: bring it back, or remove {file.parent} and start again")
 
 
 def _cut_log(file: Path, step: int) -> None:

@@ -38,7 +38,7 @@ from allscaip_lite.data.aselmdb import (
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
-from allscaip_lite.files import atomic_write, differing, fingerprint
+from allscaip_lite.files import alone, differing, fingerprint, read_state, store_state, store_text
 from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
@@ -338,6 +338,7 @@ def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
     return changed
 
 
+@alone
 def train(
     model: AllScAIP,
     stages: Sequence[Stage],
@@ -382,15 +383,16 @@ def train(
         what the start had seen.
 
     Raises:
-        RunError: for a folder of another run, for a loss that is not finite, and for a weight of
-            the stress where nothing is learned of it.
+        RunError: for a folder of another run, where another process works, or whose state is
+            damaged, for a loss that is not finite, and for a weight of the stress where nothing is
+            learned of it.
     """
     for stage in stages:
         _check_stress_weight(stage, model, training_data)
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
     operations = choose(kernels, fabric.device, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    state_file = folder / "state.pt"
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
     plan = {
         "model": model.config.to_dict(),
         "stages": [asdict(s) for s in stages],
@@ -407,15 +409,18 @@ def train(
         "number type": str(model.dtype),
         "shares": list(getattr(training_data, "shares", ())),
     }
-    saved = None
-    if state_file.exists():
-        saved = torch.load(state_file, map_location="cpu", weights_only=True)
+    saved = read_state(
+        state_file, lambda file: torch.load(file, map_location="cpu", weights_only=True)
+    )
+    if saved:
         # what a run of another version wrote down under other names is not held against it
         if changed := differing(saved["plan"], plan, but=plan.keys() ^ saved["plan"].keys()):
             raise RunError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
                 "--out, or remove it"
             )
+        if "log" in saved and fabric.global_rank == 0:  # without what came after the state
+            store_text(log_file, saved["log"])
     seen = model.seen = model.seen or Seen()
     model.posterior = None  # of other weights
     for index, stage in enumerate(stages):
@@ -428,9 +433,9 @@ def train(
         ).to(fabric.device)
         assert isinstance(average.module, AllScAIP)  # a copy of the model
         trained, *optimizers = fabric.setup(model, *make_optimizers(model, stage))
-        first = 0
+        first, losses = 0, []
         if saved and saved["stage"] == index:
-            first = saved["step"]
+            first, losses = saved["step"], list(saved.get("losses", ()))
             model.load_state_dict(saved["model"])
             average.load_state_dict(saved["average"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -449,8 +454,10 @@ def train(
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "random": torch.get_rng_state(),
                     "seen": seen.to_dict(),
+                    "losses": losses,
+                    "log": log_file.read_text() if log_file.exists() else "",
                 }
-                with atomic_write(state_file) as partial:
+                with store_state(state_file) as partial:
                     torch.save(state, partial)
 
         batches = Batches(
@@ -470,7 +477,7 @@ def train(
         # a generator of its own: starting a loader draws a number, which would move the dropout
         own = torch.Generator()
         loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=own)
-        started, losses = time.monotonic(), []
+        started = time.monotonic()
         noted = 0
         for step, batch in enumerate(loader, start=first):
             if noted < 3 * training_data.natoms.sum():  # then nothing new comes, of mixtures either
@@ -490,9 +497,10 @@ def train(
             losses.append(value)
             done = step + 1
             if not math.isfinite(losses[-1] + float(norm)):
+                kept = f" (the last good state is {state_file})" if state_file.exists() else ""
                 raise RunError(
                     f"the loss is not finite at step {done}: lower the learning rate, and start "
-                    f"again in a new folder (the last good state is {state_file})"
+                    f"again in a new folder{kept}"
                 )
             for optimizer in optimizers:
                 optimizer.step()

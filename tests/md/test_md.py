@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIPCalculator, cli, load_model
 from allscaip_lite.errors import RunError
+from allscaip_lite.files import locked
 from allscaip_lite.md import dynamics as md
 from allscaip_lite.md.dynamics import (
     Explosion,
@@ -252,6 +254,9 @@ class Interrupted(Springs):
         if self.calls == 0:
             raise KeyboardInterrupt
         super().calculate(atoms, properties, system_changes)
+
+
+Interrupted.__name__ = "Springs"  # by which a run knows its calculator
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -551,3 +556,55 @@ def test_settings_are_kept_beside_the_run(tmp_path):
     assert kept["model"] == "springs" and kept["temperature"] == 300
     assert set(read_log(tmp_path)) == set(md.LOG_COLUMNS)
     assert np.isfinite(read_log(tmp_path)["pressure_bar"]).all()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(RunError, match="another process works in"):
+        run_md(copper(), EMT(), short(), tmp_path / "run", progress=False)
+    run_md(copper(), EMT(), short(), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("trajectory.traj", lambda content: content[: len(content) // 2], "cut short"),
+        ("trajectory.traj", lambda content: content.replace(content[-2000:-1992], b"12345678"), ""),
+        ("trajectory.traj", None, "is gone"),
+        ("log.csv", lambda content: content.replace(b"1", b"2", 1), "changed"),
+        ("log.csv", None, "is gone"),
+        ("settings.json", lambda content: content[:-20], "is damaged"),
+        ("settings.json", lambda content: b"[]", "is damaged"),
+    ],
+)
+def test_files_of_a_run_that_changed_are_not_run_on_into(tmp_path, name, damage, words):
+    run_md(copper(), EMT(), short(), tmp_path, progress=False)
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage:
+        file.write_bytes(damage(content))
+    longer = dataclasses.replace(short(), duration=2 * short().duration)
+    with pytest.raises(RunError, match=f"{name}.*{words}"):
+        run_md(copper(), EMT(), longer, tmp_path, progress=False)
+    file.write_bytes(content)
+    run_md(copper(), EMT(), longer, tmp_path, progress=False)
+
+
+def test_a_damaged_state_falls_back_on_the_one_before(tmp_path):
+    longer = dataclasses.replace(short(), duration=2 * short().duration)
+    run_md(copper(), EMT(), longer, tmp_path / "whole", progress=False)
+    run_md(copper(), EMT(), short(), tmp_path / "run", progress=False)
+    file = tmp_path / "run" / "state.npz"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"positions.npy") + 200] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"state.npz is damaged.*the state before it"):
+        run_md(copper(), EMT(), longer, tmp_path / "run", progress=False)
+    assert frames(tmp_path / "run") == frames(tmp_path / "whole")
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("run", "whole")]
+    assert logs[0] == logs[1]
+    for name in ("state.npz", "state.before.npz"):
+        (tmp_path / "run" / name).write_bytes(b"PK")
+    with pytest.raises(RunError, match="none before it is there"):
+        run_md(copper(), EMT(), longer, tmp_path / "run", progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import operator
@@ -833,3 +834,35 @@ def test_two_processes_train_together(twenty: Path, tmp_path: Path) -> None:
     assert done.stdout.count("conservative 2/2") == 1  # one of them speaks
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
     assert load_model(tmp_path / "run" / "conservative.safetensors").config.conservative
+
+
+def test_a_stopped_run_has_the_log_of_one_that_was_not(twenty: Path, tmp_path: Path) -> None:
+    """The same lines with the same mean losses, once each, where it stopped between checkpoints
+    and where the log was lost; and where the last checkpoint is damaged, with a word."""
+    data = Dataset(twenty)
+    options = {"max_atoms": 60, "save_every": 3, "validate_every": 4}
+
+    def lines(folder: Path) -> list[dict[str, float]]:
+        found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in found]
+
+    def stop(stage: Stage, step: int, value: float) -> None:
+        if step == 9:
+            raise KeyboardInterrupt
+
+    train(small_model(data), [direct_stage(10)], data, data, tmp_path / "whole", **options)
+    for case in ("as it is", "log lost", "state damaged"):
+        folder = tmp_path / case
+        with pytest.raises(KeyboardInterrupt):
+            train(small_model(data), [direct_stage(10)], data, data, folder, watch=stop, **options)
+        if case == "log lost":
+            (folder / "log.jsonl").unlink()
+        expected = contextlib.nullcontext()
+        if case == "state damaged":
+            content = bytearray((folder / "state.pt").read_bytes())
+            content[len(content) // 2] ^= 1
+            (folder / "state.pt").write_bytes(content)
+            expected = pytest.warns(UserWarning, match=r"state.pt is damaged.*the state before it")
+        with expected:
+            train(small_model(data), [direct_stage(10)], data, data, folder, **options)
+        assert lines(folder) == lines(tmp_path / "whole")
