@@ -35,7 +35,16 @@ class Neighborhoods:
 
 
 def pair_sums(neighborhoods: Neighborhoods, weights: Tensor, degree: int) -> Tensor:
-    """(N, K) → (N, degree): Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row."""
+    """Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row.
+
+    Args:
+        neighborhoods: the rows, with P_l(cos θ) of their pairs.
+        weights: (N, K), 0 in empty slots.
+        degree: l = 1 .. degree.
+
+    Returns:
+        (N, degree).
+    """
     return encodings.pair_sums(neighborhoods.legendre[:degree], weights)
 
 
@@ -70,9 +79,19 @@ def softmax_attention(
     groups: list[slice],
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Q queries and K keys a row: (h, N, Q, D), (h, N, K, D) twice → (h, N, Q, D), (h, N, Q, K).
+    """softmax_f(Σ_l P_l(cos θ_ef) q_e·k_f/√D + log w_f) v_f, with Q queries and K keys a row.
 
-    softmax_f(Σ_l P_l(cos θ_ef) q_e·k_f/√D + log w_f) v_f, the envelope w_f as log_weight (N, K).
+    Args:
+        q: queries (h, N, Q, D).
+        k: keys (h, N, K, D).
+        v: values (h, N, K, D).
+        log_weight: (N, K), the logarithm of the envelope w_f.
+        legendre: P_l(cos θ_ef) from l = 1 on, (l, N, Q, K).
+        groups: the channels of each degree l, from l = 0 on.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        What each query gets, (h, N, Q, D), and the weights (h, N, Q, K).
     """
     logits = angular_logits(q, k, legendre, groups) * q.shape[-1] ** -0.5  # (h, N, Q, K)
     weights = (logits + log_weight.unsqueeze(1)).softmax(-1)  # rows sum to one
@@ -87,9 +106,18 @@ def neighborhood_attention(
     num_heads: int,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(M, 3H) → (M, H), and the weights (h, N, K, K): every edge attends to the edges of its row.
+    """Every edge attends to the edges of its row.
 
-    layout: "source", where a row holds the edges that leave an atom, or "destination".
+    Args:
+        qkv: queries, keys and values of the edges, (M, 3H).
+        neighborhoods: the rows.
+        layout: "source", where a row holds the edges that leave an atom, or "destination".
+        groups: the channels of a head that belong to each degree, see `channel_groups`.
+        num_heads: h.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        (M, H), and the weights (h, N, K, K).
     """
     log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
@@ -110,9 +138,19 @@ def self_edge_attention(
     num_heads: int,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same for the atoms alone, which stand in slot 0 of their rows.
+    """`neighborhood_attention` for the atoms alone, which stand in slot 0 of their rows.
 
-    q (N, H), key_value (M, 2H) → (N, H), and the weights (h, N, 1, K).
+    Args:
+        q: queries of the atoms, (N, H).
+        key_value: keys and values of the edges, (M, 2H).
+        neighborhoods: as there, and so are the others.
+        layout: "source" or "destination".
+        groups: the channels of each degree.
+        num_heads: h.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        (N, H), and the weights (h, N, 1, K).
     """
     log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
@@ -178,9 +216,17 @@ def node_attention(
     num_heads: int,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(N, 3H) → (N, H) among all atoms of a system, and the weights (B, h, n, n).
+    """softmax_j(q_i·k_j/√D + bias_ij) v_j over all atoms j of a system.
 
-    softmax_j(q_i·k_j/√D + bias_ij) v_j. bias (B, h, n, n): ERoPE's, -inf at empty keys, or None.
+    Args:
+        qkv: queries, keys and values of the atoms, (N, 3H).
+        bias: (B, h, n, n), ERoPE's (see `rotary_bias`), -inf at empty keys; None for neither.
+        systems: which atoms are one system.
+        num_heads: h.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        (N, H), and the weights (B, h, n, n).
     """
     q, k, v = systems.to_heads(qkv, num_heads)  # (B, h, n, D) each
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, n)
@@ -190,7 +236,16 @@ def node_attention(
 
 
 def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
-    """ERoPE: (...,) Å, (h, F) → (h, ...): log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6)."""
+    """ERoPE as a bias of logits: log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6).
+
+    Args:
+        distances: (...,) Å.
+        weight: W, (h, F).
+        frequencies: ω, (F,) 1/Å.
+
+    Returns:
+        (h, ...).
+    """
     features = encodings.sinc_features(distances, frequencies)  # (..., F)
     mixed = torch.tensordot(weight, features, dims=([1], [-1]))  # (h, ...)
     return torch.log(F.softplus(mixed) + 1e-6)

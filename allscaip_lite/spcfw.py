@@ -242,7 +242,10 @@ def _waves(positions: np.ndarray, cell: np.ndarray) -> Terms:
 def molecules(rng: np.random.Generator, count: int, spread: float = 0.0) -> np.ndarray:
     """Waters (count, 3, 3) in Å, turned at random, oxygen at the origin.
 
-    `spread` (Å) is the standard deviation of both bond lengths; the angle's is 3 rad/Å times that.
+    Args:
+        rng: the random numbers.
+        count: how many.
+        spread: standard deviation of both bond lengths in Å; the angle's is 3 rad/Å times that.
     """
     lengths = BOND_LENGTH + spread * rng.normal(size=(count, 2))
     half = (ANGLE + 3 * spread * rng.normal(size=count)) / 2
@@ -254,9 +257,14 @@ def molecules(rng: np.random.Generator, count: int, spread: float = 0.0) -> np.n
 
 
 def water_box(waters: int, density: float = 1.0, seed: int = 0) -> Atoms:
-    """A cube of waters on a lattice, turned at random, at a density in g/cm³.
+    """A periodic cube of waters on a lattice, turned at random.
 
     A start for a simulation, to be relaxed first: neighbours may touch.
+
+    Args:
+        waters: how many.
+        density: in g/cm³.
+        seed: of the orientations, and of the sites where there are more than waters.
     """
     rng = np.random.default_rng(seed)
     mass = waters * Atoms("OH2").get_masses().sum()

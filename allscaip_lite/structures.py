@@ -121,9 +121,19 @@ def structures_from_atoms(
 ) -> Structures:
     """Check structures and turn them into one batch.
 
-    Positions and cell keep ASE's float64 until they are cast to `dtype`, after `centered`. Where a
-    charge or multiplicity is assumed, it is noted in `assumed`, or a warning says so. Raises
-    `StructureError` for what the model cannot answer for.
+    Positions and cell keep ASE's float64 until they are cast to `dtype`, after `centered`.
+
+    Args:
+        atoms: one structure, or several.
+        dtype: of positions and cell.
+        device: of all tensors.
+        max_num_elements: atomic numbers below this are in the model's table.
+        assumed: where a charge or multiplicity that had to be assumed is noted; by default a
+            warning says so.
+
+    Raises:
+        StructureError: for what the model cannot answer for.
+        TypeError: for what is no `ase.Atoms`.
     """
     batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     if not batch:

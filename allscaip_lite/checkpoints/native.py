@@ -131,7 +131,13 @@ def download_official(
 ) -> Path:
     """Fetch a released checkpoint into the hub's cache, with progress, and return its path.
 
-    See `download_from_hub`.
+    Args:
+        name: one of `OFFICIAL_FILES`.
+        endpoint: another address of the hub.
+        cache_dir: another folder for the cache.
+
+    Raises:
+        InputError: without token, access or network; the message says what to do.
     """
     return download_from_hub(OFFICIAL_REPOSITORY, OFFICIAL_FILES[name], name, endpoint, cache_dir)
 
@@ -217,7 +223,16 @@ def download_from_hub(
 def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:
     """Write a model into one `.safetensors` file: weights, configuration, units, and its card.
 
-    `card` says what a user should know: data, level of theory, errors, licence; any JSON values.
+    Args:
+        model: what `load_model` gives back from the file.
+        path: of the file; its folder is made.
+        card: what a user should know: data, level of theory, errors, licence; any JSON values.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: for a name that does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

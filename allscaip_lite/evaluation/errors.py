@@ -55,7 +55,14 @@ class Residuals(NamedTuple):
 def residuals(
     model: AllScAIP, data: LabelledData, max_atoms: int = 400, progress: bool = False
 ) -> Residuals:
-    """Of a whole data set, in its order."""
+    """Errors of every structure of a data set, in its order.
+
+    Args:
+        model: in evaluation mode afterwards.
+        data: labelled structures.
+        max_atoms: atoms of a batch; a larger structure is a batch of its own.
+        progress: whether to show a progress bar.
+    """
     model.eval()
     energies, forces, stresses, deviations = [], [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
@@ -183,7 +190,16 @@ def _bin(size: int) -> int:
 def by_group(
     described: Sequence[Description], found: Residuals, key: Callable[[Description], str | int]
 ) -> Rows:
-    """`summary` of the structures of each value of `key`, in order, and of `all`."""
+    """`summary` by groups of structures.
+
+    Args:
+        described: the structures, see `describe`.
+        found: their residuals, in the same order.
+        key: the group of a structure, such as one of `GROUPS`.
+
+    Returns:
+        A row for each value of `key`, in order, and the row `all`.
+    """
     groups: dict[str | int, list[int]] = {}
     for index, what in enumerate(described):
         groups.setdefault(key(what), []).append(index)
@@ -389,7 +405,12 @@ def write_predictions(
     """Predictions as OMol25's leaderboard takes them: a `.npz` with `ids` (each structure's
     `source`), `energy` (S,) eV, `forces` (all atoms, 3) eV/Å and `natoms` (S,).
 
-    The data need no labels: open them with `Dataset(..., labelled=False)`.
+    Args:
+        model: in evaluation mode afterwards.
+        data: structures, with or without labels: `Dataset(..., labelled=False)`.
+        file: the `.npz` to write.
+        max_atoms: atoms of a batch.
+        progress: whether to show a progress bar.
     """
     model.eval()
     ids, energies, forces = [], [], []

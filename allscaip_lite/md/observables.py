@@ -331,6 +331,14 @@ def temperatures_by_motion(
     ps: a chain of Nosé and Hoover, which sees the sum alone, leaves them as cold as a minimised
     start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) removes that;
     its velocities along a bond come out colder than the structure by (ω Δt)²/4, an eighth at 1 fs.
+
+    Args:
+        folder: of a run of waters.
+        skip: ps of equilibration that are left out.
+        blocks: of the run, from whose scatter the errors are.
+
+    Raises:
+        RunError: for a run of something else, or one that is too short for the blocks.
     """
     folder = Path(folder)
     spacing = json.loads((folder / "settings.json").read_text())["save_every"] / 1000
@@ -368,8 +376,17 @@ def radial_distribution(
 ) -> RadialDistribution:
     """g(r) between atoms of two elements in different molecules.
 
-    reach: up to where, in Å; by default, and at most, half the narrowest width of the box, beyond
-    which not every pair is seen. width: of a bin, in Å.
+    Args:
+        universe: the run, see `make_universe`.
+        first: one element.
+        second: the other, or the same.
+        reach: up to where, in Å; by default, and at most, half the narrowest width of the box,
+            beyond which not every pair is seen.
+        width: of a bin, in Å.
+        blocks: of the run, from whose scatter the errors are.
+
+    Raises:
+        RunError: for a run without such pairs or without a box, and for a reach that is too long.
     """
     everything = np.arange(len(universe.trajectory))
     r, parts = _pairs(universe, first, second, reach, width, _blocks(everything, blocks))
@@ -380,7 +397,17 @@ def radial_distribution(
 def pairs_by_structure(
     universe: Universe, first: str = "O", second: str = "O", width: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray]:
-    """g(r) of every structure by itself: r (bins,) in Å, g (T, bins). See `radial_distribution`."""
+    """g(r) of every structure by itself.
+
+    Args:
+        universe: as for `radial_distribution`, and so are the others.
+        first: one element.
+        second: the other, or the same.
+        width: of a bin, in Å.
+
+    Returns:
+        r (bins,) in Å, g (T, bins).
+    """
     each = np.arange(len(universe.trajectory))[:, None]
     return _pairs(universe, first, second, None, width, each)
 
@@ -435,6 +462,14 @@ def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> 
 
     It finds what g(r) shows as a small bump, and averages of errors not at all: pairs that a model
     lets come too close, where it was never taught. Beyond 4 Å a pair does not count.
+
+    Args:
+        universe: the run, see `make_universe`.
+        element: of both atoms.
+        blocks: of the run, from whose scatter the error is.
+
+    Raises:
+        RunError: for a structure without a pair that counts.
     """
     from MDAnalysis.lib.distances import self_capped_distance
 
@@ -510,9 +545,17 @@ def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:
 def mean_squared_displacement(
     universe: Universe, element: str = "O", frames: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lags in ps and mean squared displacements in Å² of an element's atoms, over all origins.
+    """Mean squared displacements of an element's atoms, over all origins in time.
 
     The drift of all atoms together is taken away first.
+
+    Args:
+        universe: the run, see `make_universe`.
+        element: of the atoms.
+        frames: indices of the structures that are used, evenly spaced; by default all.
+
+    Returns:
+        Lags in ps, and mean squared displacements in Å².
     """
     import MDAnalysis
     from MDAnalysis.analysis.msd import EinsteinMSD
@@ -535,10 +578,18 @@ def self_diffusion(
 ) -> Estimate:
     """Self-diffusion coefficient in 1e-9 m²/s, a sixth of the slope of the displacement.
 
-    The line is fitted over lags in `window` (ps), past the ballistic start; a block has to be at
-    least one and a half times as long. Take NVE or NVT runs: a barostat rescales paths. Langevin's
-    friction slows molecules down: with a time constant of 1 ps those of water by 2 %, of 0.1 ps by
-    15 %. See `size_correction`.
+    Take NVE or NVT runs: a barostat rescales paths. Langevin's friction slows molecules down: with
+    a time constant of 1 ps those of water by 2 %, of 0.1 ps by 15 %. See `size_correction`.
+
+    Args:
+        universe: the run, see `make_universe`.
+        element: of the atoms that are followed.
+        window: lags in ps over which the line is fitted, past the ballistic start.
+        blocks: of the run, from whose scatter the error is; each one and a half times as long as
+            the longest lag at least.
+
+    Raises:
+        RunError: for blocks that are too short.
     """
     values = []
     for part in _blocks(np.arange(len(universe.trajectory)), blocks):
@@ -555,10 +606,15 @@ def self_diffusion(
 
 
 def size_correction(temperature: float, edge: float, viscosity: float) -> float:
-    """What a cubic periodic box of `edge` Å takes from the diffusion coefficient, in 1e-9 m²/s.
+    """What a cubic periodic box takes from the diffusion coefficient, in 1e-9 m²/s.
 
-    2.837 kT / (6πηL) (Yeh and Hummer, J. Phys. Chem. B 108, 15873, 2004), temperature in K, the
-    liquid's viscosity in mPa s, to be added to the result of `self_diffusion`.
+    2.837 kT / (6πηL) (Yeh and Hummer, J. Phys. Chem. B 108, 15873, 2004), to be added to the result
+    of `self_diffusion`.
+
+    Args:
+        temperature: T in K.
+        edge: L in Å.
+        viscosity: η of the liquid in mPa s.
     """
     boltzmann = 1.380649e-23  # J/K
     correction = YEH_HUMMER * boltzmann * temperature

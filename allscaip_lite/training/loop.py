@@ -88,7 +88,14 @@ def conservative_stage(
     weights: tuple[float, float] = (40, 20),
     stress_weight: float = 0.0,
 ) -> Stage:
-    """The reference's second stage; `weights` of energy and forces in the loss."""
+    """The reference's second stage.
+
+    Args:
+        steps: how many.
+        learning_rate: the highest, after the warm-up.
+        weights: of energy and forces in the loss.
+        stress_weight: of the stress, for data that have it.
+    """
     return Stage("conservative", steps, learning_rate, *weights, stress_weight=stress_weight)
 
 
@@ -160,7 +167,16 @@ def fresh_model(config: AllScAIPConfig, data: LabelledData, seed: int | None = N
 
 
 def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
-    """A training and a validation part of one data set, drawn at random."""
+    """A training and a validation part of one data set, drawn at random.
+
+    Args:
+        data: at least two structures.
+        seed: of the draw.
+        share: of the structures that validate.
+
+    Raises:
+        InputError: for a single structure.
+    """
     if len(data) < 2:
         raise InputError("one structure cannot both train and validate a model: give more")
     order = np.random.default_rng(seed).permutation(len(data))
@@ -177,8 +193,14 @@ def loss(
 ) -> Tensor:
     """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖ + stress_weight · mean ‖Δσ‖V/N.
 
-    Errors in units of the rmsd; stresses of the structures that have one. real: which systems (B,)
-    and atoms (N,) count, if some are padding.
+    Errors in units of the rmsd; stresses of the structures that have one.
+
+    Args:
+        prediction: of the batch.
+        batch: structures with their labels.
+        model: has the units, `energy_scale` and `force_scale`.
+        stage: has the weights.
+        real: which systems (B,) and atoms (N,) count, if some are padding.
     """
     systems, atoms = (None, None) if real is None else real
     natoms = batch.structures.natoms.clamp(min=1)
