@@ -25,13 +25,15 @@ from ase import Atoms
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.row import AtomsRow
+from tqdm import tqdm
 
 from allscaip_lite.data.checks import LABELS, checked_labels, held_results
 from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
-from allscaip_lite.electrons import stated_charge_and_spin
+from allscaip_lite.electrons import Assumptions, charge_and_spin
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write, fingerprint
 
+SLOW = 4  # seconds, after which what is under way shows a progress bar
 SPLITS = ("train", "val", "test")
 
 
@@ -378,17 +380,22 @@ def checksum(structures: Iterable[Atoms]) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(data: LabelledData, limit: int = 2000) -> str:
+def data_fingerprint(
+    data: LabelledData, assumed: Assumptions | None = None, limit: int = 2000
+) -> str:
     """The same for the same structures and labels, in order, charges and multiplicities included.
 
     Of more than `limit` structures, evenly spaced ones are read, and of the others the numbers of
-    atoms alone: a change of few of very many goes unnoticed.
+    atoms alone: a change of few of very many goes unnoticed. `assumed` is as for `charge_and_spin`.
+    Raises `StructureError` for a charge or multiplicity that is not possible.
     """
     parts = [data.natoms]
-    for index in evenly_spaced(len(data), limit):
+    chosen = evenly_spaced(len(data), limit)
+    for index in tqdm(chosen, desc="looking at the data", delay=SLOW, leave=False):
         atoms = data[int(index)]
-        stated = [np.nan if value is None else value for value in stated_charge_and_spin(atoms)]
-        parts += [atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, np.array(stated)]
+        where = f"structure {index} ({atoms.symbols})"
+        state = np.array(charge_and_spin(atoms, where, assumed=assumed))
+        parts += [atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, state]
         parts += [np.asarray(atoms.calc.results[n]) for n in LABELS if n in atoms.calc.results]
     return fingerprint(parts)
 
@@ -416,7 +423,8 @@ def write_sample(
         dataset = Dataset(source / f"{split}.aselmdb")
         wanted = min(len(dataset), round(share * structures))
         chosen = np.linspace(0, len(dataset) - 1, wanted).round().astype(int)
-        picked = (dataset[index] for index in chosen)
+        progress = tqdm(chosen, desc=split, delay=SLOW, leave=False)
+        picked = (dataset[index] for index in progress)
         counts[split] = write_aselmdb(out / f"{split}.aselmdb", picked, overwrite)
     if (source / "references.json").exists():
         shutil.copyfile(source / "references.json", out / "references.json")

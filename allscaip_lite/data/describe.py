@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
+from tqdm import tqdm
 
-from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum
+from allscaip_lite.data.aselmdb import SLOW, SPLITS, Dataset, checksum
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import DataError
 from allscaip_lite.tables import markdown_table
@@ -150,7 +151,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data describe`: print the tables; the exit status."""
     splits = {
-        split: summarise(data[index] for index in range(len(data)))
+        split: summarise(
+            data[index] for index in tqdm(range(len(data)), desc=split, delay=SLOW, leave=False)
+        )
         for split, data in read_splits(args.data).items()
     }
     empty = [split for split, summary in splits.items() if not summary.structures]

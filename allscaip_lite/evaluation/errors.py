@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from allscaip_lite.checkpoints import load_model, read_card, save_model
-from allscaip_lite.data.aselmdb import Dataset, LabelledData
+from allscaip_lite.data.aselmdb import SLOW, Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import DataError, InputError
@@ -145,7 +145,7 @@ def describe(data: Dataset) -> list[Description]:
     """Of every structure of a labelled data set, in its order."""
     found = []
     assumed: Assumptions = {}
-    for index in range(len(data)):
+    for index in tqdm(range(len(data)), desc="looking at the data", delay=SLOW, leave=False):
         atoms = data[index]
         charge, spin = charge_and_spin(atoms, f"structure {index}", assumed=assumed)
         info, labels = atoms.info, atoms.calc.results

@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.config import PRESETS, AllScAIPConfig
 from allscaip_lite.data.aselmdb import (
+    SLOW,
     Dataset,
     LabelledData,
     Mixture,
@@ -36,6 +38,7 @@ from allscaip_lite.data.aselmdb import (
     evenly_spaced,
 )
 from allscaip_lite.data.batches import Batch, Batches, collate
+from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.files import alone, differing, fingerprint, read_state, store_state, store_text
@@ -111,7 +114,8 @@ def fit_units(
     counts = np.zeros((len(indices), max_num_elements))
     energies = np.zeros(len(indices))
     squares, components = 0.0, 0
-    for row, index in enumerate(indices):
+    progress = tqdm(indices, desc="fitting the energies of atoms", delay=SLOW, leave=False)
+    for row, index in enumerate(progress):
         atoms = data[int(index)]
         counts[row] = np.bincount(atoms.numbers, minlength=max_num_elements)[:max_num_elements]
         energies[row] = atoms.calc.results["energy"]
@@ -136,7 +140,8 @@ def shift_references(model: AllScAIP, data: LabelledData, limit: int = 2_000) ->
     indices = evenly_spaced(len(data), limit)
     counts = torch.zeros(len(indices), model.config.max_num_elements + 1, dtype=torch.float64)
     missing = torch.zeros(len(indices), dtype=torch.float64)
-    for row, index in enumerate(indices):
+    progress = tqdm(indices, desc="fitting the energies of atoms", delay=SLOW, leave=False)
+    for row, index in enumerate(progress):
         batch = collate([data[int(index)]])
         energy = model(batch.structures.to(model.device), create_graph=False).energy.cpu()
         missing[row] = float(batch.energy - energy)
@@ -415,6 +420,7 @@ def train(
     operations = choose(kernels, fabric.device, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    assumed: Assumptions = {}
     plan = {
         "model": model.config.to_dict(),
         "stages": [asdict(s) for s in stages],
@@ -425,12 +431,13 @@ def train(
             value.round(decimals=4).cpu().numpy() if name in UNITS else value.cpu().numpy()
             for name, value in model.state_dict().items()
         ),
-        "training data": data_fingerprint(training_data),
-        "validation data": data_fingerprint(validation_data),
+        "training data": data_fingerprint(training_data, assumed),
+        "validation data": data_fingerprint(validation_data, assumed),
         "processes": fabric.world_size,
         "number type": str(model.dtype),
         "shares": list(getattr(training_data, "shares", ())),
     }
+    say_assumptions(assumed)
     saved = read_state(
         state_file, lambda file: torch.load(file, map_location="cpu", weights_only=True)
     )

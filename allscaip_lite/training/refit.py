@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoints import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
+from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.model import AllScAIP
@@ -135,11 +136,12 @@ def measure(
     def keep(kind: int, row: Tensor, bias: float, missing: float) -> None:
         found[kind].append(([*row.tolist(), bias], missing))
 
+    assumed: Assumptions = {}
     for index in tqdm(range(len(data)), unit="structures", disable=not progress):
         atoms = data[index]
         count, results = len(atoms), atoms.calc.results
         device = layer.weight.device
-        structures = structures_from_atoms(atoms, model.dtype, device, assumed={})
+        structures = structures_from_atoms(atoms, model.dtype, device, assumed=assumed)
         positions = structures.positions.detach().requires_grad_()
         strain = positions.new_zeros(1, 3, 3).requires_grad_()
         moved = structures.replace(positions=positions)
@@ -168,6 +170,7 @@ def measure(
             row = derivative(gradients[1].diagonal(dim1=1, dim2=2).sum()) * energy_scale / 3 / count
             stress = results["stress"][:3].mean() * atoms.get_volume() / count
             keep(2, row, 0.0, float(stress) - float(row @ weights))
+    say_assumptions(assumed)
     width = layer.weight.numel() + 1
     kinds = []
     for rows in found:

@@ -28,7 +28,7 @@ from allscaip_lite.applicability import Seen
 from allscaip_lite.config import PRESETS
 from allscaip_lite.data.aselmdb import DataError, Dataset, Mixture, Subset, write_aselmdb
 from allscaip_lite.data.batches import Batch, Batches, collate, in_order
-from allscaip_lite.errors import InputError, RunError
+from allscaip_lite.errors import InputError, RunError, StructureWarning
 from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.kernels import compiled
 from allscaip_lite.kernels.padded import Size
@@ -603,6 +603,17 @@ def test_a_trained_model_knows_what_it_saw(twenty: Path, tmp_path: Path) -> None
         for name in ("closest", "farthest"):  # of structures in float32
             assert kept.pop(name) == pytest.approx(wanted.pop(name), abs=1e-3)
         assert kept == wanted
+
+
+def test_training_says_which_charges_it_assumes(twenty: Path, tmp_path: Path) -> None:
+    known = Dataset(twenty)
+    frames = [known[index] for index in range(3)]
+    del frames[1].info["charge"]
+    write_aselmdb(tmp_path / "bare.aselmdb", frames)
+    data = Dataset(tmp_path / "bare.aselmdb")
+    with pytest.warns(StructureWarning, match="no charge in atoms.info") as warned:
+        train(small_model(known), [direct_stage(2)], data, data, tmp_path / "run", max_atoms=200)
+    assert len([one for one in warned if one.category is StructureWarning]) == 1
 
 
 def test_a_stress_weight_that_meets_no_stress_is_refused(data: Dataset, tmp_path: Path) -> None:
