@@ -13,6 +13,7 @@ import argparse
 import errno
 import http.client
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoints.native import download_from_hub
 from allscaip_lite.errors import InputError
-from allscaip_lite.files import atomic_write, sha256_of
+from allscaip_lite.files import alone, atomic_write, sha256_of
 
 SERVER = "https://dl.fbaipublicfiles.com/opencatalystproject/data/"
 HUB = "hub:"
@@ -65,6 +66,7 @@ SOURCES = {
 }
 
 
+@alone
 def fetch(
     name: str,
     folder: str | os.PathLike[str],
@@ -169,11 +171,12 @@ def download(
     if file.exists():
         return
     part, tag = file.with_name(file.name + ".part"), file.with_name(file.name + ".tag")
-    failures, before = 0, -1
+    failures, most = 0, -1
     while True:
         have = part.stat().st_size if part.exists() else 0
-        failures = failures + 1 if have == before else 0
-        before = have
+        failures = failures + 1 if have <= most else 0
+        most = max(most, have)
+        reason: object = "it ends early, or with another part than was asked for"
         try:
             complete = _fetch_rest(address, part, tag, have, free, progress)
         except urllib.error.HTTPError as error:
@@ -183,12 +186,12 @@ def download(
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise InputError(f"the disk is full: free some space; {part} is kept") from error
-            if failures >= ATTEMPTS:
-                raise InputError(
-                    f"{address} does not answer ({error}). Check the network, or name a mirror "
-                    "with --server; the same command continues from there"
-                ) from error
-            complete = False
+            complete, reason = False, error
+        if not complete and failures >= ATTEMPTS:
+            raise InputError(
+                f"{address} does not answer as it should ({reason}). Check the network, or name a "
+                "mirror with --server; the same command continues from there"
+            )
         if complete:
             part.replace(file)
             tag.unlink(missing_ok=True)
@@ -216,16 +219,27 @@ def _fetch_rest(
             return whole
         raise
     with answer:
+        validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        length = answer.headers.get("Content-Length") or ""
         if answer.status != 206:
             have = 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        total = have + int(length) if length.isdecimal() else None
+        if answer.status == 206:
+            place = re.fullmatch(
+                r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range") or ""
+            )
+            right = place and int(place[1]) == have and int(place[2]) + 1 == int(place[3])
+            if not place or not right or (validator and validator != known):
+                part.unlink(missing_ok=True)  # another file, or another part: begin again
+                tag.unlink(missing_ok=True)
+                return False
+            total = int(place[3])
         if total and total - have > free:
             raise InputError(
                 f"{total / 1e9:.1f} GB do not fit on the disk, where {free / 1e9:.1f} GB are free: "
                 "choose another --out, or a smaller set"
             )
-        tag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+        tag.write_text(validator)
         with (
             part.open("ab" if have else "wb") as stream,
             tqdm(

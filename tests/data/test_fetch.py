@@ -32,6 +32,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.content, self.tag = content, '"one"'
         self.paths = ["/" + SOURCES[NAME].path, "/one.aselmdb", "/other/one.aselmdb"]
         self.hangs, self.patience, self.status, self.ranges = 0, 0, 200, []
+        self.place, self.lie = "", ""  # a Content-Range and an ETag of its parts that are not true
 
     @property
     def address(self) -> str:
@@ -58,7 +59,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = server.content[first:]
         self.send_response(206 if first else 200)
-        self.send_header("ETag", server.tag)
+        self.send_header("ETag", server.lie or server.tag)
+        if first:
+            last = len(server.content) - 1
+            self.send_header("Content-Range", server.place or f"bytes {first}-{last}/{last + 1}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if server.hangs:
@@ -154,6 +158,27 @@ def test_a_file_that_was_replaced_meanwhile_is_begun_again(
     assert energies(get(server, tmp_path, keep_archive=True)) == [0.0, 1.0]
     assert (tmp_path / "neutral_val.tar.gz").read_bytes() == published
     assert not part.exists()
+
+
+@pytest.mark.parametrize("lie", ["bytes 0-99/100", "bytes 400-9/9", "nonsense", "tag"])
+def test_a_part_that_was_not_asked_for_is_not_taken(
+    server: Server, tmp_path: Path, published: bytes, lie: str
+) -> None:
+    (tmp_path / "neutral_val.tar.gz.part").write_bytes(published[:500])
+    (tmp_path / "neutral_val.tar.gz.tag").write_text(server.tag)
+    server.place, server.lie = ("", '"changed"') if lie == "tag" else (lie, "")
+    get(server, tmp_path, keep_archive=True)
+    assert (tmp_path / "neutral_val.tar.gz").read_bytes() == published
+    assert server.ranges == ["bytes=500-", None]
+
+
+def test_a_body_that_is_always_short_is_not_asked_for_for_ever(
+    server: Server, tmp_path: Path
+) -> None:
+    server.hangs, server.patience, server.tag = 10**6, 300, ""
+    with pytest.raises(InputError, match="does not answer as it should"):
+        get(server, tmp_path)
+    assert len(server.ranges) <= fetch.ATTEMPTS + 2
 
 
 def test_a_whole_part_is_not_fetched_again(
