@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,16 +132,27 @@ def _count(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
 
 def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    end_with_parent()
     for job in jobs:
-        if os.getppid() != parent:
-            return  # the parent was killed
         stem = folder / job.file
         if _is_done(stem):
             continue
         with _claimed(stem) as mine:
             if mine and not _is_done(stem):
                 _do(job, stem, work)
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it by `multiprocessing` does, however."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])  # a pipe, which the system closes
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 @contextmanager

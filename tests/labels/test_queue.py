@@ -200,3 +200,38 @@ def test_a_folder_holds_one_plan(tmp_path):
     queue.store_plan(tmp_path, {"seed": 0})
     with pytest.raises(LabelError, match="another data set"):
         queue.store_plan(tmp_path, {"seed": 1})
+
+
+def wait_long(task: str) -> list[Atoms]:
+    Path(task).write_text(str(os.getpid()))
+    time.sleep(600)
+    return []
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """In the middle of a job, which may take hours."""
+    program = (
+        "import sys\nfrom test_queue import wait_long\n"
+        "from allscaip_lite.labels.queue import Job, run_jobs\n"
+        "if __name__ == '__main__':\n"
+        "    run_jobs(sys.argv[1], [Job('a', 'a', 'train', sys.argv[2])], wait_long)\n"
+    )
+    (tmp_path / "run.py").write_text(program)
+    mark = tmp_path / "pid"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", tmp_path / "jobs", mark],
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    while not (mark.exists() and mark.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    worker = int(mark.read_text())
+    for _ in range(300):
+        if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived its parent")
