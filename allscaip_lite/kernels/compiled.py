@@ -70,9 +70,31 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
     machine = f"{platform.machine()} {_processor()} {shutil.which(command[0])}"
     key = hashlib.sha256("\0".join([SOURCE.read_text(), machine, *command]).encode())
     library = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    _keep_to_user(library)
     if not library.exists():
         _compile(command, library)
     return ctypes.CDLL(str(library))
+
+
+def _keep_to_user(library: Path) -> None:
+    """Take the right to write the library from others; what they may have written is removed.
+
+    Raises `KernelError` where the folder is somebody else's.
+    """
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (library.parent, library):
+        if not path.exists() or not hasattr(os, "getuid"):
+            continue
+        found = path.stat()
+        if found.st_uid not in (os.getuid(), 0):
+            raise KernelError(
+                f"{path} is another user's, whose code would run here: set XDG_CACHE_HOME to a "
+                'folder of your own, or ask for kernels="torch"'
+            )
+        if found.st_mode & 0o022:
+            library.unlink(missing_ok=True)
+            if path.exists():
+                path.chmod(found.st_mode & 0o755)
 
 
 def _processor() -> str:
@@ -85,7 +107,6 @@ def _processor() -> str:
 
 
 def _compile(command: list[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         command = [*command, "-o", str(made), str(SOURCE), "-lm"]
@@ -98,6 +119,7 @@ def _compile(command: list[str], library: Path) -> None:
                 f'kernels="c": {command[0]} failed; set CC to another compiler, or ask for '
                 f'kernels="auto"; it said:\n{done.stderr.strip()[-2000:]}'
             )
+        made.chmod(0o755)
         made.replace(library)  # at once, so that no other process sees half a file
 
 

@@ -19,7 +19,7 @@ from ase.md.verlet import VelocityVerlet
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator
 from allscaip_lite.errors import KernelError
-from allscaip_lite.kernels import choose
+from allscaip_lite.kernels import choose, compiled
 from allscaip_lite.kernels.compiled import load_kernels
 from allscaip_lite.operations import PLAIN
 
@@ -214,3 +214,23 @@ def test_names_that_are_none_are_refused(make_model: ModelMaker) -> None:
         choose("c", "cuda")
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         AllScAIPCalculator(make_model(), device="cpu", kernels="cuda-graphs")
+
+
+def test_a_library_that_others_could_write_is_not_loaded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compiled.cache_folder()
+    compiled.load_kernels.__wrapped__(torch.float64)
+    (library,) = folder.iterdir()
+    assert not (folder.stat().st_mode | library.stat().st_mode) & 0o022
+    for loose in (folder, library):
+        content = library.read_bytes()
+        library.unlink()
+        library.write_bytes(b"code of another")
+        loose.chmod(0o777)
+        compiled.load_kernels.__wrapped__(torch.float64)
+        assert library.read_bytes()[:4] == content[:4] == b"\x7fELF"
+        assert not (folder.stat().st_mode | library.stat().st_mode) & 0o022
+    monkeypatch.setattr(compiled.os, "getuid", lambda: 12345)
+    if folder.stat().st_uid:
+        with pytest.raises(KernelError, match="is another user's"):
+            compiled.load_kernels.__wrapped__(torch.float64)
