@@ -511,9 +511,10 @@ class AllScAIP(nn.Module):
         outside_training: str = "warn",
         uncertainty: bool = False,
     ) -> Result | list[Result]:
-        """Energies, forces and stresses of structures, in one batch; `forward` may be recorded.
+        """Energies, forces and stresses of structures; `forward` may be recorded.
 
-        One structure has one result, a sequence of structures a list.
+        One structure has one result, a sequence of structures a list. They are computed in one
+        batch, or, where their sizes are very different, in a few.
 
         What of a structure is outside of what training saw is said in a warning, once a kind and
         formula; with `outside_training="error"` it is a `StructureError`, with "ignore" nothing.
@@ -528,6 +529,13 @@ class AllScAIP(nn.Module):
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
         say_assumptions(assumed, self.said)
         warn_outside(self.seen, structures, outside_training, self.said)
+        groups = similar_sizes(structures.natoms.tolist()) if forward is None else []
+        if len(groups) > 1:
+            found: dict[int, Result] = {}
+            for group in groups:
+                parts = self.predict([batch[i] for i in group], None, "ignore", uncertainty)
+                found |= zip(group, parts, strict=True)
+            return [found[i] for i in range(len(batch))]
         if forward is None:
             asks = any(weight.requires_grad for weight in self.parameters())
             forward = without_weight_grad(self) if asks else self
@@ -548,6 +556,23 @@ class AllScAIP(nn.Module):
             for i in range(len(batch))
         ]
         return results[0] if isinstance(atoms, Atoms) else results
+
+
+def similar_sizes(natoms: Sequence[int]) -> list[list[int]]:
+    """Indices of systems in groups that are computed together.
+
+    The node attention pads all to the longest, n² for each: among systems of very different sizes
+    most of it would be padding. Then no group has systems 1.5 times as long as others, but short
+    ones.
+    """
+    if len(natoms) * max(natoms) ** 2 <= 4 * sum(n * n for n in natoms):
+        return [list(range(len(natoms)))]
+    groups: list[list[int]] = [[]]
+    for index in sorted(range(len(natoms)), key=natoms.__getitem__):
+        if groups[-1] and natoms[index] > max(32, 1.5 * natoms[groups[-1][0]]):
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 def without_weight_grad(module: M) -> M:

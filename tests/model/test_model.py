@@ -21,7 +21,7 @@ from allscaip_lite import PRESETS, AllScAIP, AllScAIPConfig, Result, StructureEr
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.graph import build_graph
 from allscaip_lite.kernels import choose
-from allscaip_lite.model import UNITS
+from allscaip_lite.model import UNITS, similar_sizes
 from allscaip_lite.structures import Structures, structures_from_atoms
 
 ModelMaker = Callable[..., AllScAIP]
@@ -776,3 +776,19 @@ def test_configuration_survives_a_dictionary(small_config: AllScAIPConfig) -> No
     assert AllScAIPConfig.from_dict({**values, "angular_channels": [5, 4, 1, 3, 3]}) == small_config
     with pytest.raises(ValueError, match="unknown configuration keys.*'cutof'"):
         AllScAIPConfig.from_dict({**values, "cutof": 5.0})
+
+
+def test_very_different_sizes_are_computed_in_groups(make_model: Callable[..., AllScAIP]) -> None:
+    """And their results come in the order of the structures."""
+    assert similar_sizes([30, 40, 30, 45]) == [[0, 1, 2, 3]]  # a little padding does no harm
+    groups = similar_sizes([3, 600, 5, *[3] * 50, 500])
+    assert groups[1:] == [[53, 1]] and sorted(groups[0]) == [0, *range(2, 53)]
+    model = make_model()
+    chain = Atoms("H80", [[0.9 * i, 0.1 * (i % 2), 0] for i in range(80)])
+    structures = [molecule("H2O"), chain, molecule("CH4"), *[molecule("H2")] * 20]
+    for atoms in structures:
+        atoms.info = {"charge": 0, "spin": 1}
+    assert len(similar_sizes([len(atoms) for atoms in structures])) == 2
+    for atoms, result in zip(structures, model.predict(structures), strict=True):
+        assert len(result.forces) == len(atoms)
+        assert result.energy == pytest.approx(model.predict(atoms).energy, rel=1e-6)
