@@ -19,6 +19,7 @@ from allscaip_lite.structures import Structures
 DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at once
 COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
 MAX_PAIRS = 3e7  # of a system; some 10 GB
+MAX_CELLS = 1e5  # of the cell list, which divides by zero in long boxes of more
 TIE = 1e-5  # Å; distances that differ by less count as equal
 
 
@@ -58,41 +59,58 @@ def _search_cells(
     positions: Tensor, cell: Tensor, pbc: Tensor, reach: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs within `reach` by vesin's cell list: O(N), any cell, images beyond the first too."""
-    positions, cell = positions.double(), cell.double()
-    if pbc.any():
-        lattice = torch.as_tensor(complete_cell((cell * pbc.unsqueeze(1)).numpy()))
-        height = (positions @ lattice.inverse())[:, ~pbc]  # in Å, along directions without images
-        volume = float(lattice.det().abs()) * float((np.ptp(height.numpy(), axis=0) + 1).prod())
-        if len(positions) ** 2 / volume * 2 * reach**3 > MAX_PAIRS:  # in half a sphere of 4π/3 R³
-            raise StructureError(
-                f"{len(positions)} atoms in a cell of {volume:.3g} Å³ have more neighbours within "
-                f"{reach:.3g} Å than fit into memory: check the cell and its unit"
-            )
-    else:
-        positions = _closed_up(positions, 2 * reach)
-    first, second, shift, distance = vesin.NeighborList(cutoff=reach, full_list=False).compute(
+    positions, cells, lattice, lengths = _without_gaps(positions, cell, pbc, 2 * reach)
+    volume = float(lattice.det().abs() * torch.where(pbc, 1.0, lengths + 1).prod())
+    if len(positions) ** 2 / volume * 2 * reach**3 > MAX_PAIRS:  # in half a sphere of 4π/3 R³
+        raise StructureError(
+            f"{len(positions)} atoms in a cell of {volume:.3g} Å³ have more neighbours within "
+            f"{reach:.3g} Å than fit into memory: check the cell and its unit"
+        )
+    size = reach
+    while float((lengths / size).floor().clamp(min=1).prod()) > MAX_CELLS:
+        size *= 1.2
+    first, second, shift, distance = vesin.NeighborList(cutoff=size, full_list=False).compute(
         points=positions.numpy(),
-        box=cell.numpy(),
+        box=lattice.numpy(),
         periodic=pbc.numpy(),
         quantities="ijSd",
     )
+    near = distance < reach
+    first, second, shift, distance = first[near], second[near], shift[near], distance[near]
     if len(distance) and distance.min() < COINCIDENT:
         _raise_coincident(first, second, int(distance.argmin()))
     first, second, shift = (
         torch.as_tensor(np.asarray(part).astype(np.int64)) for part in (first, second, shift)
     )
-    return first, second, shift
+    return first, second, shift + cells[first] - cells[second]
 
 
-def _closed_up(positions: Tensor, limit: float) -> Tensor:
-    """Positions (N, 3) whose gaps along an axis are at most `limit` Å; what is nearer stays.
+def _without_gaps(
+    positions: Tensor, cell: Tensor, pbc: Tensor, limit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The structure in the cell, with gaps between its atoms of at most `limit` Å along each axis.
 
-    A cell list reaches over all space between the atoms, however empty it is.
+    Atoms nearer than `limit` stay as they are to each other. A cell list reaches over all space
+    between the atoms, however empty it is.
+
+    Returns:
+        Positions (N, 3) Å; whole lattice vectors (N, 3) that were taken off them; the lattice
+        (3, 3) Å; and lengths (3,) Å of the box along the normals of its faces.
     """
-    ordered, order = positions.sort(dim=0)
+    lattice = torch.as_tensor(complete_cell((cell.double() * pbc.unsqueeze(1)).numpy()))
+    inverse = lattice.inverse()
+    heights = 1 / inverse.norm(dim=0)  # between the planes of the lattice
+    place = positions.double() @ inverse
+    cells = place.floor() * pbc
+    ordered, order = ((place - cells) * heights).sort(dim=0)  # Å
+    through = heights - (ordered[-1] - ordered[0])  # the gap through the faces of the cell
     excess = (ordered.diff(dim=0) - limit).clamp(min=0).cumsum(0)  # (N - 1, 3)
     ordered[1:] -= excess
-    return torch.empty_like(positions).scatter(0, order, ordered)
+    ordered = ordered - ordered[0]
+    place = torch.empty_like(place).scatter(0, order, ordered)
+    lengths = ordered[-1] + torch.where(pbc, through.clamp(max=limit), 0.0)
+    scaled = lattice * torch.where(pbc, lengths / heights, 1.0).unsqueeze(1)
+    return (place / heights) @ lattice, cells.long(), scaled, lengths
 
 
 def _raise_coincident(first: Tensor, second: Tensor, index: int) -> None:

@@ -512,6 +512,27 @@ def test_all_of_the_equally_near_images_are_found(crystal: Atoms, most: int) -> 
     assert np.unique(rows * len(crystal) + columns, return_counts=True)[1].max() + 1 == most
 
 
+@pytest.mark.parametrize("pbc", [(1, 1, 1), (1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("lengths", [(2e4, 11, 1e4), (2e4, 11, 11), (9, 2e4, 2e4), (40, 30, 2e4)])
+def test_pairs_in_long_and_empty_boxes(lengths: tuple, pbc: tuple) -> None:
+    """In a process of a cell list that divides by zero in some of them; tilted, beyond the cell."""
+    flags = np.array(pbc, dtype=bool)
+    cell = np.diag(lengths) @ (np.eye(3) + np.triu(np.full((3, 3), 0.3), 1))
+    near = np.random.default_rng(0).uniform(0, 9, (6, 3))
+    positions = near + (np.array([0, 0, 1, -1, 2, 5])[:, None] * flags) @ cell
+    positions = np.concatenate([positions, near + 0.9 * cell[0] + 0.9 * cell[2]])
+    atoms = closed(Atoms("H12", positions, cell=cell, pbc=flags))
+    structures = structures_from_atoms(atoms, torch.float64)
+    first, second, shift = candidate_pairs(structures, 7.0)
+    found = neighbors.pair_vectors(structures, first, second, shift).norm(dim=1)
+    assert bool((found < 7).all())
+    steps = np.array(list(product(*(range(-9, 10) if flag else (0,) for flag in flags))))
+    apart = atoms.positions[None] - atoms.positions[:, None]
+    images = np.linalg.norm(apart[:, :, None] + steps @ cell, axis=-1)
+    expected = np.sort(images[(images > 0) & (images < 7)])[::2]
+    np.testing.assert_allclose(found.sort().values, expected, atol=1e-8)
+
+
 def test_equally_near_images_pull_equally() -> None:
     """The slope of a distance at a tie is the mean of the slopes to its two sides."""
     atoms = closed(Atoms("H2", [(0, 0, 0), (2, 0, 0)], cell=[4, 9, 9], pbc=True))
