@@ -22,10 +22,19 @@ HIGHEST_FREQUENCY = math.pi / 0.25
 
 
 def radial_basis(distances: Tensor, kind: str, cutoff: float, size: int) -> Tensor:
-    """(E,) Å → (E, size): one of the reference's bases without weights.
+    """One of the reference's bases without weights; centres c evenly on [0, cutoff], Δ apart.
 
-    `gaussian`: exp(-½ (d-c)²/(2Δ)²), centres c evenly on [0, cutoff], Δ their spacing.
-    `sigmoid`: σ(2(d-c)/Δ). `linear_sigmoid`: that plus 0.002 (d-c)/Δ.
+    `gaussian`: exp(-½ (d-c)²/(2Δ)²). `sigmoid`: σ(2(d-c)/Δ). `linear_sigmoid`: that plus
+    0.002 (d-c)/Δ.
+
+    Args:
+        distances: d, (E,) Å.
+        kind: which of the three.
+        cutoff: the last centre, Å.
+        size: how many centres.
+
+    Returns:
+        (E, size).
     """
     centers, spacing = radial_centers(cutoff, size, distances)
     if kind == "gaussian":

@@ -90,9 +90,12 @@ def bump(x: Tensor) -> Tensor:
 
 
 def soft_rank(distances: Tensor, width: float, truncated: bool = True) -> Tensor:
-    """(N, C) how many candidates of the row are nearer; empty candidates are at distance inf.
+    """How many candidates of the row are nearer, (N, C); a candidate counts ½ for itself.
 
-    A candidate counts ½ for itself. `truncated` counts with `bump`, else with a plain sigmoid.
+    Args:
+        distances: (N, C) Å; empty candidates are at inf.
+        width: of the step that counts, Å.
+        truncated: count with `bump`, not with a plain sigmoid.
     """
     step = bump if truncated else torch.sigmoid
     real = distances.isfinite()
@@ -121,10 +124,15 @@ def log_envelope(envelope: Tensor) -> Tensor:
 def build_graph(
     structures: Structures, config: AllScAIPConfig, rank: Callable[..., Tensor] = soft_rank
 ) -> Graph:
-    """Graph of a batch; differentiable in positions and cell. See `Graph` for what comes out.
+    """Graph of a batch; differentiable in positions and cell.
 
-    rank: `soft_rank`, or a faster form of it. Raises `StructureError` where two atoms stand on one
-    spot.
+    Args:
+        structures: the batch.
+        config: has cutoff, k, and how edges are ranked.
+        rank: `soft_rank`, or a faster form of it.
+
+    Raises:
+        StructureError: where two atoms stand on one spot.
     """
     n = len(structures.positions)
     first, second, shift = candidate_pairs(structures, config.reach)
@@ -165,8 +173,16 @@ def pair_envelopes(
 ) -> tuple[Tensor, Tensor]:
     """The envelope of each candidate pair (P,), and which of the pairs are edges, (P,) bool.
 
-    near (P,) bool: which of the pairs count at all. width: candidates of an atom, itself included,
-    that are ranked; where it is not given the k + 20 nearest, and those as far as the last.
+    Args:
+        first: one atom of each pair, (P,).
+        second: the other, (P,).
+        distances: (P,) Å.
+        near: which of the pairs count at all, (P,) bool.
+        n: how many atoms there are.
+        config: has cutoff, k, and how edges are ranked.
+        rank: `soft_rank`, or a faster form of it.
+        width: candidates of an atom, itself included, that are ranked; where it is not given the
+            k + 20 nearest, and those as far as the last.
     """
     # Every pair is a candidate of both its atoms: a table (N, C) of distances, nearest first.
     rows = torch.cat([first, second])  # (2P,)
@@ -215,9 +231,13 @@ def _first_candidates(
 
 
 def in_slots(pairs: tuple[Tensor, ...], edge_slot: Tensor, n: int, num_slots: int) -> Graph:
-    """The graph of n atoms from P pairs: their atoms, shifts, distances, directions, log envelopes.
+    """The graph of n atoms from P pairs.
 
-    edge_slot (2P,): the slot of each edge, of the forward ones first; no two are the same.
+    Args:
+        pairs: their atoms (twice), shifts, distances, directions and log envelopes.
+        edge_slot: the slot of each edge, of the forward ones first, (2P,); no two are the same.
+        n: how many atoms.
+        num_slots: of a row.
     """
     first, second, shift, distances, directions, pair_weight = pairs
     self_slot = torch.arange(n, device=first.device) * num_slots

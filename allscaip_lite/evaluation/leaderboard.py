@@ -92,8 +92,14 @@ class Job(NamedTuple):
 def jobs(task: str, data: Any, max_num_elements: int = 100) -> list[Job]:
     """All structures of the inputs of a task, checked before the first is computed.
 
-    Raises DataError where the inputs are not of the task's shape, and, naming it, for a
-    structure without charge and spin in its `info` or one that no model can answer for.
+    Args:
+        task: the name of the task.
+        data: its inputs, as `read` gives them.
+        max_num_elements: atomic numbers below this are in the model's table.
+
+    Raises:
+        DataError: where the inputs are not of the task's shape, and, naming it, for a structure
+            without charge and spin in its `info` or one that no model can answer for.
     """
     found: dict[Keys, Job] = {}
     try:

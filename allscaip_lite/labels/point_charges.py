@@ -186,8 +186,12 @@ def ions(count: int, seed: int) -> Iterator[Atoms]:
 def ion_pair(first: str, second: str, distance: float) -> Atoms:
     """Two particles of `PARTICLES` on the x axis, labelled; dipoles lie along it.
 
-    A dipole turns its negative end to a positive ion or to another dipole's positive end. Distances
-    (Å) are between centres.
+    A dipole turns its negative end to a positive ion or to another dipole's positive end.
+
+    Args:
+        first: one of `PARTICLES`.
+        second: another.
+        distance: between their centres, in Å.
     """
     towards = -1.0 if {"Cl", "Br"} & {first, second} else 1.0
     groups = []

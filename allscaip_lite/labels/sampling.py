@@ -191,8 +191,15 @@ def _split_of_part(smiles: str) -> str:
 
 
 def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
-    """At most `number` conformers of a molecule, at minima of MMFF94 or UFF where these have its
-    parameters. Raises LabelError if there is none.
+    """Conformers of a molecule, at minima of MMFF94 or UFF where these have its parameters.
+
+    Args:
+        smiles: the molecule.
+        rng: the random numbers.
+        number: how many conformers at most.
+
+    Raises:
+        LabelError: if there is none.
     """
     from rdkit.Chem import AllChem
 
@@ -221,9 +228,13 @@ def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
 def assemble(
     parts: Sequence[Atoms], rng: np.random.Generator, contact: float | Sequence[float]
 ) -> Atoms:
-    """Molecules around the first, each turned at random and slid towards it from a random side
-    until its closest atom is `contact` (Å) away from one that is there already: one contact for
-    all, or one for each molecule but the first.
+    """Molecules around the first, each turned at random and slid towards it from a random side.
+
+    Args:
+        parts: the molecules.
+        rng: the random numbers.
+        contact: how far a molecule's closest atom is from one that is there already, in Å; one
+            number for all, or one for each molecule but the first.
     """
     contacts = np.broadcast_to(contact, len(parts) - 1)
     whole = parts[0].copy()

@@ -245,7 +245,11 @@ def make_universe(
 ) -> Universe:
     """Structures as an MDAnalysis universe, one residue a water (or an atom of anything else).
 
-    numbers (N,); positions (T, N, 3) Å; cells (T, 3, 3) Å or None; spacing of the frames in ps.
+    Args:
+        numbers: atomic numbers (N,).
+        positions: (T, N, 3) Å.
+        cells: (T, 3, 3) Å, or None.
+        spacing: of the frames in ps.
     """
     import MDAnalysis
 
