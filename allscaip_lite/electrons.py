@@ -7,6 +7,7 @@ Everything in the package reads them with `charge_and_spin`.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 import warnings
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ SPIN_NAMES = (
     "mult",
     "spin_mult",
 )
+_PERHAPS = re.compile("charge|spin|multipl|unpaired|uhf")
 NOT_GIVEN = ("", "none", "nan", "null")  # as text
 
 
@@ -142,8 +144,14 @@ def charge_and_spin(
 
 
 def _contradicted(atoms: Atoms, charge: int, spin: int, missing: list[str]) -> str:
-    """What initial charges and magnetic moments say, if it contradicts what is assumed."""
+    """What initial charges and magnetic moments say, if it contradicts what is assumed, and names
+    in `info` that may say it, but whose meaning is not certain.
+    """
     told = []
+    for name, value in atoms.info.items():
+        unread = isinstance(name, str) and _PERHAPS.search(name.lower())
+        if unread and not states_charge_or_spin(name) and np.ndim(value) == 0:
+            told.append(f'info["{name}"] = {reprlib.repr(value)} is not read')
     if "charge" in missing and atoms.has("initial_charges"):
         total = float(atoms.get_initial_charges().sum())
         if abs(total - charge) > 0.5:

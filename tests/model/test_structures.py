@@ -182,6 +182,13 @@ def test_initial_charges_and_moments_that_contradict_are_mentioned() -> None:
         structures_from_atoms(ion)
 
 
+def test_a_name_whose_meaning_is_not_certain_is_mentioned() -> None:
+    atoms = molecule("H2O", info={"total_spin": 0.5, "mulliken_charges": [0.1, 0.2, -0.3]})
+    words = r'^H2O \(whose info\["total_spin"\] = 0.5 is not read\): no charge'
+    with pytest.warns(StructureWarning, match=words):
+        structures_from_atoms(atoms)
+
+
 def test_nothing_is_said_when_nothing_is_assumed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
