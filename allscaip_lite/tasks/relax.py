@@ -17,12 +17,42 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixConstraint
 from ase.filters import FrechetCellFilter
 from ase.optimize import LBFGS
 from tqdm import tqdm
 
 from allscaip_lite.errors import InputError
 from allscaip_lite.tasks.predict import add_common_arguments, calculator_of, inputs, write
+
+
+class NoTorque(FixConstraint):
+    """Forces without the part that turns a molecule as a whole, for `atoms.set_constraint`.
+
+    The true energy does not change when a molecule turns; that of a model that learned this from
+    data changes by some meV, and an optimiser would follow it for hundreds of steps.
+    """
+
+    def get_removed_dof(self, atoms: Atoms) -> int:
+        return self._turns(atoms).shape[1]
+
+    def adjust_positions(self, atoms: Atoms, new: np.ndarray) -> None:
+        """Steps follow the forces, which turn nothing."""
+
+    def adjust_forces(self, atoms: Atoms, forces: np.ndarray) -> None:
+        turns = self._turns(atoms)
+        forces -= (turns @ (turns.T @ forces.ravel())).reshape(-1, 3)
+
+    @staticmethod
+    def _turns(atoms: Atoms) -> np.ndarray:
+        """(3N, 3) orthonormal displacements of turning it; (3N, 2) of a linear molecule."""
+        arms = atoms.positions - atoms.positions.mean(0)  # (N, 3)
+        turns = np.stack([np.cross(axis, arms).ravel() for axis in np.eye(3)], axis=1)
+        directions, sizes, _ = np.linalg.svd(turns, full_matrices=False)
+        return directions[:, sizes > 1e-6 * max(1.0, sizes.max())]
+
+    def todict(self) -> dict[str, Any]:
+        return {"name": "NoTorque", "kwargs": {}}
 
 
 def relax(
@@ -36,7 +66,7 @@ def relax(
     """A structure at rest.
 
     Args:
-        atoms: the start; it stays as it is.
+        atoms: the start; it stays as it is. A molecule without constraints does not turn.
         calculator: gives energy and forces, and the stress if the cell moves.
         fmax: eV/Å, the largest force at the end.
         steps: at most so many.
@@ -48,6 +78,8 @@ def relax(
     """
     moving = atoms.copy()
     moving.calc = calculator
+    if not atoms.constraints and not atoms.pbc.any():
+        moving.set_constraint(NoTorque())
     if cell and not (moving.pbc.all() and moving.cell.rank == 3):
         raise InputError(f"{atoms.symbols} has no cell that is periodic in all directions to relax")
     with tqdm(total=steps, unit="steps", desc=str(atoms.symbols), disable=not progress) as bar:
@@ -61,6 +93,7 @@ def relax(
             bar.update(optimizer.nsteps - bar.n)
     results = {name: moving.calc.results[name] for name in ("energy", "forces")}
     still = moving.copy()
+    still.set_constraint(atoms.constraints)
     still.calc = SinglePointCalculator(still, **results)
     return still, converged
 

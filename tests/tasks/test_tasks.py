@@ -11,9 +11,10 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import molecule
+from ase.calculators.calculator import Calculator
 
 from allscaip_lite import AllScAIPCalculator, cli, load_model
-from allscaip_lite.tasks.relax import relax
+from allscaip_lite.tasks.relax import NoTorque, relax
 from allscaip_lite.tasks.vibrations import vibrations
 
 
@@ -117,3 +118,35 @@ def test_shares_of_atoms_add_up_to_the_energy() -> None:
         assert shares.shape == (3,)
         assert shares.sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-5)
         assert shares[1] == pytest.approx(shares[2], abs=0.02)  # the two hydrogens
+
+
+class Turning(Calculator):
+    """A spring between two atoms, whose energy also depends on where it points: 5 meV · z/r."""
+
+    implemented_properties = ["energy", "forces"]
+
+    def calculate(self, *args: object, **kwargs: object) -> None:
+        super().calculate(*args, **kwargs)
+        arrow = self.atoms.positions[1] - self.atoms.positions[0]
+        length = np.linalg.norm(arrow)
+        axis = arrow / length
+        up = 0.005 * (np.array([0, 0, 1]) - axis[2] * axis) / length
+        force = -20 * (length - 1.2) * axis - up
+        energy = 10 * (length - 1.2) ** 2 + 0.005 * axis[2]
+        self.results = {"energy": energy, "forces": np.array([-force, force])}
+
+
+def test_a_molecule_is_not_turned_by_an_energy_that_depends_on_its_direction() -> None:
+    start = Atoms("N2", [(0, 0, 0), (0.8, 0.1, 0.6)])
+    still, converged = relax(start, Turning(), fmax=1e-4, steps=60)
+    assert converged and not still.constraints
+    arrow = still.positions[1] - still.positions[0]
+    assert np.linalg.norm(arrow) == pytest.approx(1.2, abs=1e-5)
+    assert arrow @ start.positions[1] / np.linalg.norm(start.positions[1]) > 1.2 - 1e-4
+    start.calc = Turning()
+    start.set_constraint(NoTorque())
+    forces = start.get_forces()
+    assert np.abs(np.cross(start.positions, forces).sum(0)).max() < 1e-12
+    assert start.get_number_of_degrees_of_freedom() == 4
+    turned = start.get_forces(apply_constraint=False)
+    assert np.abs(np.cross(start.positions, turned).sum(0)).max() > 1e-3
