@@ -24,6 +24,7 @@ from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import WAYS, InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, Result, without_weight_grad
 from allscaip_lite.structures import structures_from_atoms
 
@@ -72,6 +73,7 @@ class AllScAIPCalculator(Calculator):
         self.outside_training = outside_training
         if not isinstance(model, AllScAIP):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = usable_device(device)
             model = load_model(model, kernels="plain")
         self.model = without_weight_grad(model).to(device=device, dtype=dtype).eval()
         self.model.operations = choose(kernels, self.model.device, self.model.dtype)

@@ -8,6 +8,7 @@ Ctrl-C. A traceback means a fault of the package's own.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -234,16 +235,19 @@ def _print_table(title: str, table: Mapping[str, Any], indent: str = "") -> None
     print(f"{indent}{title}:")
     for key, value in table.items():
         if isinstance(value, Mapping):
-            _print_table(key, value, indent + "  ")
+            _print_table(str(_shown(key)), value, indent + "  ")
         else:
-            print(f"{indent}  {key}: {_shown(value)}")
+            print(f"{indent}  {_shown(key)}: {_shown(value)}")
 
 
 def _shown(value: object) -> object:
     """A value as it is printed: numbers with at most six significant digits, in lists too."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(str(_shown(item)) for item in value)}]"
-    return f"{value:.6g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    # a card is its author's: what is not printable could steer the terminal
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(value))
 
 
 def _explanation(error: Exception) -> str | None:
@@ -257,6 +261,10 @@ def _explanation(error: Exception) -> str | None:
         if missing not in EXTRA_OF:
             return None
         return f"{missing} is missing here: pip install 'allscaip-lite[{EXTRA_OF[missing]}]'"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        # not the unfinished file, whose name the user did not choose
+        file = re.sub(r"\.([^/]+)\.partial(/.*)?$", r"\1", str(error.filename))
+        return f"{file}: {error.strerror}"
     return str(error) if isinstance(error, (InputError, OSError)) else None
 
 

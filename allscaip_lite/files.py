@@ -5,6 +5,7 @@ In: a path and what belongs there. Out: a file that is either whole or not there
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import inspect
@@ -25,6 +26,7 @@ from allscaip_lite.errors import InputError, RunError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+FULL = 1 << 20  # bytes; a disk with less is full
 
 
 @contextmanager
@@ -42,6 +44,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield folder / path.name
         (folder / path.name).replace(path)
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # libraries say it in their own ways
+        if shutil.disk_usage(folder).free < FULL:
+            raise OSError(errno.ENOSPC, "the disk is full: free some space", str(path)) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

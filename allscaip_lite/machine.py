@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from allscaip_lite.errors import InputError
+
 ATOMS_PER_THREAD = 50  # fewer are not worth a thread (measured: docs/speed.md)
 STARTED_WITH = torch.get_num_threads()
 THREADS_OF_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables
@@ -116,3 +118,17 @@ def _busy() -> float:
 
 
 OTHERS = OtherPrograms()
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """The device of a name such as cpu, cuda or cuda:1; `InputError` for one that is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).tolist()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch's, in many words
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(
+            f"device {str(name)!r} is not here, or PyTorch cannot use it: there is "
+            f"{', '.join(here)}"
+        ) from error
+    return device

@@ -27,7 +27,9 @@ from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints.official import check_numbers, check_weights, read_official
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import CheckpointError, InputError
+from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import choose
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
 
 FORMAT = "allscaip-lite"
@@ -75,6 +77,7 @@ def load_model(
         CheckpointError: for a file that is no model, or a damaged one.
         UnsafeCheckpointError: for a pickle that contains more than data.
     """
+    device = None if device is None else usable_device(device)
     path = _locate(name_or_path)
     config, state = _read_safetensors(path) if _is_safetensors(path) else read_official(path)
     with torch.device("meta"):  # no weights are drawn only to be replaced
@@ -250,7 +253,11 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
         row, column = torch.tril_indices(*model.posterior.shape)
         state["posterior"] = model.posterior[row, column].float().cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata)
+    with atomic_write(path) as partial:
+        save_file(state, partial, metadata)  # which only its owner may read
+        plain = partial.with_name("mode")
+        plain.touch()
+        partial.chmod(plain.stat().st_mode)
     return path
 
 

@@ -235,9 +235,12 @@ def read_torch_file(path: str | Path) -> Any:
     except zipfile.BadZipFile as error:
         with path.open("rb") as file:
             begun = file.read(2)
-        reason = f"it is damaged ({error}): download it again" if begun == b"PK" else ""
-        reason = reason or "nor a .safetensors file" if begun else "it is empty"
-        raise CheckpointError(f"{path.name} is not a zip file of torch.save: {reason}") from error
+        if begun == b"PK":
+            raise CheckpointError(
+                f"{path.name} is damaged ({error}): download it, or write it, again"
+            ) from error
+        why = "is not a zip file of torch.save, nor a .safetensors file" if begun else "is empty"
+        raise CheckpointError(f"{path.name} is no model: it {why}") from error
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path.name} was refused, nothing was run: {error}") from None
     except CheckpointError:

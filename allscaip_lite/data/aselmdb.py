@@ -27,7 +27,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.row import AtomsRow
 from tqdm import tqdm
 
-from allscaip_lite.data.checks import LABELS, checked_labels, held_results
+from allscaip_lite.data.checks import LABELS, check_atoms, checked_labels, held_results
 from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
 from allscaip_lite.electrons import Assumptions, charge_and_spin
 from allscaip_lite.errors import DataError, InputError
@@ -63,7 +63,8 @@ def write_aselmdb(
         ase.db.connect(partial, use_lock_file=False) as database,
     ):
         for index, atoms in enumerate(structures):
-            where = f"structure {index} ({atoms.symbols})"
+            check_atoms(atoms, where := f"structure {index}")
+            where = f"{where} ({atoms.symbols})"
             labels = checked_labels(held_results(atoms), len(atoms), where)
             labelled = atoms.copy()
             labelled.calc = SinglePointCalculator(labelled, **labels)
@@ -285,7 +286,10 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         if path.suffix != ".aselmdb":
-            raise DataError(f"{path}: not an .aselmdb file")
+            raise DataError(
+                f"{path}: not an .aselmdb file; `allscaip-lite data convert {path} --out "
+                f"{path.stem}.aselmdb` makes one of what ASE reads"
+            )
         self.path, self.file = path, LMDBFile(path)
         # whole numbers take 21 digits and a comma
         limit = 22 * self.file.entries + ROW_BYTES

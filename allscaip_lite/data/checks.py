@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite.errors import DataError
@@ -27,6 +28,17 @@ _SPELLING = re.compile(
     r"(?:(?:ref|reference|dft|qm|target)_)?(energy|forces?|stress|virials?)(?:_(?:ref|dft))?"
 )
 SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
+
+
+def check_atoms(atoms: Atoms, where: str) -> None:
+    """Raise `DataError`, naming it, for an atom without an element or a place."""
+    for index, number in enumerate(atoms.numbers):
+        if not 0 < number < len(chemical_symbols):
+            raise DataError(f"{where}: atom {index} has the atomic number {number}, of no element")
+    for name, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):
+        if not np.isfinite(values).all():
+            row = int(np.argmin(np.isfinite(values).all(1)))
+            raise DataError(f"{where}: row {row} of its {name} is not finite")
 
 
 def checked_labels(

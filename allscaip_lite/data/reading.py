@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.utils import string2index
 
 from allscaip_lite.data.aselmdb import Dataset, atoms_of_row
+from allscaip_lite.data.checks import check_atoms
 from allscaip_lite.errors import DataError, InputError
 
 DATABASES = ("db", "json", "aselmdb")  # names of formats in ASE
@@ -45,6 +46,7 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
     count = 0
     try:
         for atoms in _read(file, index):
+            check_atoms(atoms, f"{path}, structure {count}")
             yield f"{path}, structure {count} ({atoms.symbols})", atoms
             count += 1
     except (InputError, OSError, MemoryError):

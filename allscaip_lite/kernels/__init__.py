@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from allscaip_lite import attention
 from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.kernels import compiled, elementwise, fused_attention
-from allscaip_lite.machine import processor_name, threads_for
+from allscaip_lite.machine import processor_name, threads_for, usable_device
 from allscaip_lite.operations import PLAIN, Operations
 
 KERNELS = ("auto", "plain", "torch", "c", "cuda-graphs")
@@ -43,7 +43,7 @@ def choose(
     """
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
-    device = torch.device(device)
+    device = usable_device(device)
     if kernels == "plain":
         return plain() if device.type == "cpu" else PLAIN
     if kernels == "c" and device.type != "cpu":

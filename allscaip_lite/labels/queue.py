@@ -74,8 +74,10 @@ def run_jobs(
         workers: Number of processes.
 
     Raises:
-        RunError: A worker died.
+        RunError: A worker died, or there is none.
     """
+    if workers < 1:
+        raise RunError(f"{workers} workers do no job: give 1 or more")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # for the processes that start from here on: numerical libraries read it at import

@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -128,8 +129,14 @@ class Settings:
             raise RunError(f"{self.ensemble} needs a temperature")
         times = ("duration", "timestep", "thermostat_time", "barostat_time")
         for name in (*times, "save_every", "log_every", "hottest"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{name} {getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise RunError(f"{name} {getattr(self, name)} must be positive, and finite")
+        for name in ("seed", "relax"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 0:
+                raise RunError(f"{name} {value!r} is not a whole number, 0 or more")
+        if not math.isfinite(self.pressure):
+            raise RunError(f"pressure {self.pressure} is not finite")
         if self.temperature is not None and not 0 <= self.temperature < self.hottest:
             raise RunError(f"temperature {self.temperature} K must be between 0 and {self.hottest}")
         if self.temperature == 0 and self.ensemble != "nve":
@@ -688,7 +695,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where a structure has what the model did not see in training (default: warn)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
-    add_kernels_option(parser)
+    add_kernels_option(parser, default=None)
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -704,17 +711,25 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
             if name in _TIMES:
                 chosen[_TIMES[name]] = femtoseconds(value)
             elif name in _PLAIN:
-                chosen[name] = _PLAIN[name](value)
+                chosen[name] = _of_kind(value, _PLAIN[name])
             elif name in _OTHERS:
-                others[name] = value
+                others[name] = _of_kind(value, int if name in ("charge", "spin") else str)
             else:
                 known = ", ".join(sorted([*_TIMES, *_PLAIN, *_OTHERS]))
                 raise RunError(f"{key!r} is not an option; there are {known}")
         except (TypeError, ValueError) as error:
             if isinstance(error, RunError):
                 raise
-            raise RunError(f"{key} = {value!r} is not {_PLAIN[name].__name__}") from error
+            raise RunError(f"{key} = {value!r} is not {error}") from error
     return Settings(**chosen), others
+
+
+def _of_kind(value: Any, kind: type[Any]) -> Any:
+    """The value; TypeError with the name of the kind, for one of another."""
+    kinds: tuple[type[Any], ...] = {str: (str, Path), float: (int, float)}.get(kind, (kind,))
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError({str: "a text", int: "a whole number", float: "a number"}[kind])
+    return float(value) if kind is float else value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -727,7 +742,7 @@ def run(args: argparse.Namespace) -> int:
         with Path(args.structure).open("rb") as stream:
             try:
                 given = tomllib.load(stream) | {k: v for k, v in given.items() if k != "structure"}
-            except tomllib.TOMLDecodeError as error:
+            except ValueError as error:  # TOML's, or bytes that are no text
                 raise RunError(f"{args.structure} is not an input in TOML: {error}") from error
     settings, others = read_options(given)
     if "structure" not in others:

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,8 +55,8 @@ class Page:
     def save(self, path: str | Path) -> Path:
         """Write a page that any browser opens, without a network."""
         view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        head = f'<html lang="en"><meta charset="utf-8">{view}<title>{self.title}</title>{self.head}'
-        page = f"<!doctype html>\n{head}\n<body>\n{self.html}\n</body></html>\n"
+        head = f'<html lang="en"><meta charset="utf-8">{view}<title>{escape(self.title)}</title>'
+        page = f"<!doctype html>\n{head}{self.head}\n<body>\n{self.html}\n</body></html>\n"
         path = Path(path)
         path.write_text(page, encoding="utf-8")
         return path
@@ -155,9 +156,9 @@ def page_html(title: str, width: str, script: str, data: dict[str, Any]) -> str:
     html = _SHELL
     for mark, value in {
         "SCRIPT": resource("molecule_view.js") + script,
-        "DATA": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "NAME": f"allscaip-{uuid.uuid4().hex[:12]}",
-        "TITLE": title,
+        "TITLE": escape(title, quote=True),
         "WIDTH": width,
     }.items():
         html = html.replace(f"@{mark}@", value)

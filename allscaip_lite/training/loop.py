@@ -39,7 +39,7 @@ from allscaip_lite.data.aselmdb import (
 )
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.electrons import Assumptions, say_assumptions
-from allscaip_lite.errors import InputError, RunError
+from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.files import alone, differing, fingerprint, read_state, store_state, store_text
 from allscaip_lite.graph import SLOT_STEP
@@ -165,6 +165,8 @@ def fresh_model(config: AllScAIPConfig, data: LabelledData, seed: int | None = N
         torch.manual_seed(seed)
     model = AllScAIP(config)
     references, rms_force = fit_units(data, config.max_num_elements)
+    if not rms_force > 0:
+        raise DataError("all forces of the training data are zero: they are no labels to learn")
     model.element_references.copy_(references)
     model.energy_scale.fill_(rms_force)
     model.force_scale.fill_(rms_force)
@@ -414,6 +416,14 @@ def train(
             damaged, for a loss that is not finite, and for a weight of the stress where nothing is
             learned of it.
     """
+    whole_numbers = [
+        *((f"steps of the {stage.name} stage", stage.steps, 1) for stage in stages),
+        *(("max_atoms", max_atoms, 1), ("validate_every", validate_every, 1)),
+        *(("save_every", save_every, 1), ("workers", workers, 0), ("seed", seed, 0)),
+    ]
+    for name, number, least in whole_numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InputError(f"{name} {number!r}: give a whole number, {least} or more")
     for stage in stages:
         _check_stress_weight(stage, model, training_data)
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
@@ -733,12 +743,18 @@ def run(args: argparse.Namespace) -> None:
     # the edges of the last block are not read, so its edge FFN never gets the gradient that
     # several processes would wait for
     several = args.devices != "1" or args.nodes > 1
-    fabric = lightning_fabric.Fabric(
-        accelerator=args.accelerator,
-        strategy="ddp_find_unused_parameters_true" if several else "auto",
-        devices=int(args.devices) if args.devices.isdigit() else args.devices,
-        num_nodes=args.nodes,
-    )
+    try:
+        fabric = lightning_fabric.Fabric(
+            accelerator=args.accelerator,
+            strategy="ddp_find_unused_parameters_true" if several else "auto",
+            devices=int(args.devices) if args.devices.isdigit() else args.devices,
+            num_nodes=args.nodes,
+        )
+    except (RuntimeError, TypeError, ValueError) as error:  # Lightning's
+        raise InputError(
+            f"--accelerator {args.accelerator} --devices {args.devices} is not possible here: "
+            f"{error}"
+        ) from error
     fabric.launch()
     data: Dataset | Mixture = Dataset(args.data)
     if args.shares:

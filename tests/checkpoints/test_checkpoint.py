@@ -27,6 +27,7 @@ import torch
 from ase.build import molecule
 from safetensors.torch import load_file, save_file
 
+from allscaip_lite import cli
 from allscaip_lite.checkpoints import (
     bundled_models,
     load_model,
@@ -651,6 +652,36 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bad: float | st
     path = save_model(model, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="m.safetensors: .*(not finite|int32|positive)"):
         load_model(path)
+
+
+def test_a_model_is_for_all_who_may_read_its_folder(tmp_path: Path) -> None:
+    path = save_model(AllScAIP(TINY), tmp_path / "m.safetensors")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cuda:x"])
+def test_a_device_that_is_not_here_is_an_input_error(tmp_path: Path, device: str) -> None:
+    path = save_model(AllScAIP(TINY), tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=f"device '{device}' is not here.*there is cpu"):
+        load_model(path, device=device)
+
+
+def test_what_is_no_model_says_so(tmp_path: Path) -> None:
+    for content, words in ((b"", "it is empty"), (b"3\n\nO 0 0 0", "it is not a zip file")):
+        (tmp_path / "w.xyz").write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"w\.xyz is no model: {words}"):
+            load_model(tmp_path / "w.xyz")
+
+
+def test_a_card_does_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = {"note": "\x1b[2Jgone", "\x1b[31m": {"\x07": [1.0, "\x1b]0;title"]}}
+    path = save_model(AllScAIP(TINY), tmp_path / "m.safetensors", card)
+    assert cli.main(["info", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and r"\x1b[2Jgone" in printed
 
 
 def test_classes_of_the_file_cannot_reach_ours(tmp_path: Path) -> None:

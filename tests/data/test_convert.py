@@ -248,3 +248,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = out.read_bytes()
     assert cli.main([*command, "--spin", "1", "--overwrite"]) == 2  # CH3 has an odd electron
     assert out.read_bytes() == before, "a failed conversion spoiled what was there"
+
+
+def test_atoms_without_element_or_place_are_named(tmp_path: Path) -> None:
+    for change, words in (
+        ((150, 0.0), "atom 1 has the atomic number 150, of no element"),
+        ((0, 0.0), "atom 1 has the atomic number 0"),
+        ((1, np.inf), "row 1 of its positions is not finite"),
+    ):
+        atoms = molecule("H2O")
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.zeros((3, 3)))
+        atoms.numbers[1], atoms.positions[1, 2] = change
+        ase.io.write(tmp_path / "a.traj", atoms)
+        with pytest.raises(DataError, match=rf"a\.traj, structure 0: {words}"):
+            list(convert([tmp_path / "a.traj"], progress=False))
+        with pytest.raises(DataError, match=f"structure 0: {words}"):
+            write_aselmdb(tmp_path / "a.aselmdb", [atoms])
