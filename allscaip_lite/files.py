@@ -86,8 +86,10 @@ def try_lock(path: str | os.PathLike[str]) -> Iterator[bool]:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Work alone in a folder, which is made where it does not exist.
+def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
+    """Work alone in a folder, which is made where it does not exist, or on a file in it.
+
+    name: of the file that is locked, which is gone afterwards.
 
     Raises `RunError` where another process does. Its lock ends with it, however that ends. Of
     several processes of one training run the first locks for all.
@@ -96,7 +98,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / ".lock"
+    path = Path(folder) / name
     with try_lock(path) as mine:
         if not mine:
             raise RunError(f"another process works in {folder}: wait for it, or choose another one")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from allscaip_lite.evaluation.omol_errors import (
     table,
 )
 from allscaip_lite.evaluation.omol_files import read
-from allscaip_lite.files import sha256_of, store_text
+from allscaip_lite.files import locked, sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
@@ -206,7 +207,7 @@ def predict(
             else:
                 results = single_points([job.atoms for job in group], calculator)
             for job, result in zip(group, results, strict=True):
-                stream.write(json.dumps({"system": job.path, "result": result}) + "\n")
+                stream.write(_line({"system": job.path, "result": result}))
                 done[job.path] = result
             stream.flush()
             bar.update(len(group))
@@ -285,9 +286,10 @@ def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
     content = journal.read_bytes() if journal.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:
-        journal.write_text(json.dumps(header) + "\n")
+        journal.write_text(_line(header))
         return {}
-    first, *lines = (json.loads(line) for line in whole.splitlines())
+    head, *lines = whole.splitlines()
+    first = _entry(head) or {}
     other = [name for name in header if first.get(name) != header[name]]
     if other:
         raise RunError(
@@ -297,7 +299,32 @@ def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
     if len(whole) < len(content):
         with journal.open("r+b") as stream:
             stream.truncate(len(whole))
-    return {tuple(line["system"]): line["result"] for line in lines}
+    entries = [entry for line in lines if (entry := _entry(line))]
+    if len(entries) < len(lines):
+        warnings.warn(
+            f"{journal}: {len(lines) - len(entries)} damaged lines, which are computed again",
+            stacklevel=2,
+        )
+    return {tuple(entry["system"]): entry["result"] for entry in entries}
+
+
+def _line(entry: Tree) -> str:
+    """An entry of a journal, with its checksum."""
+    return json.dumps({**entry, "check": _check(entry)}) + "\n"
+
+
+def _entry(line: bytes) -> Tree | None:
+    """The entry of a line; None of a line that is damaged."""
+    try:
+        entry = json.loads(line)
+        right = entry.pop("check", None) in (None, _check(entry))  # older ones have no checksum
+    except (AttributeError, ValueError, RecursionError):
+        return None
+    return entry if right else None
+
+
+def _check(entry: Tree) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fingerprint(model: AllScAIP) -> str:
@@ -335,15 +362,16 @@ def run(args: argparse.Namespace) -> None:
     reference = read(args.reference) if args.reference else None
     if reference is not None:  # before the work, not after
         check_systems(reference, [job.path for job in jobs(args.task, read(args.inputs))])
-    restless = predict(
-        model,
-        args.task,
-        args.inputs,
-        args.out,
-        max_atoms=args.max_atoms,
-        kernels=args.kernels,
-        progress=True,
-    )
+    with locked(args.out.resolve().parent, f".{args.out.name}.lock"):
+        restless = predict(
+            model,
+            args.task,
+            args.inputs,
+            args.out,
+            max_atoms=args.max_atoms,
+            kernels=args.kernels,
+            progress=True,
+        )
     print(f"written: {args.out}")
     if restless:
         print(f"{len(restless)} relaxations ended before {FMAX} eV/Å: {', '.join(restless[:5])}")

@@ -510,6 +510,12 @@ def test_a_stopped_run_goes_on(model, inputs, tmp_path, monkeypatch):
     assert out.read_text() == (tmp_path / "whole.json").read_text()
     predict(model, "conformers", file, out)
     assert len(calls) == 5
+    journal = tmp_path / "out.json.journal"
+    journal.write_text(journal.read_text().replace("[0.", "[7.", 1))  # another number, still JSON
+    with pytest.warns(UserWarning, match="journal: 1 damaged lines, which are computed again"):
+        predict(model, "conformers", file, out)
+    assert len(calls) == 6
+    assert out.read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_a_journal_of_another_model_task_or_inputs_is_refused(model, inputs, tmp_path):

@@ -174,6 +174,14 @@ def test_what_is_open_at_first(model):
     assert (data["threshold"], data["scale"]) == (0.3, "row")
 
 
+def test_a_name_does_not_end_or_begin_a_script(model):
+    name = "<!--<script>alert(1)</script>"
+    page = explore_attention(model, PATH, names=[name, "a", "b"])
+    assert page_data(page)["scene"]["frames"][0]["name"] == name
+    inside = page.html[page.html.index("attentionView(root") :].partition("</script>")[0]
+    assert "<" not in inside.partition(");")[0] and "alert(1)" in inside
+
+
 def test_maps_may_be_given_instead_of_the_model(model):
     maps = [attention_maps(model, atoms) for atoms in PATH]
     assert page_data(explore_attention(maps, PATH)) == page_data(explore_attention(model, PATH))
