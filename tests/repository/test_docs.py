@@ -55,7 +55,7 @@ def test_the_readme_s_example_prints_what_it_says(tmp_path, monkeypatch):
         exec(recipes, names)
     assert "Zero-point energy" in printed.getvalue()
     assert (tmp_path / "ethanol.xyz").exists()
-    assert "<canvas" in (tmp_path / "ethanol.html").read_text(encoding="utf-8")
+    assert "attentionView(root" in (tmp_path / "ethanol.html").read_text(encoding="utf-8")
 
 
 def test_the_moving_picture_moves_and_is_not_large():
