@@ -197,10 +197,12 @@ def test_the_set_reactive_holds_every_system_and_draws_anew(items):
             assert all(np.abs(atoms.positions - o.positions).max() > 1e-3 for o in others)
 
 
-def test_the_set_in_the_repository_is_of_the_plan(tmp_path):
+@pytest.mark.parametrize(("kind", "place"), [("mini", ""), ("thermal", "thermal")])
+def test_the_set_in_the_repository_is_of_the_plan(tmp_path, kind, place):
     """Its labels are those of entries of the plan, and give the data set with its checksums."""
-    folder = Path(__file__).resolve().parents[2] / "data" / "omol-mini"
-    assert make.main(["--out", str(tmp_path), "--known", str(folder), "--collect"]) == 0
+    folder = Path(__file__).resolve().parents[2] / "data" / "omol-mini" / place
+    command = ["--set", kind, "--out", str(tmp_path), "--known", str(folder), "--collect"]
+    assert make.main(command) == 0
     for name in ("checksums.json", "references.json"):
         assert (tmp_path / name).read_text() == (folder / name).read_text()
 
