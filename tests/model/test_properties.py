@@ -324,9 +324,14 @@ def model(make_model: Callable[..., AllScAIP], operations: Operations) -> AllScA
 
 @pytest.fixture(scope="module")
 def local_model(make_model: Callable[..., AllScAIP], operations: Operations) -> AllScAIP:
-    """Without node attention: atoms beyond the cutoff of all others are alone."""
+    """Without node attention: atoms beyond the cutoff of all others are alone.
+
+    The multiplicity, which is that of the whole, changes nothing.
+    """
     found = make_model(node_attention=False)
     found.operations = operations
+    with torch.no_grad():  # the multiplicity of two systems is not that of one, whatever it is
+        found.input.spin_embedding.weight[:] = found.input.spin_embedding.weight[0]
     return found
 
 
