@@ -35,6 +35,7 @@ ALLOWED = {
     "scipy",
     "tblite",
     "torch",
+    "tqdm",
 }
 
 
