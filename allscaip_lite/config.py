@@ -24,7 +24,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "num_heads": (1, 1_024),
     "max_num_elements": (2, 119),  # the elements that have a symbol
     "cutoff": (0.1, 100.0),
-    "k": (1, 1_000),
+    "k": (1, 10**9),  # no more than there are
     "rank_width": (1e-3, 100.0),
     "envelope_temperature": (1e-4, 100.0),
     "max_neighbors": (2, 5_000),

@@ -171,7 +171,7 @@ def padded_graph(
     vectors = torch.where(batch.present.unsqueeze(1), vectors, upwards)
     distances = safe_norm(vectors)
     near = batch.present & (distances < config.reach)
-    width = config.k + EXTRA_CANDIDATES
+    width = min(config.k + EXTRA_CANDIDATES, len(first) + 1)
     envelope, alive = pair_envelopes(
         first, second, distances, near, n, config, operations.soft_rank, width
     )
