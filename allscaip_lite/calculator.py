@@ -72,7 +72,6 @@ class AllScAIPCalculator(Calculator):
             raise InputError(f"outside_training {outside_training!r}: one of {', '.join(WAYS)}")
         self.outside_training = outside_training
         if not isinstance(model, AllScAIP):
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             device = usable_device(device)
             model = load_model(model, kernels="plain")
         self.model = without_weight_grad(model).to(device=device, dtype=dtype).eval()

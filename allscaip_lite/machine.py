@@ -120,10 +120,13 @@ def _busy() -> float:
 OTHERS = OtherPrograms()
 
 
-def usable_device(name: torch.device | str) -> torch.device:
-    """The device of a name such as cpu, cuda or cuda:1; `InputError` for one that is not here."""
+def usable_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of a name such as cpu, cuda or cuda:1; `InputError` for one that is not here.
+
+    Without a name it is a CUDA GPU where there is one, else the CPU.
+    """
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).tolist()
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch's, in many words
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

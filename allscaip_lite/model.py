@@ -457,16 +457,21 @@ class AllScAIP(nn.Module):
         """
         structures = structures.to(self.device, self.dtype)
         states = self.features(structures, self.operations)
-        atomic = self.energy_head(states, self.operations).squeeze(1).double() * self.energy_scale
-        atomic = atomic + self.element_references[structures.atomic_numbers]
+        atomic = self.energy_head(states, self.operations).squeeze(1)
         common = self.energy_mean + self.charge_reference * structures.charge  # (B,)
-        return atomic + (common / structures.natoms)[structures.system]
+        shares = (common / structures.natoms)[structures.system]
+        return self.own_energies(atomic, structures) + shares
+
+    def own_energies(self, atomic: Tensor, structures: Structures) -> Tensor:
+        """(N,), what the energy head says of each atom → (N,) eV with its reference, in float64."""
+        return (
+            atomic.double() * self.energy_scale + self.element_references[structures.atomic_numbers]
+        )
 
     def in_electronvolts(self, atomic: Tensor, structures: Structures) -> Tensor:
         """(N,), what the energy head says of each atom → (B,) eV, in float64."""
-        per_atom = atomic.double() * self.energy_scale
-        per_atom = per_atom + self.element_references[structures.atomic_numbers]
-        energy = per_atom.new_zeros(len(structures)).index_add(0, structures.system, per_atom)
+        own = self.own_energies(atomic, structures)
+        energy = own.new_zeros(len(structures)).index_add(0, structures.system, own)
         return energy + self.energy_mean + self.charge_reference * structures.charge
 
     @torch.no_grad()
@@ -529,33 +534,29 @@ class AllScAIP(nn.Module):
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
         say_assumptions(assumed, self.said)
         warn_outside(self.seen, structures, outside_training, self.said)
-        groups = similar_sizes(structures.natoms.tolist()) if forward is None else []
-        if len(groups) > 1:
-            found: dict[int, Result] = {}
-            for group in groups:
-                parts = self.predict([batch[i] for i in group], None, "ignore", uncertainty)
-                found |= zip(group, parts, strict=True)
-            return [found[i] for i in range(len(batch))]
+        groups = [list(range(len(batch)))]
         if forward is None:
+            groups = similar_sizes(structures.natoms.tolist())
             asks = any(weight.requires_grad for weight in self.parameters())
             forward = without_weight_grad(self) if asks else self
-        # gradients are switched on for forces alone
-        with torch.no_grad(), self.operations.threads(len(structures.positions)):
-            energy, forces, stress = forward(structures, create_graph=False)
-        doubts = self.energy_uncertainty(structures).tolist() if uncertainty else None
-        forces = forces.double().cpu().split(structures.natoms.tolist())
-        stress = [None] * len(batch) if stress is None else list(stress.double().cpu().numpy())
-        full = [bool(system.pbc.any()) and system.cell.rank == 3 for system in batch]
-        results = [
-            Result(
-                float(energy[i]),
-                forces[i].numpy(),
-                stress[i] if full[i] else None,
-                doubts[i] if doubts else None,
-            )
-            for i in range(len(batch))
-        ]
-        return results[0] if isinstance(atoms, Atoms) else results
+        results: dict[int, Result] = {}
+        for group in groups:
+            part = structures if len(groups) == 1 else structures.select(group)
+            # gradients are switched on for forces alone
+            with torch.no_grad(), self.operations.threads(len(part.positions)):
+                energy, forces, stress = forward(part, create_graph=False)
+            doubts = self.energy_uncertainty(part).tolist() if uncertainty else None
+            of_atoms = forces.double().cpu().split(part.natoms.tolist())
+            boxes = [None] * len(group) if stress is None else list(stress.double().cpu().numpy())
+            for row, index in enumerate(group):
+                full = batch[index].pbc.any() and batch[index].cell.rank == 3
+                results[index] = Result(
+                    float(energy[row]),
+                    of_atoms[row].numpy(),
+                    boxes[row] if full else None,
+                    doubts[row] if doubts else None,
+                )
+        return results[0] if isinstance(atoms, Atoms) else [results[i] for i in range(len(batch))]
 
 
 def similar_sizes(natoms: Sequence[int]) -> list[list[int]]:

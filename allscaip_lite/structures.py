@@ -102,6 +102,20 @@ class Structures:
         }
         return self.replace(**moved)
 
+    def select(self, systems: Sequence[int]) -> Structures:
+        """Some of the systems, by their indices, in that order."""
+        rows = torch.as_tensor(systems, device=self.natoms.device)
+        parts = torch.arange(len(self.atomic_numbers), device=rows.device).split(
+            self.natoms.tolist()
+        )
+        atoms = torch.cat([parts[system] for system in systems])
+        per_atom = {"positions", "atomic_numbers"}
+        chosen = {
+            name: value[atoms if name in per_atom else rows]
+            for name, value in self.tensors().items()
+        }
+        return self.replace(periodic=None, **chosen)
+
     def clone(self) -> Structures:
         """The same batch in tensors of its own."""
         return self.replace(**{name: value.clone() for name, value in self.tensors().items()})
@@ -193,16 +207,17 @@ def _check_geometry(atoms: Atoms, where: object, max_num_elements: int) -> None:
     if atoms.pbc.any():
         if not np.isfinite(atoms.cell.array).all():
             raise StructureError(f"{where}: the cell is not finite")
-        heights = atoms.cell.lengths()  # distances between opposite faces
-        if atoms.cell.complete().volume > 1e-9:
-            whole = np.linalg.inv(atoms.cell.complete().array)
-            heights = np.minimum(heights, 1 / np.linalg.norm(whole, axis=0))
-        if heights[atoms.pbc].min() < THINNEST or atoms.cell.complete().volume <= 1e-9:
+        lengths, whole = atoms.cell.lengths(), atoms.cell.complete()
+        solid = whole.volume > 1e-9
+        heights = lengths  # between opposite faces
+        if solid:
+            heights = np.minimum(lengths, 1 / np.linalg.norm(np.linalg.inv(whole.array), axis=0))
+        if heights[atoms.pbc].min() < THINNEST or not solid:
             raise StructureError(
                 f"{where} is periodic along a lattice vector that is zero or flat: its cell is "
                 f"{heights[atoms.pbc].min():.2g} Å thin"
             )
-        spread = atoms.cell.lengths()[atoms.pbc].max()
+        spread = lengths[atoms.pbc].max()
     else:
         spread = np.ptp(atoms.positions, axis=0).max()
     if spread > LARGEST_SPREAD:

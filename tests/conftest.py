@@ -80,6 +80,12 @@ def neutral(name: str, spin: int = 1) -> Atoms:
     return atoms
 
 
+def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:
+    """The structure itself, with charge and multiplicity in its `info`."""
+    atoms.info.update(charge=charge, spin=spin)
+    return atoms
+
+
 @pytest.fixture(scope="session")
 def small_config() -> AllScAIPConfig:
     """Two layers of two heads with 16 channels, both encodings, k = 12."""

@@ -79,7 +79,15 @@ def load_model(
     """
     device = None if device is None else usable_device(device)
     path = _locate(name_or_path)
-    config, state = _read_safetensors(path) if _is_safetensors(path) else read_official(path)
+    if _is_safetensors(path):
+        config, _, seen = _read_metadata(path)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    else:
+        config, state = read_official(path)
+        released = {Path(file).name for file in OFFICIAL_FILES.values()}
+        known = name_or_path in OFFICIAL_FILES or path.name in released
+        seen = copy.deepcopy(OMOL25) if known else None
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model = AllScAIP(config)
     state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
@@ -87,7 +95,7 @@ def load_model(
     check_weights(model.state_dict(), state, path.name)
     check_numbers(state, path.name)
     model.load_state_dict(state, assign=True)
-    model.seen, model.posterior = _seen(name_or_path, path), _factor(posterior, model, path)
+    model.seen, model.posterior = seen, _factor(posterior, model, path)
     model = model.to(device=device, dtype=dtype).eval()
     model.operations = choose(kernels, model.device, model.dtype)
     return model
@@ -238,8 +246,7 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
         InputError: for a name that does not end in .safetensors.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path.name}: a model's file name ends in .safetensors")
+    check_file_name(path, path.name)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -261,6 +268,12 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
     return path
 
 
+def check_file_name(path: Path, shown: str) -> None:
+    """Raise `InputError`, calling it `shown`, for a name that `save_model` would refuse."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{shown}: a model's file name ends in .safetensors")
+
+
 # Levine et al., arXiv:2505.08762: H to Bi, charges −10 to +10, up to ten unpaired electrons, no
 # cells; shortest and longest distances are not published.
 OMOL25 = Seen(
@@ -272,16 +285,6 @@ OMOL25 = Seen(
     farthest=None,
     kinds={"molecules"},
 )
-
-
-def _seen(name: str | Path, path: Path) -> Seen | None:
-    """What the training of a model in a file saw, where that is known."""
-    if _is_safetensors(path):
-        with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("seen", "null"))
-        return None if found is None else Seen.from_dict(found)
-    released = {Path(file).name for file in OFFICIAL_FILES.values()}
-    return copy.deepcopy(OMOL25) if name in OFFICIAL_FILES or path.name in released else None
 
 
 def _factor(values: Tensor | None, model: AllScAIP, path: Path) -> Tensor | None:
@@ -297,7 +300,8 @@ def _factor(values: Tensor | None, model: AllScAIP, path: Path) -> Tensor | None
     return factor
 
 
-def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:
+def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any], Seen | None]:
+    """The configuration, the card, and what training saw, where the file says so."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -316,16 +320,11 @@ def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any]]:
     try:
         config = AllScAIPConfig.from_dict(json.loads(metadata["config"]))
         card = json.loads(metadata["card"])
+        seen = json.loads(metadata.get("seen", "null"))
     except KeyError as error:
         raise CheckpointError(f"{path.name} is damaged: it has no {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: {error}; is this package too old?") from error
     if not isinstance(card, dict):
         raise CheckpointError(f"{path.name} is damaged: its card is no dictionary")
-    return config, card
-
-
-def _read_safetensors(path: Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
-    config, _ = _read_metadata(path)
-    with safe_open(path, framework="pt") as file:
-        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    return config, card, None if seen is None else Seen.from_dict(seen)

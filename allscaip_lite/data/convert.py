@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
 from allscaip_lite.data.checks import labels_under_any_name
-from allscaip_lite.data.reading import read_structures
+from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import (
     Assumptions,
     charge_and_spin,
@@ -61,7 +61,7 @@ def convert(
     assumed: Assumptions = {}
     taken: Counter[str] = Counter()
     for name in files:
-        path = str(name) if Path(name).exists() else str(name).rpartition("@")[0] or str(name)
+        path, _ = file_and_index(name)
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
             yield _converted(atoms, where, charge, spin, domain, Path(path).stem, assumed, taken)
     say_assumptions(assumed)

@@ -24,6 +24,14 @@ from allscaip_lite.errors import DataError, InputError
 DATABASES = ("db", "json", "aselmdb")  # names of formats in ASE
 
 
+def file_and_index(name: str | Path, index: str = ":") -> tuple[str, str]:
+    """A path and ASE's index: `run.traj@7` is 7 of run.traj, unless a file is called so."""
+    path = str(name)
+    if not Path(path).exists() and "@" in path:
+        path, _, index = path.rpartition("@")
+    return path, index
+
+
 def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, Atoms]]:
     """Each structure of a file, after the words that name it in messages.
 
@@ -35,9 +43,7 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
         FileNotFoundError: for a file that does not exist.
         DataError: for a file that ASE cannot read, or that holds no structures.
     """
-    path = str(name)
-    if not Path(path).exists() and "@" in path:
-        path, _, index = path.rpartition("@")
+    path, index = file_and_index(name, index)
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{path}: no such file")

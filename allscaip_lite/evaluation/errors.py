@@ -30,6 +30,7 @@ from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumption
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 from allscaip_lite.tables import markdown_table
@@ -534,7 +535,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.compare and (args.physics or args.unlabelled):
         raise InputError("--compare is for errors: leave out --physics and --unlabelled")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(args.device)
 
     def load(name: str) -> AllScAIP:
         return load_model(name, device=device, kernels=args.kernels).requires_grad_(False)

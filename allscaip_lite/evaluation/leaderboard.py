@@ -43,6 +43,7 @@ from allscaip_lite.evaluation.omol_errors import (
 from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.files import locked, sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 
@@ -357,7 +358,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite leaderboard`."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(args.device)
     model = load_model(args.model, device=device, kernels="plain")  # `predict` chooses
     reference = read(args.reference) if args.reference else None
     if reference is not None:  # before the work, not after

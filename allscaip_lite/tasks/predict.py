@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
-from allscaip_lite.data.reading import read_structures
+from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import charge_and_spin, stated_charge_and_spin, states_charge_or_spin
 from allscaip_lite.errors import WAYS, DataError, InputError
 from allscaip_lite.files import atomic_write
@@ -37,7 +37,7 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, Atoms]]:
     is neither a file nor SMILES, DataError for a file that ASE cannot read.
     """
     for word in args.structures:
-        exists = Path(word).exists() or ("@" in word and Path(word.rpartition("@")[0]).exists())
+        exists = Path(file_and_index(word)[0]).exists()
         for name, atoms in read_structures(word) if exists else _from_smiles(word):
             charge, spin = stated_charge_and_spin(atoms, name)
             given = {"charge": args.charge if charge is None else charge}

@@ -22,6 +22,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import LBFGS
 from tqdm import tqdm
 
+from allscaip_lite.data.reading import file_and_index
 from allscaip_lite.errors import InputError
 from allscaip_lite.tasks.predict import add_common_arguments, calculator_of, inputs, write
 
@@ -100,8 +101,8 @@ def relax(
 
 def file_beside(words: Sequence[str], ending: str) -> Path:
     """A name in this folder for the results of structures: water.xyz → water-relaxed.extxyz."""
-    first = words[0].rpartition("@")[0] or words[0]
-    stem = Path(first).stem if Path(first).exists() else re.sub(r"[^\w.+-]+", "_", words[0])[:40]
+    first = Path(file_and_index(words[0])[0])
+    stem = first.stem if first.exists() else re.sub(r"[^\w.+-]+", "_", words[0])[:40]
     return Path(f"{stem}-{ending}.extxyz")
 
 

@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints import load_model, read_card, save_model
+from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, LabelledData, Subset, evenly_spaced
 from allscaip_lite.data.batches import collate, fill_batches
 from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
 
 RIDGE = 1e-6  # of the mean diagonal, for directions that no structure of the data has
@@ -34,14 +36,19 @@ def energy_rows(
     """What the last layer reads of each structure (S, 2H + 1), an atom, in eV a unit of weight; and
     what is missing of its energy (S,), in eV an atom.
     """
+    layer = model.energy_head.contract  # in which the energy is linear: no forces are needed
+    weights = torch.cat([layer.weight[0], layer.bias]).double()
     rows, missing = [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
         for members in fill_batches(data.natoms, max_atoms):
             batch = collate([data[index] for index in members])
             natoms = batch.structures.natoms
-            energy = model(batch.structures, create_graph=False).energy.cpu()
-            rows.append(model.last_layer_inputs(batch.structures).cpu() / natoms[:, None])
-            missing.append((batch.energy - energy) / natoms)
+            inputs = model.last_layer_inputs(batch.structures)
+            structures = batch.structures.to(model.device)
+            nothing = torch.zeros_like(structures.atomic_numbers)
+            energy = inputs @ weights + model.in_electronvolts(nothing, structures)
+            rows.append(inputs.cpu() / natoms[:, None])
+            missing.append((batch.energy - energy.cpu()) / natoms)
             bar.update(len(members))
     return torch.cat(rows), torch.cat(missing)
 
@@ -129,9 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite calibrate`."""
-    if args.out.suffix != ".safetensors":
-        raise InputError(f"--out {args.out}: a model's file name ends in .safetensors")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_file_name(args.out, f"--out {args.out}")
+    device = usable_device(args.device)
     model = load_model(args.model, device=device, kernels=args.kernels).requires_grad_(False)
     held_out = Dataset(args.val) if args.val else None
     made = calibrate(model, Dataset(args.data), held_out, args.structures)

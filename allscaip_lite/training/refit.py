@@ -20,10 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from allscaip_lite.checkpoints import load_model, read_card, save_model
+from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import add_kernels_option, choose
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import structures_from_atoms
 
@@ -225,9 +227,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite refit`."""
-    if args.out.suffix != ".safetensors":
-        raise InputError(f"--out {args.out}: a model's file name ends in .safetensors")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_file_name(args.out, f"--out {args.out}")
+    device = usable_device(args.device)
     model = load_model(args.model, device=device, kernels="plain")  # `measure` chooses
     whole = Dataset(args.data)
     data = Subset(whole, evenly_spaced(len(whole), args.structures))

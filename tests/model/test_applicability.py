@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from conftest import state
 
 from allscaip_lite import (
     AllScAIP,
@@ -25,11 +26,6 @@ from allscaip_lite import (
 from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints import native, save_official
 from allscaip_lite.errors import StructureWarning
-
-
-def state(atoms: Atoms, charge: int = 0, spin: int = 1) -> Atoms:
-    atoms.info.update(charge=charge, spin=spin)
-    return atoms
 
 
 def seen() -> Seen:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from conftest import state
 
 from allscaip_lite import (
     AllScAIP,
@@ -20,12 +21,6 @@ from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureWarning
 from allscaip_lite.graph import build_graph
 from allscaip_lite.neighbors import candidate_pairs
-
-
-def state(atoms: Atoms, charge: object = 0, spin: object = 1) -> Atoms:
-    atoms.info.update(charge=charge, spin=spin)
-    return atoms
-
 
 # --- what comes out -----------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from allscaip_lite.evaluation.long_range import (
 )
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.machine import processor_name
+from allscaip_lite.machine import processor_name, usable_device
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import Stage, fresh_model, train
@@ -242,7 +242,7 @@ def throughput(study: Study, test: InMemory, rounds: int = 9) -> dict[str, float
     """
     kinds = {cell.kind: study.config(cell) for cell in study.cells()}
     models = {kind: AllScAIP(config).eval() for kind, config in kinds.items()}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device()
     batch = next(in_order(test, study.max_atoms)).to(device)
     times: dict[str, list[float]] = {kind: [] for kind in models}
     for _ in range(rounds + 1):  # the first warms up
