@@ -374,13 +374,13 @@ def plot_errors(described: Sequence[Description], found: Residuals) -> Figure:
     limits = sorted({_bin(n) for n in sizes})
     middles = [each[[_bin(n) == limit for n in sizes]] for limit in limits]
     centres = [sizes[[_bin(n) == limit for n in sizes]].mean() for limit in limits]
-    size.plot(centres, [part.mean() for part in middles], "o-", color="#d6217f", label="mean")
+    size.plot(centres, [part.mean() for part in middles], "o-", color="#d55e00", label="mean")
     size.set(xlabel="atoms", ylabel="force MAE (meV/Å)", yscale="log")
     size.legend()
 
     rows = by_group(described, found, GROUPS["domain"])
     names = list(rows)[::-1]
-    domain.barh(names, [rows[name]["force_mae"] for name in names], color="#00807d")
+    domain.barh(names, [rows[name]["force_mae"] for name in names], color="#0072b2")
     domain.set(xlabel="force MAE (meV/Å)")
     domain.margins(x=0.14)
     for index, name in enumerate(names):
@@ -395,7 +395,7 @@ def _parity(axes: Any, truth: np.ndarray, predicted: np.ndarray, name: str) -> N
     if len(truth) > 2000:
         axes.hexbin(truth, predicted, gridsize=80, bins="log", mincnt=1, cmap="viridis")
     else:
-        axes.scatter(truth, predicted, s=8, color="#d6217f")
+        axes.scatter(truth, predicted, s=8, color="#d55e00")
     axes.set(xlabel=f"labelled {name}", ylabel=f"predicted {name}")
 
 

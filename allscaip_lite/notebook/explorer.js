@@ -70,8 +70,8 @@ async function attentionMaps(data) {
 // --- colours -----------------------------------------------------------------------------------
 
 const RAMPS = { // from weight 0 to the largest; in the dark theme the largest is the brightest
-  light: ["#fbf0f4", "#f4b8d2", "#df4596", "#9a1068", "#2e0636"],
-  dark: ["#281c2c", "#6b2560", "#d93a8f", "#fb9a6b", "#fff4c9"],
+  light: ["#fdf3ea", "#f7c08a", "#d55e00", "#8a3200", "#2e1000"],
+  dark: ["#2a1f18", "#6b3410", "#d55e00", "#f7a35c", "#fff4c9"],
 };
 function rampColor(theme, fraction) { // fraction in 0..1 → [r, g, b] in 0..1
   const stops = RAMPS[theme].map(channels), at = Math.min(1, Math.max(0, fraction)) * 4;

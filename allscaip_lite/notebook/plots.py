@@ -1,7 +1,9 @@
-"""Figures of molecules and of attention weights, with matplotlib.
+"""The style of the course's figures, and figures of molecules and of attention weights.
 
 Input: `ase.Atoms`, and attention weights from `attention_maps`. Output: matplotlib axes, which need
-the `notebooks` extra. `viewer` and `explorer` make interactive views.
+the `notebooks` extra. `viewer` and `explorer` make interactive views. A lesson begins with
+`plt.rcParams.update(STYLE)`, takes colours from `PALETTE` or whole lines from `LINES`, and ends
+each figure with `show("what a reader who cannot see it has to know")` in place of `plt.show()`.
 
 `python -m allscaip_lite.notebook.plots molecule.xyz docs/tour.png` draws a molecule with the
 attention of one atom, and the matrix.
@@ -10,7 +12,10 @@ attention of one atom, and the matrix.
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import importlib
+import io
 import itertools
 import sys
 from collections.abc import Sequence
@@ -29,8 +34,43 @@ from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attentio
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINK_COLOR = "#d6217f"
-MARK_COLOR = "#00807d"
+# Okabe and Ito, Color Universal Design (2008): distinct for colour-blind readers too. In this order
+# neighbours also differ in lightness. Their yellow is left out, for it is too pale on white.
+PALETTE = {
+    "blue": "#0072b2",
+    "orange": "#e69f00",
+    "vermilion": "#d55e00",
+    "sky": "#56b4e9",
+    "green": "#009e73",
+    "black": "#000000",
+    "purple": "#cc79a7",
+}
+_DASHES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), "-", (0, (2, 2))]
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+# Keywords of `plot` for the n-th line of a figure: a colour, a dash and a marker of its own. A line
+# of many points takes `markevery=0.1` too, or `marker=""`.
+LINES: tuple[dict[str, Any], ...] = tuple(
+    {"color": color, "linestyle": dash, "marker": marker}
+    for color, dash, marker in zip(PALETTE.values(), _DASHES, _MARKERS, strict=True)
+)
+SEQUENTIAL = "magma_r"  # a colour map for 0 and more; also in grey a larger value is darker
+DIVERGING = "PuOr_r"  # a colour map for both signs: purple positive, orange negative
+# Settings of matplotlib for the figures of the course. They have their own white background, so
+# that they can be read on a page of any colour. Lines get the colours and dashes of `LINES`.
+STYLE: dict[str, Any] = {
+    "axes.prop_cycle": f"cycler(color={[*PALETTE.values()]!r}, linestyle={_DASHES!r})",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "image.cmap": SEQUENTIAL,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
+    "lines.markersize": 5,
+}
+LINK_COLOR = PALETTE["vermilion"]
+MARK_COLOR = PALETTE["blue"]
 TILT = np.deg2rad((-24.0, 16.0))  # view of a cell: about the vertical axis, then from above
 
 
@@ -43,6 +83,35 @@ def import_extra(module: str, purpose: str) -> Any:
         raise ImportError(
             f"{purpose} needs {package}: pip install 'allscaip-lite[notebooks]'", name=error.name
         ) from error
+
+
+def show(alt: str) -> None:
+    """Show the current figure in a notebook, with a text for readers who cannot see it.
+
+    Twice as sharp as the screen needs, on white, and closed afterwards.
+
+    Args:
+        alt: What the figure says: its kind, its axes, what is to be seen. One or two sentences.
+
+    Raises:
+        ValueError: The text is empty, or nothing was drawn.
+    """
+    pyplot = import_extra("matplotlib.pyplot", "show")
+    display = import_extra("IPython.display", "show").display
+    alt = " ".join(alt.split())
+    if not alt:
+        raise ValueError("a figure needs a text for readers who cannot see it: show('…')")
+    if not pyplot.get_fignums():
+        raise ValueError("there is no figure to show: draw one first")
+    figure, buffer = pyplot.gcf(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white", bbox_inches="tight")
+    pyplot.close(figure)
+    data = buffer.getvalue()
+    width = int.from_bytes(data[16:20]) // 2  # of the picture, in a PNG's first block
+    style = f"width: {width}px; max-width: 100%; background: white; border-radius: 4px"
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    picture = f'<img alt="{html.escape(alt)}" src="{source}" style="{style}">'
+    display({"text/html": picture, "text/plain": alt}, raw=True)
 
 
 # --- geometry and weights -----------------------------------------------------------------------
@@ -214,7 +283,7 @@ def plot_attention(
         pyplot = import_extra("matplotlib.pyplot", "plot_attention")
         side = min(9.0, 2.5 + 0.17 * n)
         axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")[1]
-    image = axes.imshow(weights, cmap="magma_r", vmin=0)
+    image = axes.imshow(weights, cmap=SEQUENTIAL, vmin=0)
     axes.figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
     every = -(-n // 40)  # at most 40 labels
     atoms = atom_labels(maps.atomic_numbers)
@@ -227,7 +296,7 @@ def plot_attention(
     axes.set_xlabel(f"key ({what})")
     axes.set_ylabel(f"query ({what})")
     if row is not None:
-        style = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
+        style: dict[str, Any] = {"fill": False, "edgecolor": MARK_COLOR, "linewidth": 1.5}
         patches = import_extra("matplotlib.patches", "plot_attention")
         axes.add_patch(patches.Rectangle((-0.5, row % n - 0.5), n, 1, **style))
     heads = "mean over heads" if head is None else f"head {head % maps.num_heads}"
@@ -319,8 +388,8 @@ def plot_molecule(
 
     Args:
         atoms: The structure.
-        arrows: (N, 3) vectors drawn from the atoms, for example forces; the longest arrow is
-            1.5 Å long.
+        arrows: (N, 3) vectors drawn from the edges of the atoms, for example forces; the longest
+            arrow is 1.5 Å long.
         links: A query atom and its (N,) weights, drawn as curves from it.
         axes: Where to draw; None makes a new figure.
         images: n periodic images, each an atom and (3,) lattice vectors; they are pale. `links`
@@ -336,6 +405,7 @@ def plot_molecule(
     labels = atom_labels(atoms)
     flat = positions[:, :2]
     layer = 3 * positions[:, 2].argsort().argsort()  # nearer atoms are drawn on top
+    above = 3 * len(positions) + 3  # of links and arrows; labels are above them
     for i, j in bonds(atoms):
         axes.plot(*flat[[i, j]].T, color="0.6", linewidth=4, zorder=min(layer[i], layer[j]) + 1)
     corners = (cell_lines(atoms) - atoms.positions.mean(0)) @ front(atoms)  # (n, 2, 3)
@@ -346,12 +416,19 @@ def plot_molecule(
         fill = color if i < n else 0.35 * color + 0.65
         style = {"facecolor": fill, "edgecolor": "0.3" if i < n else "0.7", "zorder": layer[i] + 2}
         axes.add_patch(patches.Circle(flat[i], radii[i], **style))
+        nearer = layer > layer[i]
+        if (np.linalg.norm(flat[nearer] - flat[i], axis=1) < radii[nearer]).any():
+            continue  # its label would be on the atom in front of it
         text_color = "0.1" if fill @ [0.3, 0.6, 0.1] > 0.5 else "white"
-        font = {"fontsize": 6.5, "ha": "center", "va": "center", "zorder": layer[i] + 2}
+        font: dict[str, Any] = {"fontsize": 6.5, "ha": "center", "va": "center"}
         axes.text(
-            flat[i, 0], flat[i, 1], labels[kind] + ("" if i < n else "′"), color=text_color, **font
+            flat[i, 0],
+            flat[i, 1],
+            labels[kind] + ("" if i < n else "′"),
+            color=text_color,
+            **font,
+            zorder=above + 1,
         )
-    above = 3 * len(positions) + 3
     if links is not None:
         query, weights = links[0], np.asarray(links[1])
         largest = np.delete(weights, query).max(initial=1e-9)  # without the query's own weight
@@ -377,8 +454,10 @@ def plot_molecule(
             axes.add_patch(shape)
     if arrows is not None:
         flat_arrows = (np.asarray(arrows) @ front(atoms))[:, :2] * arrow_scale(arrows)
+        length = np.linalg.norm(flat_arrows, axis=1, keepdims=True)
+        starts = flat[:n] + radii[:n, None] * flat_arrows / np.where(length > 0, length, 1)
         style = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
-        axes.quiver(*flat[:n].T, *flat_arrows.T, angles="xy", scale_units="xy", scale=1, **style)
+        axes.quiver(*starts.T, *flat_arrows.T, angles="xy", scale_units="xy", scale=1, **style)
     shown, margin = np.concatenate([flat, corners.reshape(-1, 3)[:, :2]]), 0.9
     axes.set_xlim(shown[:, 0].min() - margin, shown[:, 0].max() + margin)
     axes.set_ylim(shown[:, 1].min() - margin, shown[:, 1].max() + margin)

@@ -309,6 +309,65 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     assert kinds.count("FancyArrowPatch") == 2
     (arrows,) = [c for c in axes.collections if type(c).__name__ == "Quiver"]
     assert len(ETHANOL) == arrows.N
+    flat, radii = plots.seen_from_front(ETHANOL)[:, :2], plots.ball_radii(ETHANOL)
+    assert np.allclose(np.linalg.norm(arrows.XY - flat, axis=1), radii)
+    assert all(label.get_zorder() > arrows.get_zorder() for label in axes.texts)
+
+
+def test_an_atom_behind_another_has_no_label(figure):
+    pair = Atoms("OHH", [[0, 0, 0], [0, 3, 0], [2, 0.1, 0]])
+    assert len(plots.plot_molecule(pair, axes=figure.axes[0]).texts) == 3
+    figure.axes[0].clear()
+    hidden = Atoms("OHHHH", [[0, 0, 0], [0, 0, 0.8], [3, 0, 0], [0, 2, 0], [-3, -2, 0]])
+    labels = {text.get_text() for text in plots.plot_molecule(hidden, axes=figure.axes[0]).texts}
+    assert len(labels & {"O0", "H1"}) == 1 and len(labels) == 4
+
+
+def luminance(color: str) -> float:
+    """WCAG's relative luminance, 0 to 1."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_lines_can_be_told_apart_without_colour():
+    pairs = {(str(line["linestyle"]), line["marker"]) for line in plots.LINES}
+    assert len(pairs) == len(plots.LINES)
+    light = [luminance(line["color"]) for line in plots.LINES]
+    assert max(light) < 0.5, "too pale on white"
+    assert min(np.abs(np.diff(light))) > 0.08, "two neighbours are one grey"
+
+
+def test_the_style_is_what_matplotlib_takes():
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context(plots.STYLE):
+        first = next(iter(matplotlib.rcParams["axes.prop_cycle"]))
+    assert first["color"] == plots.PALETTE["blue"]
+
+
+def test_a_figure_is_shown_with_its_text(monkeypatch):
+    pytest.importorskip("IPython")
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    seen = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: seen.append(bundle))
+    plt.figure(figsize=(3, 2))
+    plt.plot([0, 1], [2, 3])
+    plots.show('A line that rises,\n  from 2 to <3> "units".')
+    assert not plt.get_fignums()
+    (bundle,) = seen
+    assert bundle["text/plain"] == 'A line that rises, from 2 to <3> "units".'
+    assert 'alt="A line that rises, from 2 to &lt;3&gt; &quot;units&quot;."' in bundle["text/html"]
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", bundle["text/html"])[1])
+    assert (
+        data.startswith(b"\x89PNG")
+        and 200 < int(re.search(r"(\d+)px", bundle["text/html"])[1]) < 350
+    )
+    with pytest.raises(ValueError, match="no figure"):
+        plots.show("nothing")
+    with pytest.raises(ValueError, match="needs a text"):
+        plots.show("  ")
 
 
 def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
