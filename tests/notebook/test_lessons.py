@@ -27,6 +27,7 @@ ALLOWED = {
     "MDAnalysis",
     "allscaip_lite",
     "ase",
+    "fairchem",  # where it is installed
     "ipywidgets",
     "matplotlib",
     "nglview",
