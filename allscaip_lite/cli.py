@@ -68,7 +68,7 @@ COMMANDS = {
     ),
     "label": Command(
         "labels.command",
-        "energies and forces of your structures by a reference method: GFN2-xTB, wB97M-V, SPC/Fw",
+        "energies and forces of your structures by a method: GFN2-xTB, wB97M-V, SPC/Fw, CHGNet",
         "the same command goes on from here",
     ),
     "train": Command(
@@ -110,6 +110,8 @@ EXTRA_OF = {
     "pyscf": "labels",
     "numba": "labels",
     "openmm": "labels",
+    "chgnet": "labels-crystals",
+    "pymatgen": "labels-crystals",
     "MDAnalysis": "md",
     "torch_sim": "torch-sim",
     "fairchem": "parity",

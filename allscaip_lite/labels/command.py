@@ -25,8 +25,15 @@ METHODS = {
     "wb97m-v": "with def2-TZVPD, OMol25's level of theory: molecules of elements up to krypton, "
     "15 s for six atoms, some minutes for sixteen",
     "spc-fw": "water alone (atoms in the order O, H, H), in vacuum or in a periodic box",
+    "chgnet": "CHGNet 0.3.0: neutral crystals and slabs, a fortieth of a second an atom",
 }
-LIBRARIES = {"gfn2-xtb": ["tblite"], "wb97m-v": ["pyscf", "numba"], "spc-fw": []}
+LIBRARIES = {
+    "gfn2-xtb": ["tblite"],
+    "wb97m-v": ["pyscf", "numba"],
+    "spc-fw": [],
+    "chgnet": ["chgnet"],
+}
+MODULES = {"gfn2-xtb": "xtb", "wb97m-v": "dft", "spc-fw": "spcfw", "chgnet": "chgnet"}
 
 
 def structures_of(files: Sequence[str | os.PathLike[str]], method: str) -> list[Atoms]:
@@ -79,7 +86,7 @@ def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
         names = {"xtb_energy": "energy", "xtb_forces": "forces"}
         atoms.info |= {ours: results[name] for ours, name in names.items() if name in results}
         return [dft.label(atoms)]
-    module = import_module(f"allscaip_lite.labels.{'xtb' if method == 'gfn2-xtb' else 'spcfw'}")
+    module = import_module(f"allscaip_lite.labels.{MODULES[method]}")
     return [module.label(atoms)]
 
 

@@ -1,0 +1,138 @@
+"""CHGNet 0.3.0, a potential for crystals: an ASE calculator, and labels.
+
+In: `ase.Atoms` that are periodic. Out: the same with energy (eV), forces (eV/Å), stress (eV/Å³) and
+metadata. CHGNet was trained on relaxations of the Materials Project (PBE and PBE + U, energies
+corrected to one scale): Deng et al., Nature Machine Intelligence 5, 1031 (2023). Computed by the
+library chgnet, on one CPU core, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
+from allscaip_lite.labels import LabelError
+
+REACH = 6.0  # Å, of CHGNet's graph of atoms
+
+
+class CHGNet(Calculator):
+    """ASE calculator: energy (eV), forces (N, 3) (eV/Å) and stress (6,) (eV/Å³) by CHGNet.
+
+    Raises LabelError for what `results_of` does not take.
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        self.results = results_of([self.atoms])[0]
+
+
+@cache
+def _network() -> Any:
+    from chgnet.model import CHGNet as Network
+
+    network = Network.load(model_name="0.3.0", use_device="cpu", verbose=False)
+    return network.requires_grad_(False)  # a tenth faster than with gradients of the weights
+
+
+def results_of(structures: Sequence[Atoms], at_once: int = 4) -> list[dict[str, Any]]:
+    """What CHGNet gives for each structure, by the names of ASE.
+
+    Args:
+        structures: neutral and periodic. Along a direction that is not periodic there has to be a
+            vacuum of more than `REACH`.
+        at_once: how many structures are computed together; more take memory, 2 GB for 100 atoms.
+
+    Raises:
+        LabelError: for what is charged, not periodic, or too close to its image.
+    """
+    from pymatgen.core import Lattice, Structure
+
+    crystals = []
+    for atoms in structures:
+        _check(atoms)
+        lattice = Lattice(atoms.cell.array)
+        crystals.append(
+            Structure(
+                lattice, atoms.get_chemical_symbols(), atoms.positions, coords_are_cartesian=True
+            )
+        )
+    found = _network().predict_structure(crystals, task="efs", batch_size=at_once)
+    results = []
+    for atoms, values in zip(
+        structures, [found] if isinstance(found, dict) else found, strict=True
+    ):
+        stress = np.asarray(values["s"], dtype=float) * units.GPa
+        energy = float(values["e"]) * len(atoms)
+        results.append(
+            {
+                "energy": energy,
+                "free_energy": energy,
+                "forces": np.asarray(values["f"], dtype=float),
+                "stress": full_3x3_to_voigt_6_stress((stress + stress.T) / 2),
+            }
+        )
+    return results
+
+
+def _check(atoms: Atoms) -> None:
+    charge, _ = stated_charge_and_spin(atoms)
+    if charge:
+        raise LabelError(f"{atoms.symbols}: CHGNet takes neutral crystals, not charge {charge:+d}")
+    if not atoms.pbc.any() or atoms.cell.rank < 3:
+        raise LabelError(
+            f"{atoms.symbols}: CHGNet takes crystals and slabs in a cell of three vectors"
+        )
+    heights = 1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
+    extent = np.ptp(atoms.get_scaled_positions(wrap=False), axis=0) * heights
+    narrow = ~atoms.pbc & (heights - extent <= REACH)
+    if narrow.any():
+        raise LabelError(
+            f"{atoms.symbols}: {(heights - extent)[narrow][0]:.1f} Å of vacuum along a direction "
+            f"that is not periodic; CHGNet sees all as periodic and needs more than {REACH:g} Å"
+        )
+
+
+def label(atoms: Atoms) -> Atoms:
+    """The structure with energy, forces, stress, and metadata in `info`; see `label_all`."""
+    return label_all([atoms])[0]
+
+
+def label_all(structures: Sequence[Atoms]) -> list[Atoms]:
+    """Structures with energy, forces, stress, and metadata in `info`, several at a time.
+
+    The multiplicity in `info` is the lowest that the number of electrons allows: CHGNet knows none.
+    Raises LabelError for what CHGNet does not take.
+    """
+    labelled = []
+    for atoms, results in zip(structures, results_of(structures), strict=True):
+        done = atoms.copy()
+        names = ("energy", "forces", "stress")
+        done.calc = SinglePointCalculator(done, **{name: results[name] for name in names})
+        done.info |= {
+            "charge": 0,
+            "spin": lowest_multiplicity(done, 0),
+            "num_atoms": len(done),
+            "num_electrons": int(done.numbers.sum()),
+            "composition": done.get_chemical_formula("hill"),
+            "label": f"CHGNet 0.3.0 (chgnet {version('chgnet')})",
+        }
+        labelled.append(done)
+    return labelled

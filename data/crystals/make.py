@@ -1,0 +1,497 @@
+"""Make `data/crystals`: crystals, defects, liquids and slabs, labelled with CHGNet.
+
+    python data/crystals/make.py --out data/generated/crystals --rounds 2 --seed 0
+
+In: the tables of prototypes and compounds below and a seed. Out: `{train,val,test}.aselmdb` with
+energies (eV), forces (eV/Å) and stresses (eV/Å³), split by chemical system. A run that was stopped
+goes on where it was, and one with more rounds adds to the same folder.
+
+Each crystal is first relaxed by CHGNet; its structures are strained, displaced, given defects, cut
+to slabs, or taken from short Langevin runs of hot cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.build import (
+    bcc100,
+    bcc110,
+    bcc111,
+    diamond100,
+    diamond111,
+    fcc100,
+    fcc110,
+    fcc111,
+    hcp0001,
+    surface,
+)
+from ase.data import atomic_numbers, reference_states
+from ase.filters import FrechetCellFilter
+from ase.md.langevin import Langevin
+from ase.optimize import BFGS
+
+from allscaip_lite.cli import run_script
+from allscaip_lite.labels import LabelError, queue
+from allscaip_lite.labels.chgnet import CHGNet, label_all
+
+# --- Prototypes and compounds ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """A crystal structure.
+
+    Attributes:
+        kinds: Which element each atom of the motif is: 0 is the first of the formula.
+        places: The motif in units of the conventional cell's vectors, (M, 3).
+        centring: Bravais centring of the conventional cell: P, I or F.
+        lattice: The conventional cell's vectors in units of a, (3, 3).
+    """
+
+    kinds: tuple[int, ...]
+    places: tuple[tuple[float, float, float], ...]
+    centring: str = "P"
+    lattice: tuple[tuple[float, float, float], ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+
+
+HALF, THIRD, QUARTER = 1 / 2, 1 / 3, 1 / 4
+ORIGIN, CENTRE = (0.0, 0.0, 0.0), (HALF, HALF, HALF)
+FACES = ((HALF, HALF, 0.0), (HALF, 0.0, HALF), (0.0, HALF, HALF))
+U = 0.305  # of rutile's anions
+PROTOTYPES = {
+    "fcc": Prototype((0,), (ORIGIN,), "F"),
+    "bcc": Prototype((0,), (ORIGIN,), "I"),
+    "hcp": Prototype(
+        (0, 0),
+        ((THIRD, 2 * THIRD, QUARTER), (2 * THIRD, THIRD, 3 * QUARTER)),
+        lattice=((1, 0, 0), (-HALF, 0.75**0.5, 0), (0, 0, 1.63)),
+    ),
+    "diamond": Prototype((0, 0), (ORIGIN, (QUARTER,) * 3), "F"),
+    "rock salt": Prototype((0, 1), (ORIGIN, CENTRE), "F"),
+    "zinc blende": Prototype((0, 1), (ORIGIN, (QUARTER,) * 3), "F"),
+    "fluorite": Prototype((0, 1, 1), (ORIGIN, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
+    "perovskite": Prototype((0, 1, 2, 2, 2), (ORIGIN, CENTRE, *FACES)),
+    "rutile": Prototype(
+        (0, 0, 1, 1, 1, 1),
+        (
+            ORIGIN,
+            CENTRE,
+            (U, U, 0.0),
+            (1 - U, 1 - U, 0.0),
+            (HALF + U, HALF - U, HALF),
+            (HALF - U, HALF + U, HALF),
+        ),
+        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65)),
+    ),
+    "B2": Prototype((0, 1), (ORIGIN, CENTRE)),
+    "L1_2": Prototype((0, 1, 1, 1), (ORIGIN, *FACES)),
+    "L1_0": Prototype((0, 1), (ORIGIN, CENTRE), lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5))),
+}
+# Vectors of the primitive cell in units of the conventional ones.
+PRIMITIVE = {
+    "P": np.eye(3),
+    "I": np.array([(-HALF, HALF, HALF), (HALF, -HALF, HALF), (HALF, HALF, -HALF)]),
+    "F": np.array([(0, HALF, HALF), (HALF, 0, HALF), (HALF, HALF, 0)]),
+}
+
+# Elements in the structure that each has, and, with fewer structures, in those of OTHER.
+METALS = "Li Na Mg Al K Ca Ti Fe Ni Cu Zn Pd Ag Pt Au"
+TETRAHEDRAL = "C Si Ge"
+OTHER = {"fcc": ("bcc", "hcp"), "bcc": ("fcc", "hcp"), "hcp": ("fcc", "bcc"), "diamond": ()}
+# Elements in the order of the prototype's sites, and a (Å) from which the relaxation starts.
+COMPOUNDS = {
+    "rock salt": """Li-F 4.03 Li-Cl 5.14 Na-F 4.63 Na-Cl 5.64 K-F 5.34 K-Cl 6.29 Mg-O 4.21
+        Ca-O 4.81 Mg-S 5.20 Ca-S 5.69 Ti-N 4.24 Ti-C 4.33""",
+    "zinc blende": "Si-C 4.36 Zn-S 5.41 Zn-O 4.60 Al-N 4.38 Cu-Cl 5.42",
+    "fluorite": "Ca-F 5.46 O-Li 4.62 O-Na 5.55 O-K 6.43 S-Li 5.71 S-Na 6.53 Si-Mg 6.35 Ge-Mg 6.39",
+    "perovskite": "Ca-Ti-O 3.89 Ca-Si-O 3.55 K-Mg-F 3.99 Na-Mg-F 3.92 K-Zn-F 4.06 K-Ca-F 4.43",
+    "rutile": "Ti-O 4.60 Mg-F 4.62 Zn-F 4.70 Ni-F 4.65 Ge-O 4.40 Si-O 4.18",
+    "B2": """Ni-Al 2.89 Fe-Al 2.90 Cu-Zn 2.95 Ti-Ni 3.01 Ti-Fe 2.97 Ag-Mg 3.31 Li-Ag 3.17
+        Cu-Pd 2.99 Au-Mg 3.27 Pt-Al 3.04 Zn-Ag 3.16""",
+    "L1_2": "Au-Cu 3.75 Cu-Au 3.97 Al-Ni 3.56 Ti-Al 3.97 Fe-Ni 3.55 Pt-Cu 3.70 Ag-Pt 3.90",
+    "L1_0": "Cu-Au 2.80 Ti-Al 2.82 Fe-Pt 2.72 Fe-Pd 2.72 Ni-Pt 2.71 Pd-Zn 2.89",
+}
+# All compounds of these elements, in any structure, are in the split; the others are trained on.
+HELD_OUT = {
+    "test": "Pd Na-Cl Ca-O Zn-S Na-O K-Mg-F Ge-O Cu-Au Ni-Al",
+    "val": "Ag Li-F Mg-S Al-N Li-S K-Zn-F Ni-F Fe-Pt Cu-Zn",
+}
+SPLIT_OF = {
+    frozenset(system.split("-")): split
+    for split, systems in HELD_OUT.items()
+    for system in systems.split()
+}
+
+# --- How structures are made -----------------------------------------------------------------
+
+# Structures of a crystal in each round: of the tables', and of an element in another's structure.
+COUNTS = {"strained": 6, "displaced": 6, "defect": 3, "slab": 3, "hot": 2}
+FEWER = {"strained": 3, "displaced": 3, "defect": 2, "slab": 0, "hot": 0}
+MOST_ATOMS = 24
+SIZES = {6: 0.3, 8: 0.25, 12: 0.2, 16: 0.15, MOST_ATOMS: 0.1}  # most atoms of a cell, and how often
+VACUUM = 10.0  # Å between a slab and its image; more than any cutoff
+SPREADS = (0.01, 0.03, 0.06, 0.10)  # of displacements, in units of the nearest distance
+CLOSEST = 0.65  # a structure with two atoms nearer than this, in the same units, is left out
+MAX_FORCE = 20.0  # eV/Å: a structure with a larger one is left out
+TEMPERATURES = (300.0, 3000.0)  # K
+STEP, STEPS_BEFORE, STEPS_BETWEEN = 3.0, 6, 5  # fs; of Langevin runs, which start displaced
+
+
+@dataclass(frozen=True)
+class Crystal:
+    """An element or a compound in a crystal structure.
+
+    Attributes:
+        prototype: One of PROTOTYPES.
+        elements: In the order of the prototype's sites.
+        a: Where the relaxation of the lattice constant starts, Å.
+        natural: Whether it is in the tables; if not, fewer structures are made of it.
+    """
+
+    prototype: str
+    elements: tuple[str, ...]
+    a: float
+    natural: bool = True
+
+    @property
+    def split(self) -> str:
+        """The split of its chemical system."""
+        return split_of(self.elements)
+
+    @property
+    def name(self) -> str:
+        """Different for any two crystals."""
+        return f"{'-'.join(self.elements)} {self.prototype}"
+
+
+def split_of(elements: Sequence[str]) -> str:
+    """The split of all structures that hold these elements and no others."""
+    return SPLIT_OF.get(frozenset(elements), "train")
+
+
+def crystals() -> list[Crystal]:
+    """All crystals of the tables, and elements in the structures of others."""
+    found = []
+    for element in f"{METALS} {TETRAHEDRAL}".split():
+        state = reference_states[atomic_numbers[element]]
+        found.append(Crystal(state["symmetry"], (element,), float(state["a"])))
+        volume = _volume(state["symmetry"]) * state["a"] ** 3
+        for other in OTHER[state["symmetry"]]:
+            a = float((volume / _volume(other)) ** (1 / 3))
+            found.append(Crystal(other, (element,), a, natural=False))
+    for prototype, text in COMPOUNDS.items():
+        words = text.split()
+        for compound, a in zip(words[::2], words[1::2], strict=True):
+            found.append(Crystal(prototype, tuple(compound.split("-")), float(a)))
+    return found
+
+
+def _volume(prototype: str) -> float:
+    """Of an atom, in units of a³."""
+    atoms = _built(prototype, "XX", 1.0)
+    return atoms.cell.volume / len(atoms)
+
+
+def _built(prototype: str, elements: Sequence[str], a: float, primitive: bool = True) -> Atoms:
+    """A crystal in its primitive or its conventional cell."""
+    form = PROTOTYPES[prototype]
+    cell = a * np.array(form.lattice)
+    symbols = [elements[kind] for kind in form.kinds]
+    vectors = PRIMITIVE[form.centring]
+    motif = Atoms(symbols, np.array(form.places) @ cell, cell=vectors @ cell, pbc=True)
+    return motif if primitive else conventional(motif, form.centring)
+
+
+def conventional(primitive: Atoms, centring: str) -> Atoms:
+    """The conventional cell of a primitive one, however that is strained."""
+    into = np.linalg.inv(PRIMITIVE[centring])  # conventional vectors in primitive ones
+    copies = round(np.linalg.det(into))
+    steps = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    inside = np.unique((steps @ PRIMITIVE[centring] % 1).round(6) % 1, axis=0)
+    assert len(inside) == copies
+    cell = into @ primitive.cell.array
+    positions = (inside @ cell)[:, None] + primitive.positions  # (copies, M, 3)
+    symbols = primitive.get_chemical_symbols() * copies
+    return Atoms(symbols, positions.reshape(-1, 3), cell=cell, pbc=True)
+
+
+def relaxed(crystal: Crystal) -> Atoms:
+    """The primitive cell at CHGNet's lattice constants; symmetry stays, as its forces keep it.
+
+    Raises LabelError where no minimum is found.
+    """
+    atoms = _built(crystal.prototype, crystal.elements, crystal.a)
+    atoms.calc = CHGNet()
+    optimizer = BFGS(FrechetCellFilter(atoms), logfile=None)
+    if not optimizer.run(fmax=0.03, steps=60):
+        raise LabelError(f"{crystal.name}: no minimum in 60 steps")
+    atoms.calc = None
+    return atoms
+
+
+def nearest(atoms: Atoms) -> float:
+    """Å, the least distance of two atoms, images among them."""
+    from ase.neighborlist import neighbor_list
+
+    cutoff = 2.0
+    while not len(found := neighbor_list("d", atoms, cutoff)):
+        cutoff *= 1.4
+    return float(found.min())
+
+
+def strained(atoms: Atoms, rng: np.random.Generator, spread: float, volume: float = 0.0) -> Atoms:
+    """The crystal under a random symmetric strain.
+
+    Args:
+        atoms: the crystal.
+        rng: the random numbers.
+        spread: standard deviation of a strain's component.
+        volume: each length is stretched by at most this much more, or shrunk by 0.8 of it.
+    """
+    noise = rng.normal(size=(3, 3)) * spread
+    deformation = np.eye(3) * (1 + rng.uniform(-0.8, 1.0) * volume) + (noise + noise.T) / 2
+    moved = atoms.copy()
+    moved.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
+    return moved
+
+
+def displaced(atoms: Atoms, rng: np.random.Generator, spread: float) -> Atoms:
+    """All atoms moved at random, `spread` (Å) a component."""
+    moved = atoms.copy()
+    moved.positions += rng.normal(size=atoms.positions.shape) * spread
+    return moved
+
+
+def some_cell(primitive: Atoms, centring: str, rng: np.random.Generator, least: int = 1) -> Atoms:
+    """The primitive or conventional cell, repeated at random.
+
+    It has at least `least` atoms, and at most one of SIZES if such a cell is found.
+    """
+    starts = [primitive, conventional(primitive, centring)]
+    most = max(least, int(rng.choice(list(SIZES), p=list(SIZES.values()))))
+    for _ in range(100):
+        repeats = rng.choice([1, 1, 2, 2, 3], size=3)
+        start = starts[rng.integers(2)]
+        if least <= len(start) * repeats.prod() <= most:
+            return start.repeat(tuple(int(repeat) for repeat in repeats))
+    return starts[1].repeat((2, 1, 1)) if len(starts[1]) < least else starts[1]
+
+
+def with_defect(atoms: Atoms, rng: np.random.Generator, split: str) -> Atoms:
+    """A vacancy, two atoms of a compound exchanged, or another element on a site.
+
+    A substitution makes no chemical system of another split.
+    """
+    changed = atoms.copy()
+    kinds = sorted(set(atoms.symbols))
+    kind = rng.integers(3)
+    if kind == 0:
+        del changed[int(rng.integers(len(atoms)))]
+        return changed
+    symbols = np.array(atoms.get_chemical_symbols())
+    if kind == 1 and len(kinds) > 1:
+        one, two = rng.choice(kinds, 2, replace=False)
+        first = int(rng.choice(np.flatnonzero(symbols == one)))
+        second = int(rng.choice(np.flatnonzero(symbols == two)))
+        symbols[[first, second]] = two, one
+    else:
+        metals = METALS.split()
+        sites = [index for index, symbol in enumerate(symbols) if symbol in metals]
+        group = metals if sites else TETRAHEDRAL.split()
+        site = int(rng.choice(sites or range(len(atoms))))
+        others = set(np.delete(symbols, site))
+        allowed = [
+            element
+            for element in group
+            if element not in kinds and split_of([*others, element]) == split
+        ]
+        if allowed:
+            symbols[site] = rng.choice(allowed)
+    changed.set_chemical_symbols(list(symbols))
+    return changed
+
+
+SLABS: dict[str, tuple[Callable[..., Atoms], ...]] = {
+    "fcc": (fcc111, fcc100, fcc110),
+    "bcc": (bcc111, bcc100, bcc110),
+    "diamond": (diamond111, diamond100),
+    "hcp": (hcp0001,),
+}
+
+
+def slab(crystal: Crystal, primitive: Atoms, rng: np.random.Generator) -> Atoms | None:
+    """A slab of (111), (100) or (110), or of (0001), with VACUUM between it and its image.
+
+    Half of them are periodic along the surface only. None where it has more than MOST_ATOMS atoms.
+    """
+    centring = PROTOTYPES[crystal.prototype].centring
+    whole = conventional(primitive, centring)
+    lengths = whole.cell.lengths()
+    if crystal.prototype in SLABS:
+        build = SLABS[crystal.prototype][rng.integers(len(SLABS[crystal.prototype]))]
+        layers = int(rng.integers(3, 8))
+        more = {"c": lengths[2]} if crystal.prototype == "hcp" else {}
+        size = (int(rng.integers(1, 3)), 1, layers)
+        cut = build(crystal.elements[0], size, a=lengths[0], vacuum=VACUUM / 2, **more)
+    else:
+        faces = [(1, 0, 0), (1, 1, 0), (1, 1, 1)]
+        cut = surface(whole, faces[rng.integers(3)], int(rng.integers(1, 4)), VACUUM / 2)
+    if len(cut) > MOST_ATOMS:
+        return None
+    made = Atoms(cut.symbols, cut.positions, cell=cut.cell, pbc=True)
+    made.pbc[2] = bool(rng.integers(2))
+    stretch = np.eye(3)
+    noise = rng.normal(size=(2, 2)) * 0.02
+    stretch[:2, :2] += (noise + noise.T) / 2
+    made.set_cell(made.cell.array @ stretch, scale_atoms=True)
+    return made
+
+
+def hot(start: Atoms, temperature: float, frames: int, rng: np.random.Generator) -> list[Atoms]:
+    """Structures of a Langevin run by CHGNet at `temperature` (K), from displaced atoms."""
+    atoms = start.copy()
+    atoms.calc = CHGNet()
+    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)
+    atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * spread[:, None])
+    dynamics = Langevin(
+        atoms,
+        STEP * units.fs,
+        temperature_K=temperature,
+        friction=0.02 / units.fs,
+        fixcm=False,
+        rng=rng,
+    )
+    found = []
+    dynamics.run(STEPS_BEFORE)
+    for _ in range(frames):
+        dynamics.run(STEPS_BETWEEN)
+        found.append(Atoms(atoms.symbols, atoms.positions, cell=atoms.cell, pbc=atoms.pbc))
+    return found
+
+
+def structures_of(
+    crystal: Crystal, primitive: Atoms, rng: np.random.Generator
+) -> list[tuple[str, Atoms]]:
+    """What one round makes of a crystal's relaxed primitive cell: kinds and bare structures."""
+    distance = nearest(primitive)
+    centring = PROTOTYPES[crystal.prototype].centring
+    wanted = COUNTS if crystal.natural else FEWER
+    made = []
+    for number in range(wanted["strained"]):
+        cell = some_cell(primitive, centring, rng)
+        cell = strained(cell, rng, (0.0, 0.02, 0.04)[number % 3], volume=0.08)
+        made.append(("strained", cell if number % 2 else displaced(cell, rng, 0.005 * distance)))
+    for _ in range(wanted["displaced"]):
+        cell = strained(some_cell(primitive, centring, rng, 2), rng, 0.015, volume=0.03)
+        made.append(("displaced", displaced(cell, rng, rng.choice(SPREADS) * distance)))
+    for _ in range(wanted["defect"]):
+        cell = with_defect(some_cell(primitive, centring, rng, 7), rng, crystal.split)
+        cell = strained(cell, rng, 0.01, volume=0.02)
+        made.append(("defect", displaced(cell, rng, rng.choice(SPREADS[:2]) * distance)))
+    for _ in range(wanted["slab"]):
+        cut = slab(crystal, primitive, rng)
+        if cut is not None:
+            made.append(("slab", displaced(cut, rng, rng.choice(SPREADS[:3]) * distance)))
+    if wanted["hot"]:
+        start = strained(some_cell(primitive, centring, rng, 4), rng, 0.01, volume=0.05)
+        start = displaced(start, rng, 0.07 * distance)
+        temperature = float(np.exp(rng.uniform(*np.log(TEMPERATURES))))
+        made += [("hot", frame) for frame in hot(start, temperature, wanted["hot"], rng)]
+    return made
+
+
+def sample(crystal: Crystal, number: int = 0, seed: int = 0) -> list[Atoms]:
+    """The labelled structures of a crystal in a round; the same arguments give the same ones.
+
+    The first structure of the first round is the relaxed primitive cell.
+    """
+    rng = np.random.default_rng([seed, number, *crystal.name.encode()])
+    primitive = relaxed(crystal)
+    made = structures_of(crystal, primitive, rng)
+    if number == 0:
+        made.insert(0, ("strained", primitive))
+    least = CLOSEST * nearest(primitive)
+    apart = [(kind, atoms) for kind, atoms in made if nearest(atoms) > least]
+    kept = []
+    labelled = label_all([atoms for _, atoms in apart])
+    for index, ((kind, _), atoms) in enumerate(zip(apart, labelled, strict=True)):
+        largest = np.abs(atoms.get_forces()).max()
+        if not largest < MAX_FORCE:
+            continue
+        atoms.info |= {
+            "source": f"{crystal.name}, round {number}, structure {index}",
+            "reference_source": "allscaip-lite, data/crystals/make.py",
+            "data_id": f"crystal_{kind}",
+            "prototype": crystal.prototype,
+            "system": "-".join(sorted(set(atoms.symbols))),
+        }
+        kept.append(atoms)
+    return kept
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def make(folder: Path, rounds: int, seed: int = 0, workers: int = 1) -> None:
+    """Make and label the structures of so many rounds, or go on with it, and write the data set.
+
+    The number of workers changes nothing but the time. Raises LabelError where `folder` holds
+    another plan or seed, and without a round.
+    """
+    import chgnet  # noqa: F401  a missing one is to be reported before any work
+
+    if rounds < 1:
+        raise LabelError(f"{rounds} rounds make no structure: give 1 or more")
+    chosen = crystals()
+    queue.store_plan(folder, {"seed": seed, "crystals": [vars(crystal) for crystal in chosen]})
+    jobs = [
+        queue.Job(
+            f"{crystal.name}, round {number}",
+            f"{number:02d}_{crystal.name.replace(' ', '_')}",
+            crystal.split,
+            (crystal, number, seed),
+        )
+        for number in range(rounds)
+        for crystal in chosen
+    ]
+    queue.run_jobs(folder / "jobs", jobs, _sample, workers)
+    queue.collect(folder / "jobs", jobs, folder)
+
+
+def _sample(task: tuple[Crystal, int, int]) -> list[Atoms]:
+    return sample(*task)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="each makes up to 20 structures of every crystal"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+
+
+def run(args: argparse.Namespace) -> None:
+    make(args.out, args.rounds, args.seed, args.workers)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/crystals/make.py",
+        description=__doc__,
+        stopped="the same command goes on from here",
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The set `data/crystals`: right prototypes, no test system trained on, repeatable."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+from ase.neighborlist import neighbor_list
+
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.labels import LabelError
+
+make = importlib.import_module("data.crystals.make")
+CRYSTALS = make.crystals()
+
+# Of the atom named first: how many nearest neighbours (within 5 %), and of which site.
+NEIGHBOURS = {
+    "fcc": (0, 12, 0),
+    "bcc": (0, 8, 0),
+    "hcp": (0, 12, 0),
+    "diamond": (0, 4, 0),
+    "rock salt": (0, 6, 1),
+    "zinc blende": (0, 4, 1),
+    "fluorite": (0, 8, 1),
+    "perovskite": (1, 6, 2),
+    "rutile": (0, 6, 1),
+    "B2": (0, 8, 1),
+    "L1_2": (0, 12, 1),
+    "L1_0": (0, 12, None),  # 4 like, 8 unlike
+}
+
+
+@pytest.mark.parametrize("prototype", make.PROTOTYPES)
+@pytest.mark.parametrize("primitive", [True, False])
+def test_prototypes_have_their_coordination(prototype, primitive):
+    kind, count, of = NEIGHBOURS[prototype]
+    elements = ("Na", "Ti", "O")
+    atoms = make._built(prototype, elements, 4.0, primitive)
+    i, j, distance = neighbor_list("ijd", atoms, 4.5)
+    symbols = np.array(atoms.get_chemical_symbols())
+    for atom in np.flatnonzero(symbols == elements[kind]):
+        near = distance[i == atom]
+        found = near < 1.05 * near.min()
+        assert found.sum() == count
+        if of is not None:
+            assert set(symbols[j[i == atom][found]]) == {elements[of]}
+
+
+@pytest.mark.parametrize("prototype", make.PROTOTYPES)
+def test_the_conventional_cell_of_a_strained_crystal_is_the_same_crystal(prototype):
+    rng = np.random.default_rng(0)
+    one = make.displaced(make._built(prototype, ("Na", "Ti", "O"), 4.0), rng, 0.1)
+    one = make.strained(one, rng, 0.05)
+    centring = make.PROTOTYPES[prototype].centring
+    whole = make.conventional(one, centring)
+    copies = {"P": 1, "I": 2, "F": 4}[centring]
+    assert len(whole) == copies * len(one)
+    assert whole.get_volume() == pytest.approx(copies * one.get_volume())
+    seen = [np.sort(neighbor_list("d", atoms, 5.0)) for atoms in (one, whole)]
+    np.testing.assert_allclose(np.repeat(seen[0], copies), seen[1], atol=1e-9)
+
+
+def test_each_chemical_system_is_in_one_split_and_its_elements_are_trained_on():
+    trained = {e for c in CRYSTALS if c.split == "train" for e in c.elements}
+    for split, systems in make.HELD_OUT.items():
+        for system in systems.split():
+            own = [c for c in CRYSTALS if set(c.elements) == set(system.split("-"))]
+            assert own and {c.split for c in own} == {split}
+            assert set(system.split("-")) <= trained
+    assert len({c.name for c in CRYSTALS}) == len(CRYSTALS)
+    assert 15 <= len(trained) <= 30
+
+
+@pytest.mark.parametrize("name", ["Cu fcc", "Pd fcc", "Na-Cl rock salt", "Ag-Mg B2", "Si diamond"])
+def test_defects_stay_in_the_split_of_their_crystal(name):
+    [crystal] = [c for c in CRYSTALS if c.name == name]
+    cell = make._built(crystal.prototype, crystal.elements, crystal.a).repeat(2)
+    rng = np.random.default_rng(0)
+    made = [make.with_defect(cell, rng, crystal.split) for _ in range(200)]
+    assert {make.split_of(set(atoms.symbols)) for atoms in made} == {crystal.split}
+    assert len(cell) - 1 in {len(atoms) for atoms in made}
+    if crystal.split == "train":
+        assert len({frozenset(atoms.symbols) for atoms in made}) > 2
+
+
+@pytest.mark.parametrize("name", ["Cu fcc", "Fe bcc", "Mg hcp", "Si diamond", "Na-Cl rock salt"])
+def test_slabs_have_a_vacuum_and_the_crystal_s_density(name):
+    [crystal] = [c for c in CRYSTALS if c.name == name]
+    cell = make._built(crystal.prototype, crystal.elements, crystal.a)
+    rng = np.random.default_rng(1)
+    cuts = [cut for _ in range(20) if (cut := make.slab(crystal, cell, rng)) is not None]
+    assert {bool(cut.pbc[2]) for cut in cuts} == {True, False}
+    for cut in cuts:
+        assert len(cut) <= make.MOST_ATOMS
+        assert make.nearest(cut) == pytest.approx(make.nearest(cell), rel=0.08)
+        thickness = np.ptp(cut.positions[:, 2])
+        assert cut.cell[2, 2] - thickness == pytest.approx(make.VACUUM)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    pytest.importorskip("chgnet")
+    few = {"strained": 2, "displaced": 1, "defect": 1, "slab": 1, "hot": 1}
+    monkeypatch.setattr(make, "COUNTS", few)
+    monkeypatch.setattr(make, "STEPS_BEFORE", 1)
+    monkeypatch.setattr(make, "STEPS_BETWEEN", 1)
+
+
+def test_the_same_seed_yields_the_same_structures_and_another_round_others(quick):
+    [crystal] = [c for c in CRYSTALS if c.name == "Al fcc"]
+    first, again, other = (make.sample(crystal, number) for number in (0, 0, 1))
+    assert len(first) == len(other) + 1 == 7
+    for one, two in zip(first, again, strict=True):
+        assert np.array_equal(one.positions, two.positions)
+        assert one.get_potential_energy() == two.get_potential_energy()
+    kinds = [atoms.info["data_id"] for atoms in first]
+    assert set(kinds) == {f"crystal_{kind}" for kind in make.COUNTS}
+    assert np.abs(first[0].get_stress()).max() < 2e-3 and len(first[0]) == 1
+    assert not np.allclose(first[1].cell, other[0].cell)
+    for atoms in first:
+        assert make.nearest(atoms) > make.CLOSEST * make.nearest(first[0])
+
+
+def test_a_folder_takes_more_rounds_and_no_other_seed(quick, monkeypatch, tmp_path):
+    [crystal] = [c for c in CRYSTALS if c.name == "Si diamond"]
+    monkeypatch.setattr(make, "crystals", lambda: [crystal])
+    make.make(tmp_path, 1)
+    before = len(Dataset(tmp_path / "train.aselmdb"))
+    make.make(tmp_path, 2)
+    after = Dataset(tmp_path / "train.aselmdb")
+    assert len(after) > before
+    assert {atoms.info["system"] for atoms in after} >= {"Si"}
+    with pytest.raises(LabelError, match="another data set"):
+        make.make(tmp_path, 2, seed=1)
+    with pytest.raises(LabelError, match="1 or more"):
+        make.make(tmp_path, 0)
