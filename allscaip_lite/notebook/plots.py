@@ -17,8 +17,9 @@ import html
 import importlib
 import io
 import itertools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attentio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito, Color Universal Design (2008): distinct for colour-blind readers too. In this order
 # neighbours also differ in lightness. Their yellow is left out, for it is too pale on white.
@@ -54,7 +56,7 @@ LINES: tuple[dict[str, Any], ...] = tuple(
     for color, dash, marker in zip(PALETTE.values(), _DASHES, _MARKERS, strict=True)
 )
 SEQUENTIAL = "magma_r"  # a colour map for 0 and more; also in grey a larger value is darker
-DIVERGING = "PuOr_r"  # a colour map for both signs: purple positive, orange negative
+DIVERGING = "PuOr"  # a colour map for both signs: purple positive, orange negative
 # Settings of matplotlib for the figures of the course. They have their own white background, so
 # that they can be read on a page of any colour. Lines get the colours and dashes of `LINES`.
 STYLE: dict[str, Any] = {
@@ -464,6 +466,45 @@ def plot_molecule(
     axes.set_aspect("equal")
     axes.axis("off")
     return axes
+
+
+def plot_harmonics(
+    harmonics: Callable[[np.ndarray], np.ndarray], degree: int, figure: Figure | None = None
+) -> Figure:
+    """Real spherical harmonics as colours on spheres: a row for each l, in it m = -l … l.
+
+    Args:
+        harmonics: From unit vectors (E, 3) to their harmonics (E, (degree + 1)²), in the order of
+            l and m, with Σ_m Y_lm² = 2l + 1.
+        degree: The largest l.
+        figure: Where to draw; None makes a new figure.
+    """
+    if figure is None:
+        pyplot = import_extra("matplotlib.pyplot", "plot_harmonics")
+        figure = pyplot.figure(figsize=(1.25 * (2 * degree + 1), 1.35 * (degree + 1)))
+    figure.set_layout_engine("none")
+    colors = import_extra("matplotlib", "plot_harmonics").colormaps[DIVERGING]
+    theta, phi = np.mgrid[0 : np.pi : 25j, 0 : 2 * np.pi : 49j]
+    x, y, z = np.sin(theta) * np.sin(phi), np.cos(theta), np.sin(theta) * np.cos(phi)
+    corners = np.stack([x, y, z], axis=-1)  # (25, 49, 3); y is the polar axis
+    patches = (corners[:-1, :-1] + corners[1:, 1:]).reshape(-1, 3)  # a direction for each patch
+    values = harmonics(patches / np.linalg.norm(patches, axis=1, keepdims=True))
+    width, height = 1 / (2 * degree + 1), 1 / (degree + 1)
+    for index in range((degree + 1) ** 2):
+        l = math.isqrt(index)
+        m = index - l * l - l
+        left, bottom = (degree + m) * width, 1 - (l + 1) * height
+        place = (left, bottom + 0.2 * height, width, 0.8 * height)
+        axes: Any = figure.add_axes(place, projection="3d")
+        strength = np.reshape(values[:, index], (24, 48)) / math.sqrt(2 * l + 1)  # -1 to 1
+        paint = {"facecolors": colors(0.5 + strength / 2.2), "rstride": 1, "cstride": 1}
+        axes.plot_surface(z, x, y, **paint, shade=False)
+        axes.set_box_aspect((1, 1, 1), zoom=1.6)
+        axes.view_init(elev=22, azim=30)
+        axes.set_axis_off()
+        text = f"$l={l},\\ m={m}$"
+        figure.text(left + width / 2, bottom + 0.06 * height, text, ha="center", fontsize=9)
+    return figure
 
 
 def arrow_scale(arrows: np.ndarray) -> float:

@@ -323,6 +323,29 @@ def test_an_atom_behind_another_has_no_label(figure):
     assert len(labels & {"O0", "H1"}) == 1 and len(labels) == 4
 
 
+def test_spheres_have_a_row_for_each_degree_and_colours_for_signs(figure):
+    figure.clear()
+    seen = []
+
+    def harmonics(directions):
+        seen.append(directions)
+        values = np.zeros((len(directions), 4))
+        values[:, 1], values[:, 3] = np.sqrt(3), -np.sqrt(3)
+        return values
+
+    plots.plot_harmonics(harmonics, 1, figure)
+    assert np.allclose(np.linalg.norm(seen[0], axis=1), 1)
+    assert [text.get_text() for text in figure.texts] == [
+        f"$l={l},\\ m={m}$" for l, m in ((0, 0), (1, -1), (1, 0), (1, 1))
+    ]
+    spheres = [axes.get_position() for axes in figure.axes]
+    bottoms = [text.get_position()[1] for text in figure.texts]
+    assert all(low < place.y0 for low, place in zip(bottoms, spheres, strict=True))
+    positive, negative = (figure.axes[i].collections[0].get_facecolor() for i in (1, 3))
+    assert (positive[:, 2] > positive[:, 0]).all(), "positive is purple: more blue than red"
+    assert (negative[:, 0] > negative[:, 2]).all(), "negative is orange"
+
+
 def luminance(color: str) -> float:
     """WCAG's relative luminance, 0 to 1."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
