@@ -198,8 +198,11 @@ def explore_attention(
     counts = f"{len(first)} atoms, " + (f"{len(frames)} frames, " if len(frames) > 1 else "")
     counts += f"{selected.num_blocks} blocks of {selected.num_heads} heads"
     precision, weights = packed.finish()
+    scene = _scene(frames, packed.energies, names)
+    if first.pbc.any():
+        _make_room_for_images(scene, frame, selected)
     data = {
-        "scene": _scene(frames, packed.energies, names),
+        "scene": scene,
         "kinds": packed.kinds,
         "blocks": selected.num_blocks,
         "heads": selected.num_heads,
@@ -310,6 +313,17 @@ def _scene(
             entry["inverse"] = np.linalg.inv(cell).round(6).tolist()
             entry["pbc"] = atoms.pbc.tolist()
     return scene
+
+
+def _make_room_for_images(scene: dict[str, Any], frame: int, maps: AttentionMaps) -> None:
+    """Enlarge a scene, so that all periodic images to which a frame attends are in it."""
+    entry, size, used = scene["frames"][frame], scene["size"], maps.neighbor >= 0
+    atoms, images = maps.neighbor[used].numpy(), maps.image[used].numpy()
+    points = np.array(entry["positions"])[atoms] + images @ np.array(entry["cell"])  # Å
+    eye = 6 * size["reach"]  # of molecule_view.js, which draws near atoms larger
+    across = np.abs(points[:, :2]) * eye / np.maximum(eye / 6, eye - points[:, 2:])
+    for name, longest in zip(("width", "height"), across.max(0), strict=True):
+        size[name] = max(size[name], round(float(longest) + max(scene["radii"]), 3))
 
 
 # --- weights as integers ------------------------------------------------------------------------

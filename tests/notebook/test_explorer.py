@@ -159,6 +159,19 @@ def test_the_cell_and_the_images(model, crystal, slab, name, edges):
         )
 
 
+def test_the_images_that_atoms_attend_to_are_inside_of_the_view(model, crystal):
+    data = page_data(explore_attention(model, crystal))
+    scene, (graph,) = data["scene"], read_page(data)
+    positions, cell = (np.array(scene["frames"][0][name]) for name in ("positions", "cell"))
+    outermost = max(
+        np.abs(positions[neighbor] + image @ cell)[:, :2].max()
+        for neighbor, image, _ in graph["edges"]
+    )
+    assert max(scene["size"]["width"], scene["size"]["height"]) > outermost + 0.2
+    reached = np.abs(np.concatenate([frame["lines"] for frame in scene["frames"]])).max()
+    assert outermost > reached + 1.0  # Å: far outside of the cell, so the test says something
+
+
 def test_what_is_open_at_first(model):
     choice = {"kind": "destination", "query": -2, "edge": -1, "block": -1, "head": 1, "frame": -1}
     data = page_data(explore_attention(model, PATH, **choice, threshold=0.3, scale="row"))
