@@ -118,6 +118,7 @@ MODULE = """
 .. automodule:: allscaip_lite.{0}.{1}
 ```
 """
+FOLDED = "<details>\n<summary>Solution</summary>\n\n{}\n\n</details>"
 REDIRECT = (
     '<!DOCTYPE html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={0}.html">'
 )
@@ -134,8 +135,12 @@ def prepare(app: Sphinx, name: str, content: list[str]) -> None:
     elif name.startswith("notebooks/"):
         notebook = json.loads(content[0])
         for cell in notebook["cells"]:
-            if cell["metadata"].get("nbgrader", {}).get("solution"):
+            if not cell["metadata"].get("nbgrader", {}).get("solution"):
+                continue
+            if cell["cell_type"] == "code":
                 cell["metadata"].setdefault("tags", []).append("hide-input")
+            else:
+                cell["source"] = FOLDED.format("".join(cell["source"]))
         content[0] = json.dumps(notebook)
 
 

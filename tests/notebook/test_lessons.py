@@ -143,6 +143,17 @@ def test_files_that_it_reads_are_there_and_go_into_the_class(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_links_to_nothing_outside_of_its_folder(path: Path) -> None:
+    """Copies of a lesson are in a folder of their own, where such a link would lead nowhere."""
+    links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(texts(path, "markdown")))
+    outside = [link for link in links if not re.match(r"https?://|#|attachment:", link)]
+    assert not [
+        link for link in outside if not (path.parent / link).resolve().is_relative_to(path.parent)
+    ]
+    assert all((path.parent / link.partition("#")[0]).exists() for link in outside)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_an_exercise_is_statement_answer_and_check_in_a_row(path: Path) -> None:
     notebook, asked = read_notebook(path), []
     for exercise in exercises(notebook):
