@@ -295,7 +295,7 @@ def with_defect(atoms: Atoms, rng: np.random.Generator, split: str) -> Atoms:
     if kind == 0:
         del changed[int(rng.integers(len(atoms)))]
         return changed
-    symbols = np.array(atoms.get_chemical_symbols())
+    symbols = np.array(atoms.get_chemical_symbols(), dtype="U2")
     if kind == 1 and len(kinds) > 1:
         one, two = rng.choice(kinds, 2, replace=False)
         first = int(rng.choice(np.flatnonzero(symbols == one)))

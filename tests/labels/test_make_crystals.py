@@ -72,7 +72,9 @@ def test_each_chemical_system_is_in_one_split_and_its_elements_are_trained_on():
     assert 15 <= len(trained) <= 30
 
 
-@pytest.mark.parametrize("name", ["Cu fcc", "Pd fcc", "Na-Cl rock salt", "Ag-Mg B2", "Si diamond"])
+@pytest.mark.parametrize(
+    "name", ["Cu fcc", "K fcc", "Pd fcc", "Na-Cl rock salt", "Ag-Mg B2", "C diamond"]
+)
 def test_defects_stay_in_the_split_of_their_crystal(name):
     [crystal] = [c for c in CRYSTALS if c.name == name]
     cell = make._built(crystal.prototype, crystal.elements, crystal.a).repeat(2)
