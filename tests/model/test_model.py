@@ -287,7 +287,7 @@ def strain_slope(model: AllScAIP, atoms: Atoms, i: int, j: int, step: float = 1e
     return (energies[0] - energies[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("name", ["crystal", "slab", "one atom"])
+@pytest.mark.parametrize("name", ["crystal", "slab", "wire", "one atom"])
 def test_stress_is_the_slope_over_strain(
     model: AllScAIP, request: pytest.FixtureRequest, name: str
 ) -> None:
@@ -295,7 +295,9 @@ def test_stress_is_the_slope_over_strain(
         atoms = neutral(bulk("Cu", "fcc", a=3.3))
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.03 * np.arange(9).reshape(3, 3) / 9))
     else:
-        atoms = request.getfixturevalue(name)
+        atoms = request.getfixturevalue("slab" if name == "wire" else name).copy()
+    if name == "wire":
+        atoms.pbc = (False, True, False)
     stress = model.predict(atoms).stress
     assert np.abs(stress).max() > 1e-4
     np.testing.assert_allclose(stress, stress.T, atol=1e-14)
