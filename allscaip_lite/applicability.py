@@ -7,6 +7,7 @@ data that number means little, and nothing in it tells.
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Seen:
 
     def merge(self, other: Seen) -> None:
         """Note what another training saw; what one of both does not know is not known then."""
-        for name, join in _JOIN.items():
+        for name, (join, _) in _JOIN.items():
             ours, theirs = getattr(self, name), getattr(other, name)
             known = ours is not None and theirs is not None
             setattr(self, name, join(ours, theirs) if known else None)
@@ -114,22 +115,33 @@ class Seen:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Seen:
-        """Of what `to_dict` made; a name that is missing is not known."""
-        made: dict[str, Any] = {}
-        for name in _JOIN:
+        """Of what `to_dict` made; a name that is missing is not known. TypeError for what is not
+        of the kind that `to_dict` makes.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"what was seen is a {type(values).__name__}, not a table")
+        made: dict[str, Any] = dict.fromkeys(_JOIN)
+        for name, (join, kind) in _JOIN.items():
             value = values.get(name)
-            made[name] = set(value) if isinstance(value, (list, tuple)) else value
+            if value is None:
+                continue
+            items = value if join is set.union else [value]
+            right = isinstance(items, list) and all(isinstance(item, kind) for item in items)
+            if not right or (name == "elements" and not {*items} <= {*chemical_symbols}):
+                raise TypeError(f"{name} of what was seen is {reprlib.repr(value)}")
+            made[name] = set(items) if join is set.union else value
         return cls(**made)
 
 
-_JOIN: dict[str, Any] = {
-    "elements": set.union,
-    "charges": set.union,
-    "multiplicities": set.union,
-    "atoms": max,
-    "closest": min,
-    "farthest": max,
-    "kinds": set.union,
+# How two trainings are joined, and the kind of a number or of what a set has in it.
+_JOIN: dict[str, tuple[Any, Any]] = {
+    "elements": (set.union, str),
+    "charges": (set.union, int),
+    "multiplicities": (set.union, int),
+    "atoms": (max, int),
+    "closest": (min, (int, float)),
+    "farthest": (max, (int, float)),
+    "kinds": (set.union, str),
 }
 
 
@@ -247,7 +259,7 @@ def _each(structures: Structures) -> list[_One]:
 
 
 def _range(values: set[int], sign: str) -> str:
-    low, high = min(values), max(values)
+    low, high = min(values, default=0), max(values, default=0)
     if len(values) == high - low + 1 > 2:
         return f"{low:{sign}} to {high:{sign}}"
     return ", ".join(f"{value:{sign}}" for value in sorted(values))

@@ -136,26 +136,27 @@ def charge_and_spin(
             f'{where}: atoms.info["spin"] = {spin} is the multiplicity 2S + 1, and {electrons} '
             f"electrons (charge {charge:+d}) do not allow it; the lowest they allow is {lowest}"
         )
-    if missing and assumed is not None:
+    if assumed is not None:
         hint = _contradicted(atoms, charge, spin, missing)
-        case = (f"no {' and no '.join(missing)}", charge, spin)
-        assumed.setdefault(case, {})[f"{atoms.get_chemical_formula()}{hint}"] = None
+        if missing or hint:
+            case = (" and ".join(f"no {name}" for name in missing), charge, spin)
+            assumed.setdefault(case, {})[f"{atoms.get_chemical_formula()}{hint}"] = None
     return charge, spin
 
 
 def _contradicted(atoms: Atoms, charge: int, spin: int, missing: list[str]) -> str:
-    """What initial charges and magnetic moments say, if it contradicts what is assumed, and names
-    in `info` that may say it, but whose meaning is not certain.
+    """What contradicts: initial charges the charge, magnetic moments a multiplicity that is
+    assumed. And, where something is, names in `info` that may say it, but in an unknown way.
     """
     told = []
-    for name, value in atoms.info.items():
+    for name, value in atoms.info.items() if missing else ():
         unread = isinstance(name, str) and _PERHAPS.search(name.lower())
         if unread and not states_charge_or_spin(name) and np.ndim(value) == 0:
             told.append(f'info["{name}"] = {reprlib.repr(value)} is not read')
-    if "charge" in missing and atoms.has("initial_charges"):
-        total = float(atoms.get_initial_charges().sum())
-        if abs(total - charge) > 0.5:
-            told.append(f"initial charges add up to {total:+.3g}")
+    if atoms.has("initial_charges"):
+        charges = atoms.get_initial_charges()
+        if charges.any() and abs(charges.sum() - charge) > 0.5:
+            told.append(f"initial charges add up to {charges.sum():+.3g}")
     if "multiplicity" in missing and atoms.has("initial_magmoms"):
         moments = atoms.get_initial_magnetic_moments()
         total = float(np.linalg.norm(moments.sum(0)))  # of vectors too
@@ -172,15 +173,19 @@ def say_assumptions(assumed: Assumptions, said: set[str] | None = None) -> None:
         said: formulas and cases that were mentioned before, which are left out; new ones are added.
     """
     for (missing, charge, spin), formulas in assumed.items():
-        taken = f"{missing} in atoms.info: charge {charge:+d}, multiplicity {spin} are assumed"
+        taken = f"charge {charge:+d}, multiplicity {spin} are "
+        taken = (
+            f"{missing} in atoms.info: {taken}assumed" if missing else f"{taken}stated, and used"
+        )
         new = [name for name in formulas if said is None or f"{name}: {taken}" not in said]
         if not new:
             continue
         if said is not None:
             said |= {f"{name}: {taken}" for name in new}
         more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        rule = " (neutral and the lowest where nothing is said)" if missing else ""
         warnings.warn(
-            f"{', '.join(new[:5])}{more}: {taken} (neutral and the lowest where nothing is said). "
+            f"{', '.join(new[:5])}{more}: {taken}{rule}. "
             'Set atoms.info["charge"] and atoms.info["spin"], the multiplicity 2S + 1',
             StructureWarning,
             stacklevel=3,

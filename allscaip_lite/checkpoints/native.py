@@ -320,11 +320,12 @@ def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any], Seen | N
     try:
         config = AllScAIPConfig.from_dict(json.loads(metadata["config"]))
         card = json.loads(metadata["card"])
-        seen = json.loads(metadata.get("seen", "null"))
+        known = json.loads(metadata.get("seen", "null"))
+        seen = None if known is None else Seen.from_dict(known)
     except KeyError as error:
         raise CheckpointError(f"{path.name} is damaged: it has no {error}") from error
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: {error}; is this package too old?") from error
     if not isinstance(card, dict):
         raise CheckpointError(f"{path.name} is damaged: its card is no dictionary")
-    return config, card, None if seen is None else Seen.from_dict(seen)
+    return config, card, seen

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from allscaip_lite.data.checks import LABELS, check_atoms, checked_labels, held_results
 from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
-from allscaip_lite.electrons import Assumptions, charge_and_spin
+from allscaip_lite.electrons import Assumptions, charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write, fingerprint
 
@@ -177,13 +177,25 @@ class Dataset:
         return {**self.__dict__, "_open": {}}
 
 
-def atoms_of_row(row: AtomsRow) -> Atoms:
-    """The structure of a row of ASE's databases, with its pairs and its data in `info`."""
+def atoms_of_row(row: AtomsRow, where: str) -> Atoms:
+    """The structure of a row of ASE's databases, with its pairs and its data in `info`.
+
+    Raises `DataError`, naming it, where these contradict each other in charge or multiplicity.
+    """
+    kept = vars(row)  # a row's own attribute `charge`, its initial charges, would hide a pair
+    kept["numbers"] = np.asarray(kept["numbers"], int)  # ASE takes a text as a formula
     atoms = row.toatoms()
     # ASE keeps charge, spin and other metadata with the row, not with the atoms.
-    # (vars: a row's own attribute `charge`, its initial charges, would hide a pair named so.)
-    pairs = {key: vars(row)[key] for key in row.key_value_pairs}
-    atoms.info = pairs | row.data
+    pairs = {key: kept[key] for key in row.key_value_pairs}
+    data = {key: value for key, value in row.data.items() if value is not None or key not in pairs}
+    if pairs:
+        said = [stated_charge_and_spin(Atoms(info=part), where) for part in (pairs, data)]
+        for name, one, other in zip(("charge", "multiplicity"), *said, strict=True):
+            if None not in (one, other) and one != other:
+                raise DataError(
+                    f"{where}: its pairs say {name} {one}, its data {other}: keep the right one"
+                )
+    atoms.info = pairs | data
     return atoms
 
 
@@ -331,7 +343,9 @@ class _Shard:
             if not isinstance(content.setdefault("data", {}), dict):
                 raise TypeError("its data is no dictionary")  # a text, which ASE would decode
             content["id"] = number
-            atoms = atoms_of_row(AtomsRow(content))
+            atoms = atoms_of_row(AtomsRow(content), f"{self.path}, row {number}")
+        except InputError:
+            raise
         except Exception as error:  # whatever else a row says than what ASE wrote
             raise DataError(
                 f"{self.path}, row {number}, is no structure ({type(error).__name__}: {error})"

@@ -173,6 +173,8 @@ def decode_json(text: str) -> Any:
             if dtype.kind not in "biufcUS" or not dtype.itemsize or math.prod(shape) != count:
                 raise DataError(f"an array of type {kind} and shape {shape} has {count} values")
             budget.spend(count * dtype.itemsize)
+        if "__ase_objtype__" in entry and isinstance(entry.get("numbers"), str):
+            raise DataError("its numbers are a text, which ASE would take as a formula")
         return jsonio.object_hook(entry)
 
     try:

@@ -89,7 +89,7 @@ def _read_database(file: Path, kind: str, index: str) -> Iterator[Atoms]:
         rows: Iterator[Atoms] = (data[number] for number in range(len(data)))
     else:
         database = ase.db.connect(file, type=kind, serial=True)
-        rows = map(atoms_of_row, database.select())
+        rows = (atoms_of_row(row, f"{file}, row {row.id}") for row in database.select())
     wanted = string2index(index)
     if isinstance(wanted, str):
         raise DataError(f"{file}@{index}: give numbers, as in {file.name}@0:10")

@@ -181,7 +181,8 @@ def _plain(value: Any, budget: Budget) -> Any:
 def _structure(state: dict[str, Any], budget: Budget) -> Atoms:
     arrays = _plain(state["arrays"], budget)
     cell = _plain(state["_cellobj"].state["array"], budget)
-    atoms = Atoms(arrays.pop("numbers"), arrays.pop("positions"), cell=cell)
+    # as an array, for ASE takes a text as a formula, which may be one of many atoms
+    atoms = Atoms(np.asarray(arrays.pop("numbers"), int), arrays.pop("positions"), cell=cell)
     atoms.pbc = _plain(state["_pbc"], budget)
     for name, values in arrays.items():
         atoms.set_array(name, values)

@@ -187,8 +187,11 @@ def _config(metadata: dict, **changes: object) -> None:
         (lambda state, meta: meta.update(format_version="99"), "newer version"),
         (lambda state, meta: _config(meta, wings=2), "wings"),
         (lambda state, meta: _config(meta, hidden_size=7), "multiple"),
+        (lambda state, meta: meta.update(seen="[1]"), "what was seen is a list"),
+        (lambda state, meta: meta.update(seen='{"elements": ["Qq"]}'), "elements of what was seen"),
+        (lambda state, meta: meta.update(seen='{"atoms": "many"}'), "atoms of what was seen"),
     ],
-    ids=["missing", "unknown", "shape", "format", "version", "config key", "config value"],
+    ids="missing unknown shape format version key value seen elements atoms".split(),
 )
 def test_wrong_safetensors(tmp_path: Path, change: Callable, complaint: str) -> None:
     path = rewrite(save_model(random_model(), tmp_path / "m.safetensors"), change)

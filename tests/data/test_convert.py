@@ -83,6 +83,20 @@ def test_databases_keep_charge_and_multiplicity(tmp_path: Path, suffix: str, pla
     assert read_structure(file).info["spin"] == 3  # as `md` reads a file: the last
 
 
+@pytest.mark.parametrize("suffix", ["db", "json", "aselmdb"])
+def test_pairs_and_data_of_a_row_may_not_contradict(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"mine.{suffix}"
+    with ase.db.connect(file) as database:
+        database.write(labelled("OH"), charge=-1, data={"charge": None, "spin": 1})
+        database.write(labelled("OH"), charge=-1, data={"charge": 1})
+    (first,) = convert([f"{file}@0:1"], progress=False)
+    assert (first.info["charge"], first.info["spin"]) == (-1, 1)
+    with pytest.raises(
+        DataError, match=rf"mine\.{suffix}, row 2: its pairs say charge -1, its data"
+    ):
+        list(convert([file], progress=False))
+
+
 def test_a_gaussian_input_states_its_charge_and_multiplicity(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "a.com", molecule("OH"), charge=-1, mult=3)
     atoms = read_structure(tmp_path / "a.com")

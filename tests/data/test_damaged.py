@@ -83,6 +83,8 @@ def test_a_file_that_was_cut_short_says_so(file: Path, pages: int) -> None:
         ("5", packed({"__ndarray__": [[10**13], "f8", [1]]}), "entry 5: an array"),
         ("5", packed({"__ndarray__": [[1], f"S{10**9}", ["a"]]}), "entry 5: it asks for more"),
         ("5", packed({"__ndarray__": [[1], "O", ["a"]]}), "entry 5: an array of type O"),
+        ("5", packed({"__ase_objtype__": "atoms", "numbers": "H90000000"}), "numbers are a text"),
+        ("5", packed({"numbers": "H90000000", "positions": []}), "row 5, is no .*invalid literal"),
     ],
 )
 def test_entries_that_lie_are_named(file: Path, key: str, value: bytes, complaint: str) -> None:

@@ -285,6 +285,17 @@ def test_small_pickles_cannot_ask_for_much(tmp_path, program):
         read(tmp_path / "a.pkl")
 
 
+def test_a_formula_in_place_of_numbers_is_refused(mson_pickle, tmp_path):
+    def make(kind):
+        atoms = kind("H2O")
+        atoms.arrays["numbers"] = "H200000000"
+        return atoms
+
+    (tmp_path / "a.pkl").write_bytes(mson_pickle(make))
+    with pytest.raises(DataError, match=r"a\.pkl.*invalid literal"):
+        read(tmp_path / "a.pkl")
+
+
 def test_json_has_a_depth_and_arrays_that_are_in_the_file(tmp_path):
     for text in (
         '{"a":' * 100_000,

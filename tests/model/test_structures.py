@@ -175,6 +175,11 @@ def test_initial_charges_and_moments_that_contradict_are_mentioned() -> None:
     ion.set_initial_charges([-1.2, 0.2])
     with pytest.warns(StructureWarning, match=r"\(whose initial charges add up to -1\): no charge"):
         structures_from_atoms(ion)
+    ion.info["charge"] = 1
+    words = r"^HO \(whose initial charges add up to -1\): charge \+1, multiplicity .* stated, and"
+    ion.info["spin"] = 1
+    with pytest.warns(StructureWarning, match=words):
+        structures_from_atoms(ion)
 
 
 def test_a_name_whose_meaning_is_not_certain_is_mentioned() -> None:
