@@ -20,6 +20,7 @@ DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at onc
 COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
 MAX_PAIRS = 3e7  # of a system; some 10 GB
 MAX_CELLS = 1e5  # of the cell list, which divides by zero in long boxes of more
+SKEWED = 0.1  # distance of two faces over the length of the lattice vector between them
 TIE = 1e-5  # Å; distances that differ by less count as equal
 
 
@@ -58,7 +59,17 @@ def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tenso
 def _search_cells(
     positions: Tensor, cell: Tensor, pbc: Tensor, reach: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs within `reach` by vesin's cell list: O(N), any cell, images beyond the first too."""
+    """Pairs within `reach` by vesin's cell list: O(N), any cell, images beyond the first too.
+
+    Between faces that are near each other it would look at very many images; a skewed lattice is
+    reduced to one of shorter vectors.
+    """
+    whole = complete_cell((cell.double() * pbc.unsqueeze(1)).numpy())
+    heights = 1 / np.linalg.norm(np.linalg.inv(whole), axis=0)  # between the faces
+    if (heights < SKEWED * np.linalg.norm(whole, axis=1)).any():
+        reduced, operation = minkowski_reduce(whole, pbc.numpy())
+        first, second, shift = _search_cells(positions, torch.as_tensor(reduced), pbc, reach)
+        return first, second, shift @ torch.as_tensor(operation).long()
     positions, cells, lattice, lengths = _without_gaps(positions, cell, pbc, 2 * reach)
     volume = float(lattice.det().abs() * torch.where(pbc, 1.0, lengths + 1).prod())
     if len(positions) ** 2 / volume * 2 * reach**3 > MAX_PAIRS:  # in half a sphere of 4π/3 R³

@@ -456,6 +456,21 @@ SKEWED = {
 }
 
 
+@pytest.mark.parametrize("pbc", [(1, 1, 1), (1, 1, 0)], ids=str)
+def test_other_vectors_of_a_lattice_have_the_same_pairs(pbc: tuple) -> None:
+    compact = np.array([(8, 0, 0), (1, 9, 0), (2, -3, 10.0)])
+    others = np.array([(1, 0, 0), (20, 1, 0), (-7 * pbc[2], 5 * pbc[2], 1)])
+    positions = np.random.default_rng(0).random((7, 3)) @ compact
+    lengths = []
+    for cell in (compact, others @ compact):
+        atoms = closed(Atoms("He7", positions, cell=cell, pbc=pbc))
+        structures = structures_from_atoms(atoms, torch.float64)
+        pairs = candidate_pairs(structures, 7.0)
+        lengths.append(neighbors.pair_vectors(structures, *pairs).norm(dim=1).sort().values)
+        assert len(pairs[0]) > 20 and lengths[-1].max() < 7
+    torch.testing.assert_close(*lengths, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("pbc", [(1, 1, 1), (1, 1, 0), (0, 1, 0), (1, 0, 1)], ids=str)
 @pytest.mark.parametrize("name", SKEWED)
 def test_nearest_images(name: str, pbc: tuple) -> None:
