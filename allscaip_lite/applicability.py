@@ -14,18 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 from ase.symbols import Symbols
 
 from allscaip_lite.errors import WAYS, InputError, StructureError, StructureWarning
-from allscaip_lite.neighbors import candidate_pairs
+from allscaip_lite.neighbors import candidate_pairs, pair_vectors
 from allscaip_lite.structures import Structures
 
 REACH = 3.0  # Å, within which the closest pair of a structure is looked for
 SMALL = 64  # atoms; below, all pairs of a molecule are looked at
 LARGE = 3000  # atoms; above, distances between all atoms would take too long
 CLOSER, FARTHER = 0.9, 1.1  # times the closest and the farthest pair of training is still inside
-_RADII = np.where(np.isfinite(covalent_radii), covalent_radii, 1.5)
+KINDS = ("molecules", "periodic systems")
+_RADII = torch.as_tensor(covalent_radii)
 
 
 @dataclass
@@ -43,20 +45,20 @@ class Seen:
     atoms: int | None = 0  # of the largest system
     closest: float | None = np.inf
     farthest: float | None = 0.0
-    kinds: set[str] | None = field(default_factory=set)  # of "molecules", "periodic systems"
+    kinds: set[str] | None = field(default_factory=set)  # of KINDS
 
     def add(self, structures: Structures) -> None:
         """Note what a batch has in it."""
-        for one in _each(structures):
+        for one in structures.each():
             self.merge(
                 Seen(
-                    {chemical_symbols[number] for number in set(one.numbers.tolist())},
-                    {one.charge},
-                    {one.multiplicity},
-                    len(one.numbers),
-                    one.closest()[0],
-                    one.farthest(),
-                    {one.kind},
+                    {chemical_symbols[number] for number in one.atomic_numbers.tolist()},
+                    {int(one.charge)},
+                    {int(one.spin)},
+                    len(one.positions),
+                    _closest(one)[0],
+                    _farthest(one),
+                    {KINDS[bool(one.periodic)]},
                 )
             )
 
@@ -67,39 +69,41 @@ class Seen:
             known = ours is not None and theirs is not None
             setattr(self, name, join(ours, theirs) if known else None)
 
-    def outside(self, structures: Structures) -> list[tuple[int, str, str]]:
-        """The index of a structure, a kind, and words, for each thing that was never seen."""
-        found: list[tuple[int, str, str]] = []
-        for index, one in enumerate(_each(structures)):
-            elements = {chemical_symbols[number] for number in set(one.numbers.tolist())}
-            unseen = sorted(elements - (self.elements or elements), key=atomic_numbers.__getitem__)
-            if self.elements is not None and unseen:
-                found.append((index, "element", ", ".join(unseen)))
+    def outside(self, structures: Structures) -> list[tuple[str, str, str]]:
+        """The formula of a structure, a kind, and words, for each thing that was never seen."""
+        found: list[tuple[str, str, str]] = []
+        for one in structures.each():
+            texts: dict[str, str] = {}
+            numbers = set(one.atomic_numbers.tolist())
+            unseen = [chemical_symbols[number] for number in sorted(numbers)]
+            unseen = [name for name in unseen if self.elements and name not in self.elements]
+            if unseen:
+                texts["element"] = ", ".join(unseen)
             for kind, value, known, sign in (
-                ("charge", one.charge, self.charges, "+d"),
-                ("multiplicity", one.multiplicity, self.multiplicities, "d"),
+                ("charge", int(one.charge), self.charges, "+d"),
+                ("multiplicity", int(one.spin), self.multiplicities, "d"),
             ):
                 if known is not None and value not in known:
-                    found.append((index, kind, f"{value:{sign}} (seen: {_range(known, sign)})"))
-            if self.atoms is not None and len(one.numbers) > self.atoms:
-                text = f"{len(one.numbers)} atoms (seen: at most {self.atoms})"
-                found.append((index, "size", text))
-            if self.kinds is not None and one.kind not in self.kinds:
-                text = f"one of {one.kind} (seen: {' and '.join(sorted(self.kinds))})"
-                found.append((index, "periodicity", text))
+                    texts[kind] = f"{value:{sign}} (seen: {_range(known, sign)})"
+            natoms, systems = len(one.positions), KINDS[bool(one.periodic)]
+            if self.atoms is not None and natoms > self.atoms:
+                texts["size"] = f"{natoms} atoms (seen: at most {self.atoms})"
+            if self.kinds is not None and systems not in self.kinds:
+                texts["periodicity"] = (
+                    f"one of {systems} (seen: {' and '.join(sorted(self.kinds))})"
+                )
             if self.closest is not None:
-                ratio, distance = one.closest()
+                ratio, distance = _closest(one)
                 if ratio < CLOSER * self.closest:
-                    text = (
+                    texts["closest atoms"] = (
                         f"{distance:.2f} Å, {ratio:.2f} of the sum of the covalent radii (seen: "
                         f"{self.closest:.2f} or more)"
                     )
-                    found.append((index, "closest atoms", text))
-            if self.farthest is not None and one.kind == "molecules":
-                distance = one.farthest()
-                if distance > FARTHER * self.farthest:
-                    text = f"{distance:.1f} Å (seen: at most {self.farthest:.1f} Å)"
-                    found.append((index, "farthest atoms", text))
+            if self.farthest is not None and (distance := _farthest(one)) > FARTHER * self.farthest:
+                texts["farthest atoms"] = f"{distance:.1f} Å (seen: at most {self.farthest:.1f} Å)"
+            if texts:
+                formula = Symbols(one.atomic_numbers.numpy()).get_chemical_formula()
+                found += [(formula, kind, text) for kind, text in texts.items()]
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,13 +169,7 @@ def warn_outside(
     if seen is None or way == "ignore":
         return
     by_kind: dict[str, list[str]] = {}
-    found = seen.outside(structures)
-    if not found:
-        return
-    offsets = np.concatenate([[0], np.cumsum(structures.natoms.tolist())])
-    numbers = structures.atomic_numbers.cpu().numpy()
-    for index, kind, text in found:
-        formula = Symbols(numbers[offsets[index] : offsets[index + 1]]).get_chemical_formula()
+    for formula, kind, text in seen.outside(structures):
         key = f"{kind} of {formula}"
         if said is not None and way == "warn":
             if key in said:
@@ -189,73 +187,27 @@ def warn_outside(
         warnings.warn(message, StructureWarning, stacklevel=4)
 
 
-@dataclass
-class _One:
-    """One structure of a batch, on the CPU."""
-
-    structures: Structures
-    numbers: np.ndarray
-    positions: np.ndarray
-    charge: int
-    multiplicity: int
-    kind: str
-
-    def closest(self) -> tuple[float, float]:
-        """The smallest distance over the sum of covalent radii, and that distance in Å."""
-        radii = _RADII[self.numbers]
-        if self.kind == "molecules" and len(self.numbers) <= SMALL:
-            first, second = np.triu_indices(len(self.numbers), 1)
-            distances = np.linalg.norm(self.positions[first] - self.positions[second], axis=1)
-        else:
-            pairs = candidate_pairs(self.structures, REACH)
-            first, second, shift = (part.numpy() for part in pairs)
-            vectors = self.positions[second] - self.positions[first]
-            vectors = vectors + shift @ self.structures.cell[0].double().numpy()
-            distances = np.linalg.norm(vectors, axis=1)
-        if not len(distances):
-            return np.inf, np.inf
-        ratios = distances / (radii[first] + radii[second])
-        index = int(ratios.argmin())
-        return float(ratios[index]), float(distances[index])
-
-    def farthest(self) -> float:
-        """Å between two atoms of a molecule; 0 where there are too many to look at."""
-        if self.kind != "molecules" or not 1 < len(self.numbers) <= LARGE:
-            return 0.0
-        centred = self.positions - self.positions.mean(0)
-        squares = (centred**2).sum(1)
-        squared = squares[:, None] + squares - 2 * centred @ centred.T
-        return float(np.sqrt(max(squared.max(), 0.0)))
+def _closest(one: Structures) -> tuple[float, float]:
+    """The smallest distance over the sum of covalent radii, and that distance in Å."""
+    if not one.periodic and len(one.positions) <= SMALL:
+        first, second = torch.triu_indices(len(one.positions), len(one.positions), 1)
+        shift = first.new_zeros(len(first), 3)
+    else:
+        first, second, shift = candidate_pairs(one, REACH)
+    if not len(first):
+        return np.inf, np.inf
+    distances = pair_vectors(one, first, second, shift).norm(dim=1)
+    radii = _RADII[one.atomic_numbers]
+    ratios = distances / (radii[first] + radii[second])
+    index = int(ratios.argmin())
+    return float(ratios[index]), float(distances[index])
 
 
-def _each(structures: Structures) -> list[_One]:
-    batch = structures.to("cpu")
-    sizes = batch.natoms.tolist()
-    ends = np.cumsum(sizes)
-    numbers, positions = batch.atomic_numbers.numpy(), batch.positions.detach().double().numpy()
-    periodic = batch.pbc.any(1).tolist()
-    found = []
-    for index, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-        part, row = slice(end - size, end), slice(index, index + 1)
-        found.append(
-            _One(
-                Structures(
-                    batch.positions[part].detach(),
-                    batch.atomic_numbers[part],
-                    batch.cell[row],
-                    batch.pbc[row],
-                    batch.charge[row],
-                    batch.spin[row],
-                    batch.natoms[row],
-                ),
-                numbers[part],
-                positions[part],
-                int(batch.charge[index]),
-                int(batch.spin[index]),
-                "periodic systems" if periodic[index] else "molecules",
-            )
-        )
-    return found
+def _farthest(one: Structures) -> float:
+    """Å between two atoms of a molecule; 0 where there are too many to look at."""
+    if one.periodic or len(one.positions) > LARGE:
+        return 0.0
+    return float(torch.cdist(one.positions, one.positions).max())
 
 
 def _range(values: set[int], sign: str) -> str:

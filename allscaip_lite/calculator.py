@@ -87,8 +87,8 @@ class AllScAIPCalculator(Calculator):
         last = self.atoms
         if last is None:
             return [*all_changes, "charge", "spin"]
-        stated, before = stated_charge_and_spin(atoms), stated_charge_and_spin(last)
-        changes = [n for n, x, y in zip(("charge", "spin"), stated, before, strict=True) if x != y]
+        stated = zip(("charge", "spin"), stated_charge_and_spin(atoms), self.stated, strict=True)
+        changes = [name for name, now, before in stated if now != before]
         for name, old, new in (
             ("positions", last.positions, atoms.positions),
             ("numbers", last.numbers, atoms.numbers),
@@ -108,6 +108,7 @@ class AllScAIPCalculator(Calculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         atoms = cast(Atoms, self.atoms)  # a copy, which ASE compares with the next one
+        self.stated = stated_charge_and_spin(atoms)
         has_stress = self.model.config.conservative and self.model.config.stress
         if "stress" in (properties or ()):
             if not has_stress:

@@ -83,6 +83,14 @@ def states_charge_or_spin(name: object) -> bool:
     return isinstance(name, str) and _spelt(name) in CHARGE_NAMES + SPIN_NAMES
 
 
+def state_charge_and_spin(atoms: Atoms, charge: int | None, spin: int | None) -> None:
+    """Put them into `info`, where nothing else states them then; None states nothing."""
+    for name in [name for name in atoms.info if states_charge_or_spin(name)]:
+        del atoms.info[name]
+    given = {"charge": charge, "spin": spin}
+    atoms.info |= {name: value for name, value in given.items() if value is not None}
+
+
 def _spelt(name: str) -> str:
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 

@@ -12,11 +12,12 @@ import inspect
 import os
 import pickle
 import shutil
+import sys
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -72,17 +73,26 @@ def try_lock(path: str | os.PathLike[str]) -> Iterator[bool]:
     The lock is advisory, and the system's: it ends with the process, however that ends. The file
     is made where it does not exist, and stays.
     """
-    import fcntl  # not on Windows, where the rest works
-
     with Path(path).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(file.fileno())
+        except (BlockingIOError, PermissionError):  # on Linux; on Windows
             yield False
             return
         # the one that held it before may have removed the file meanwhile
         now = Path(path)
         yield now.exists() and os.path.samestat(os.fstat(file.fileno()), now.stat())
+
+
+def _lock(file: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -105,7 +115,8 @@ def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps a file that is open
+                path.unlink(missing_ok=True)
 
 
 def alone(function: Callable[P, Result]) -> Callable[P, Result]:

@@ -334,20 +334,22 @@ class AllScAIP(nn.Module):
         structures: Structures,
         create_graph: bool | None = None,
         geometry: Callable[[Structures, Operations], Geometry] | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> Prediction:
         """Energy, forces and, for a conservative model with periodic systems, stress.
 
         `create_graph` keeps forces differentiable (default: in training mode). `geometry` may
-        replace `self.geometry`, for padded input.
+        replace `self.geometry`, for padded input. In `hidden`, if it is given, is left what the
+        energy's last layer read, for `energy_uncertainty`.
         """
         create_graph = self.training if create_graph is None else create_graph
         if torch.is_inference_mode_enabled():  # forces are gradients, and here none can be taken
             with torch.inference_mode(False), torch.no_grad():
-                return self(structures.clone(), create_graph, geometry)
+                return self(structures.clone(), create_graph, geometry, hidden)
         structures = structures.to(self.device, self.dtype)
         if not self.config.conservative:
             nodes = self.features(structures, self.operations, geometry=geometry)
-            atomic = self.energy_head(nodes, self.operations).squeeze(1)
+            atomic = self._atomic(nodes, self.operations, hidden)
             forces = self.force_head(nodes, self.operations) * self.force_scale.to(self.dtype)
             return Prediction(self.in_electronvolts(atomic, structures), forces, None)
         ops = self.operations.twice_differentiable if create_graph else self.operations
@@ -360,7 +362,7 @@ class AllScAIP(nn.Module):
                 inputs.append(positions.new_zeros(len(structures), 3, 3).requires_grad_())
                 moved = moved.strained(inputs[1])
             nodes = self.features(moved, ops, geometry=geometry)
-            atomic = self.energy_head(nodes, ops).squeeze(1)
+            atomic = self._atomic(nodes, ops, hidden)
             gradients = torch.autograd.grad(
                 atomic.sum(), inputs, create_graph=create_graph, materialize_grads=True
             )
@@ -372,6 +374,13 @@ class AllScAIP(nn.Module):
             volume = volume.masked_fill(~structures.pbc.any(1), torch.inf)
             stress = gradients[1] * self.energy_scale.to(self.dtype) / volume[:, None, None]
         return Prediction(energy if create_graph else energy.detach(), forces, stress)
+
+    def _atomic(self, nodes: Tensor, ops: Operations, hidden: list[Tensor] | None) -> Tensor:
+        """(N, H) → (N,): what the energy head says of each atom, by way of (N, 2H)."""
+        inner = self.energy_head.hidden(nodes, ops)
+        if hidden is not None:
+            hidden.append(inner.detach())
+        return self.energy_head.contract(inner, ops).squeeze(1)
 
     def features(
         self,
@@ -475,13 +484,14 @@ class AllScAIP(nn.Module):
         return energy + self.energy_mean + self.charge_reference * structures.charge
 
     @torch.no_grad()
-    def energy_uncertainty(self, structures: Structures) -> Tensor:
+    def energy_uncertainty(self, structures: Structures, hidden: Tensor | None = None) -> Tensor:
         """(B,) eV: the standard deviation of each energy by the last layer's posterior.
 
         The energy is linear in the weights of the last layer, so that their covariance C gives its
         variance φᵀCφ, with φ the sum over the atoms of what that layer reads (Bayesian linear
         regression on the network's features). It tells how far a structure is from those of the
         training, in the terms of the network; it does not know of errors that all of them share.
+        `hidden` is what `forward` left of these structures; without it the network runs again.
 
         Raises `InputError` for a model without `posterior`.
         """
@@ -490,14 +500,16 @@ class AllScAIP(nn.Module):
                 "this model has no uncertainty: `allscaip-lite calibrate` makes it from the data "
                 "that the model was trained on"
             )
-        rows = self.last_layer_inputs(structures)
+        rows = self.last_layer_inputs(structures, hidden)
         return torch.linalg.vector_norm(rows @ self.posterior.to(rows), dim=1)
 
     @torch.no_grad()
-    def last_layer_inputs(self, structures: Structures) -> Tensor:
+    def last_layer_inputs(self, structures: Structures, hidden: Tensor | None = None) -> Tensor:
         """(B, 2H + 1) eV: the derivatives of each energy by the last layer's weights and bias."""
         structures = structures.to(self.device, self.dtype)
-        hidden = self.energy_head.hidden(self.features(structures, self.operations)).double()
+        if hidden is None:
+            hidden = self.energy_head.hidden(self.features(structures, self.operations))
+        hidden = hidden.double()  # (N, 2H)
         sums = hidden.new_zeros(len(structures), hidden.shape[1])  # (B, 2H)
         sums = sums.index_add(0, structures.system, hidden)
         natoms = structures.natoms[:, None].to(sums)  # what a change of the bias adds
@@ -535,6 +547,8 @@ class AllScAIP(nn.Module):
         say_assumptions(assumed, self.said)
         warn_outside(self.seen, structures, outside_training, self.said)
         groups = [list(range(len(batch)))]
+        hidden: list[Tensor] = []
+        asked = {"hidden": hidden} if uncertainty and forward is None else {}
         if forward is None:
             groups = similar_sizes(structures.natoms.tolist())
             asks = any(weight.requires_grad for weight in self.parameters())
@@ -544,8 +558,9 @@ class AllScAIP(nn.Module):
             part = structures if len(groups) == 1 else structures.select(group)
             # gradients are switched on for forces alone
             with torch.no_grad(), self.operations.threads(len(part.positions)):
-                energy, forces, stress = forward(part, create_graph=False)
-            doubts = self.energy_uncertainty(part).tolist() if uncertainty else None
+                energy, forces, stress = forward(part, create_graph=False, **asked)
+            doubts = self.energy_uncertainty(part, *hidden).tolist() if uncertainty else None
+            hidden.clear()
             of_atoms = forces.double().cpu().split(part.natoms.tolist())
             boxes = [None] * len(group) if stress is None else list(stress.double().cpu().numpy())
             for row, index in enumerate(group):

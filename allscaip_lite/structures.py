@@ -6,7 +6,7 @@ Charge and spin multiplicity are what `electrons` reads from `atoms.info`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumption
 from allscaip_lite.errors import StructureError
 
 LARGEST_SPREAD = 3e4  # Å; float32 rounds a position there by 0.001 Å
+LONG = 100.0  # Å; up to there float32 rounds a position by less than 1e-5 Å
 THINNEST = 0.02  # Å, of a cell
 
 
@@ -71,7 +72,8 @@ class Structures:
 
         Along a direction that is not periodic the mean moves to 0. Along a periodic one an atom
         that is more than a cell away from the cell moves by whole lattice vectors; one that just
-        left the cell stays, so that a list of near pairs keeps its images.
+        left the cell stays, so that a list of near pairs keeps its images. In cells above `LONG`
+        atoms stay together beside the widest gap, and their mean moves to 0.
         """
         periodic = self.pbc.any(1)
         unit = torch.eye(3, dtype=self.cell.dtype, device=self.cell.device)
@@ -81,6 +83,14 @@ class Structures:
         total = place.new_zeros(len(self), 3).index_add(0, system, place)
         mean = (total / self.natoms.unsqueeze(1))[system]
         cells = torch.where((place - 0.5).abs() > 1.5, place.floor(), 0.0)
+        long = self.pbc & (torch.linalg.vector_norm(lattice, dim=2) > LONG)
+        for index, axis in long.nonzero().tolist():
+            there = place[system == index, axis]
+            ordered = (there - there.floor()).sort().values
+            gaps = torch.cat([ordered, ordered[:1] + 1]).diff()
+            widest = int(gaps.argmax())
+            whole = (there - ordered[widest] - gaps[widest] / 2).floor()
+            cells[system == index, axis] = whole + (there - whole).mean()
         moved = torch.where(self.pbc[system], cells, mean).unsqueeze(1) @ lattice[system]
         return self.replace(positions=self.positions - moved.squeeze(1))
 
@@ -115,6 +125,22 @@ class Structures:
             for name, value in self.tensors().items()
         }
         return self.replace(periodic=None, **chosen)
+
+    def each(self) -> Iterator[Structures]:
+        """The systems one by one, without gradients, in float64 and on the CPU."""
+        batch, start = self.to("cpu", torch.float64), 0
+        for index, natoms in enumerate(self.natoms.tolist()):
+            atoms, row = slice(start, start + natoms), slice(index, index + 1)
+            start += natoms
+            yield Structures(
+                batch.positions[atoms].detach(),
+                batch.atomic_numbers[atoms],
+                batch.cell[row].detach(),
+                batch.pbc[row],
+                batch.charge[row],
+                batch.spin[row],
+                batch.natoms[row],
+            )
 
     def clone(self) -> Structures:
         """The same batch in tensors of its own."""
@@ -158,8 +184,7 @@ def structures_from_atoms(
         if not isinstance(system, Atoms):
             raise TypeError(f"structure {index} is a {type(system).__name__}, not an ase.Atoms")
         where = _Place(index, system)
-        _check_geometry(system, where, max_num_elements)
-        charge, spin = charge_and_spin(system, where, assumed=noted)
+        charge, spin = check_structure(system, where, max_num_elements, noted)
         charges.append(charge)
         spins.append(spin)
         cells.append(system.cell.complete().array if system.pbc.any() else system.cell.array)
@@ -190,7 +215,12 @@ class _Place:
         return f"structure {self.index} ({self.system.get_chemical_formula()})"
 
 
-def _check_geometry(atoms: Atoms, where: object, max_num_elements: int) -> None:
+def check_structure(
+    atoms: Atoms, where: object, max_num_elements: int = 100, assumed: Assumptions | None = None
+) -> tuple[int, int]:
+    """Charge and multiplicity of a structure; `StructureError`, which calls it `where`, for what
+    `structures_from_atoms` refuses.
+    """
     if len(atoms) == 0:
         raise StructureError(f"{where} has no atoms")
     outside = sorted({int(z) for z in atoms.numbers if not 0 < z < max_num_elements})
@@ -225,3 +255,4 @@ def _check_geometry(atoms: Atoms, where: object, max_num_elements: int) -> None:
             f"{where} is {spread:.3g} Å long, and the model's numbers tell positions apart up to "
             f"{LARGEST_SPREAD:g} Å: check the unit, or compute parts that are apart one by one"
         )
+    return charge_and_spin(atoms, where, assumed=assumed)

@@ -68,8 +68,9 @@ def residuals(
     energies, forces, stresses, deviations = [], [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
         for batch in in_order(data, max_atoms):
+            hidden: list[Tensor] = []
             with model.operations.threads(len(batch.structures.positions)):
-                energy, force, stress = model(batch.structures, create_graph=False)
+                energy, force, stress = model(batch.structures, False, hidden=hidden)
             natoms = batch.structures.natoms
             energies.append(1e3 * (energy.cpu() - batch.energy) / natoms)
             forces.extend((1e3 * (force.cpu().double() - batch.forces)).split(natoms.tolist()))
@@ -77,7 +78,7 @@ def residuals(
             stress = missing if stress is None else stress.cpu() - batch.stress
             stresses.append(stress.double() / units.bar)
             if model.posterior is not None:
-                deviation = model.energy_uncertainty(batch.structures).cpu()
+                deviation = model.energy_uncertainty(batch.structures, *hidden).cpu()
                 deviations.append(1e3 * deviation / natoms)
             bar.update(len(natoms))
     doubts = torch.cat(deviations) if deviations else None

@@ -17,8 +17,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -109,7 +109,7 @@ def run_jobs(
             f"a worker died (exit status {codes}; -9 is often too little memory); "
             "the same command goes on from here"
         )
-    for job in jobs:  # left by a worker that was killed just after it had stored a result
+    for job in jobs:
         stem = folder / job.file
         if _is_done(stem):
             _path(stem, "claim").unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
         stem = folder / job.file
         if _is_done(stem):
             continue
-        with _claimed(stem) as mine:
+        with try_lock(_path(stem, "claim")) as mine:
             if mine and not _is_done(stem):
                 _do(job, stem, work)
 
@@ -155,16 +155,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
-
-
-@contextmanager
-def _claimed(stem: Path) -> Iterator[bool]:
-    """Whether this process alone may work on a job."""
-    path = _path(stem, "claim")
-    with try_lock(path) as mine:
-        yield mine
-        if mine and _is_done(stem):
-            path.unlink(missing_ok=True)
 
 
 def _do(job: Job, stem: Path, work: Work) -> None:
@@ -201,6 +191,7 @@ def collect(
     """
     folder, out = Path(folder), Path(out)
     found: dict[str, list[Atoms]] = {split: [] for split in splits}
+    labels: Counter[str] = Counter()
     failed, checksums = {}, {}
     for job in jobs:
         stem = folder / job.file
@@ -210,6 +201,7 @@ def collect(
         elif job.split in found:
             for atoms in stored(folder, job):
                 atoms.info["entry"] = job.name
+                labels[atoms.info.get("label", "an unknown method")] += 1
                 found[job.split].append(atoms)
     for split, structures in found.items():
         if structures:
@@ -221,6 +213,9 @@ def collect(
     if failed:
         message = f"{len(failed)} of {len(jobs)} jobs failed: see {out / 'failed.json'}"
         print(message, file=sys.stderr)
+    if len(labels) > 1:
+        listed = ", ".join(f"{label} ({count})" for label, count in labels.items())
+        print(f"labels of several methods or versions in one set: {listed}", file=sys.stderr)
     return found
 
 

@@ -44,7 +44,7 @@ from ase.optimize import FIRE
 from tqdm import tqdm
 
 from allscaip_lite.data.reading import read_structure
-from allscaip_lite.electrons import stated_charge_and_spin, states_charge_or_spin
+from allscaip_lite.electrons import state_charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import WAYS, RunError, StructureError
 from allscaip_lite.files import (
     alone,
@@ -56,6 +56,7 @@ from allscaip_lite.files import (
     store_text,
 )
 from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.structures import check_structure
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
@@ -187,7 +188,6 @@ def run_md(
             or a volume that has changed threefold.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _check(atoms, calculator, settings)
     plan = {
         **dataclasses.asdict(settings),
@@ -226,10 +226,12 @@ def run_md(
     return moving
 
 
-def is_finished(folder: str | os.PathLike[str], settings: Settings) -> bool:
-    """Whether the run in `folder` has got to the end of these settings."""
+def progress_of(folder: str | os.PathLike[str]) -> tuple[int, float]:
+    """How many steps the run in a folder has done, and the hours that it took; 0, 0.0 before it
+    has saved any. Raises RunError where its state is damaged.
+    """
     state = read_state(Path(folder) / "state.npz", _arrays)
-    return state is not None and int(state["step"]) >= settings.steps("duration")
+    return (0, 0.0) if state is None else (int(state["step"]), float(state["seconds"]) / 3600)
 
 
 def make_integrator(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> Integrator:
@@ -748,12 +750,9 @@ def run(args: argparse.Namespace) -> int:
     if "structure" not in others:
         raise RunError(f'{args.structure} names no structure: add structure = "box.extxyz"')
     atoms = read_structure(start_folder / others["structure"])
-    given_state = {key: others[key] for key in ("charge", "spin") if key in others}
-    if given_state:  # under whatever name the file states another
-        charge, spin = stated_charge_and_spin(atoms, str(others["structure"]))
-        for name in [name for name in atoms.info if states_charge_or_spin(name)]:
-            del atoms.info[name]
-        atoms.info |= {"charge": charge, "spin": spin} | given_state
+    charge, spin = stated_charge_and_spin(atoms, others["structure"])
+    state_charge_and_spin(atoms, others.get("charge", charge), others.get("spin", spin))
+    check_structure(atoms, others["structure"])
     model = str(others.get("model", "lite"))
     if model == "spcfw":
         from allscaip_lite.spcfw import SPCFw

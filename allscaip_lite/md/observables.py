@@ -29,7 +29,7 @@ from ase.io.trajectory import Trajectory
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import store_text
-from allscaip_lite.md.dynamics import read_log
+from allscaip_lite.md.dynamics import progress_of, read_log
 from allscaip_lite.spcfw import CHARGES, are_waters
 
 if TYPE_CHECKING:
@@ -136,48 +136,6 @@ def average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Estimate:
     steps = max(0.5, correlation_time(series))
     by_correlation = series.std() * np.sqrt(2 * steps / len(series))
     return Estimate(by_blocks.value, float(max(by_blocks.error, by_correlation)))
-
-
-def reweighted_difference(
-    series: Sequence[float] | np.ndarray,
-    excess: Sequence[float] | np.ndarray,
-    temperature: float,
-    blocks: int = 10,
-    reference: Sequence[float] | np.ndarray | None = None,
-) -> Estimate:
-    """A model's mean minus that of its reference, both from the model's run alone.
-
-    The run visits a structure too often by a factor exp(-excess/kT), so with weights exp(excess/kT)
-    it is a run of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187, 1977). Chance
-    fluctuations that the two means have in common cancel.
-
-    Args:
-        series: any observable (T,).
-        excess: the model's energy minus the reference's of these structures (T,), of the whole
-            system in eV.
-        temperature: in K.
-        blocks: for the error, which is `jackknife`'s.
-        reference: what the reference says of the observable on the same structures (T,), where that
-            is something else (a pressure, say); by default `series`.
-
-    Raises:
-        RunError: for fewer values than blocks, and where less than a twentieth of the
-            structures carry all the weight: then the two ensembles overlap too little.
-    """
-    series, excess = np.asarray(series, float), np.asarray(excess, float)
-    weights = np.exp((excess - excess.max()) / (units.kB * temperature))
-    share = weights.sum() ** 2 / (weights**2).sum() / len(weights)
-    if share < 0.05:
-        raise RunError(
-            f"the weights rest on {100 * share:.1f} % of the structures: the two models' ensembles "
-            "are too far from one another to be compared in this way"
-        )
-
-    def difference(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
-        return float(x.mean() - (w * y).sum() / w.sum())
-
-    other = series if reference is None else np.asarray(reference, float)
-    return jackknife(difference, series, other, weights, blocks=blocks)
 
 
 # --- Runs ------------------------------------------------------------------------------------
@@ -461,33 +419,6 @@ def _half_width(cell: np.ndarray) -> float:
     return float(0.5 / np.linalg.norm(np.linalg.inv(cell), axis=0).max())
 
 
-def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> Estimate:
-    """The shortest distance in Å of two atoms of an element in different molecules, mean over time.
-
-    It finds what g(r) shows as a small bump, and averages of errors not at all: pairs that a model
-    lets come too close, where it was never taught. Beyond 4 Å a pair does not count.
-
-    Args:
-        universe: the run, see `make_universe`.
-        element: of both atoms.
-        blocks: of the run, from whose scatter the error is.
-
-    Raises:
-        RunError: for a structure without a pair that counts.
-    """
-    from MDAnalysis.lib.distances import self_capped_distance
-
-    group = universe.select_atoms(f"name {element}")
-    shortest = []
-    for frame in universe.trajectory:
-        pairs, distances = self_capped_distance(group.positions, 4.0, box=frame.dimensions)
-        apart = group.resindices[pairs[:, 0]] != group.resindices[pairs[:, 1]]
-        if not apart.any():
-            raise RunError(f"no {element}-{element} pair of two molecules within 4 Å")
-        shortest.append(distances[apart].min())
-    return block_average(shortest, blocks)
-
-
 def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
     """Position (Å) and height of the first peak of g(r), of a parabola through its three bins.
 
@@ -665,10 +596,8 @@ def summarise(
     }
     if np.isfinite(run.log["conserved_eV"]).all():
         found["drift_meV_atom_ps"] = energy_drift(run)
-    state = Path(folder) / "state.npz"
-    if state.exists():
-        with np.load(state) as arrays:
-            found["hours"] = round(float(arrays["seconds"]) / 3600, 3)
+    if hours := progress_of(folder)[1]:
+        found["hours"] = round(hours, 3)
     if np.isfinite(run.log["pressure_bar"]).all():
         found["pressure_bar"] = block_average(run.log["pressure_bar"], blocks)
     if gas is not None:

@@ -22,10 +22,15 @@ from tqdm import tqdm
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.data.reading import file_and_index, read_structures
-from allscaip_lite.electrons import charge_and_spin, stated_charge_and_spin, states_charge_or_spin
+from allscaip_lite.electrons import (
+    charge_and_spin,
+    state_charge_and_spin,
+    stated_charge_and_spin,
+)
 from allscaip_lite.errors import WAYS, DataError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.structures import check_structure
 
 MAX_ATOMS = 400  # of a batch
 
@@ -34,17 +39,19 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, Atoms]]:
     """Each structure that the arguments name, after its name in messages.
 
     `--charge` and `--spin` count for structures that state none. Raises FileNotFoundError for what
-    is neither a file nor SMILES, DataError for a file that ASE cannot read.
+    is neither a file nor SMILES, DataError for a file that ASE cannot read, StructureError for
+    what no model can answer for.
     """
     for word in args.structures:
         exists = Path(file_and_index(word)[0]).exists()
         for name, atoms in read_structures(word) if exists else _from_smiles(word):
             charge, spin = stated_charge_and_spin(atoms, name)
-            given = {"charge": args.charge if charge is None else charge}
-            given["spin"] = args.spin if spin is None else spin
-            for key in [key for key in atoms.info if states_charge_or_spin(key)]:
-                del atoms.info[key]
-            atoms.info |= {key: value for key, value in given.items() if value is not None}
+            state_charge_and_spin(
+                atoms,
+                args.charge if charge is None else charge,
+                args.spin if spin is None else spin,
+            )
+            check_structure(atoms, name)
             atoms.calc = None
             yield name, atoms
 

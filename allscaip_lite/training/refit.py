@@ -24,6 +24,7 @@ from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import InputError
+from allscaip_lite.files import locked
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
@@ -128,8 +129,7 @@ def measure(
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.operations = choose(kernels, model.device, model.dtype)
-    layer, inputs = model.energy_head.contract, []
-    layer.register_forward_hook(lambda _layer, given, _result: inputs.append(given[0]))
+    layer = model.energy_head.contract
     weights = layer.weight[0].double()  # as they are: what they say of a row is row · weights
     energy_scale, force_scale = float(model.energy_scale), float(model.force_scale)
     generator = torch.Generator().manual_seed(seed)
@@ -149,9 +149,9 @@ def measure(
         moved = structures.replace(positions=positions)
         boxed = bool(atoms.pbc.any()) and "stress" in results and model.config.stress
         moved = moved.strained(strain) if boxed else moved
-        inputs.clear()
-        atomic = model.energy_head(model.features(moved)).squeeze(1)
-        total = inputs[0].sum(0)  # (2H,): Φ
+        hidden = model.energy_head.hidden(model.features(moved))  # (N, 2H)
+        atomic = layer(hidden).squeeze(1)
+        total = hidden.sum(0)  # (2H,): Φ
         change = torch.zeros_like(total).requires_grad_()
         variables = [positions, strain] if boxed else [positions]
         gradients = torch.autograd.grad(total @ change, variables, create_graph=True)
@@ -228,6 +228,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite refit`."""
     check_file_name(args.out, f"--out {args.out}")
+    with locked(args.out.resolve().parent, f".{args.out.name}.lock"):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
     model = load_model(args.model, device=device, kernels="plain")  # `measure` chooses
     whole = Dataset(args.data)

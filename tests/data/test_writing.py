@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from allscaip_lite.data.batches import fill_batches
-from allscaip_lite.errors import InputError
-from allscaip_lite.files import atomic_write, differing, store_text, try_lock
+from allscaip_lite.errors import InputError, RunError
+from allscaip_lite.files import atomic_write, differing, locked, store_text, try_lock
 from allscaip_lite.tables import MARKS, insert_table, markdown_table
 
 
@@ -50,6 +51,25 @@ def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
             assert other
     with try_lock(tmp_path / "lock") as again:
         assert again
+
+
+def test_a_lock_without_fcntl_is_that_of_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def locking(file: int, mode: int, count: int) -> None:
+        if held:
+            raise PermissionError
+        held.append((mode, count))
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with locked(tmp_path / "run"):
+        assert held == [(2, 1)]
+        with pytest.raises(RunError, match="another process works in"), locked(tmp_path / "run"):
+            pass
 
 
 def test_plans_differ_in_what_one_lacks_too() -> None:

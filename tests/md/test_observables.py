@@ -20,7 +20,6 @@ from allscaip_lite.md.observables import (
     RadialDistribution,
     Run,
     block_average,
-    closest_contact,
     correlation_time,
     dielectric_constant,
     energy_drift,
@@ -33,13 +32,13 @@ from allscaip_lite.md.observables import (
     radial_distribution,
     rdf_at_first_peak,
     read_run,
-    reweighted_difference,
     self_diffusion,
     size_correction,
     summarise,
     temperatures_by_motion,
 )
 from allscaip_lite.spcfw import SPCFw, molecules, water_box
+from docs.studies.water.run import closest_contact, reweighted_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

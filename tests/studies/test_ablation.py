@@ -13,13 +13,14 @@ import pytest
 
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, InMemory
-from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation.long_range import (
     errors_by_gap,
     separation_curves,
     tail_exponent,
     tail_misfit,
 )
+from allscaip_lite.files import locked
 from allscaip_lite.training.loop import fresh_model
 from docs.studies.ablation import run as ablation
 from docs.studies.ablation.run import (
@@ -230,6 +231,8 @@ def test_another_study_does_not_mix_with_the_first(data, tmp_path):
         run_study(dataclasses.replace(TINY, steps=4), data, tmp_path / "run", hours=0)
     with pytest.raises(InputError, match="no cell is named"):
         run_study(TINY, data, tmp_path / "run", cells=["wide-*"])
+    with locked(tmp_path / "run"), pytest.raises(RunError, match="another process works in"):
+        run_study(TINY, data, tmp_path / "run", hours=0)
 
 
 def test_the_table_study_measures_throughput(data, tmp_path):

@@ -18,6 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from allscaip_lite import AllScAIP, AllScAIPConfig, save_model
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.errors import InputError
+from allscaip_lite.files import locked
 from allscaip_lite.spcfw import SPCFw
 from docs.studies.stability.run import (
     Trial,
@@ -168,6 +169,9 @@ def test_the_command_goes_on_and_writes_its_rows(model, data, tmp_path, capsys):
         assert row["rotation_rms"] == pytest.approx(twin["rotation_rms"], rel=0.5)
     assert main([*command, "--timestep", "0.25"]) == 2
     assert "another folder" in capsys.readouterr().err
+    with locked(shared):
+        assert main([*command, "--out", str(shared)]) == 2
+    assert "another process works in" in capsys.readouterr().err
     assert main([*command[:2], "--out", str(tmp_path / "b"), "--largest", "12"]) == 2
     assert "ask for fewer" in capsys.readouterr().err
 

@@ -15,13 +15,13 @@ from ase.calculators.calculator import Calculator, all_changes
 pytest.importorskip("MDAnalysis")
 
 from allscaip_lite.errors import RunError
+from allscaip_lite.files import locked
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md.dynamics import read_log
 from allscaip_lite.md.observables import (
     Estimate,
     average,
     jackknife,
-    reweighted_difference,
 )
 from allscaip_lite.md.water_results import (
     STAGE_OF,
@@ -40,6 +40,7 @@ from docs.studies.water.run import (
     compare,
     main,
     on_own_frames,
+    reweighted_difference,
     run_water_benchmark,
     write_number,
 )
@@ -140,6 +141,8 @@ def test_a_folder_belongs_to_one_protocol_and_one_model(teacher):
     with pytest.raises(RunError, match="another timestep"):
         changed = WaterBenchmark(**{**vars(SHORT), "timestep": 0.5})
         run_water_benchmark(SPCFw(), changed, teacher, "spcfw", progress=False)
+    with locked(teacher), pytest.raises(RunError, match="another process works in"):
+        run_water_benchmark(SPCFw(), SHORT, teacher, "spcfw", progress=False)
 
 
 def test_what_explodes_is_told_and_does_not_stop_the_rest(tmp_path):

@@ -40,7 +40,7 @@ from allscaip_lite.evaluation.long_range import (
     tail_exponent,
     tail_misfit,
 )
-from allscaip_lite.files import store_text
+from allscaip_lite.files import alone, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import processor_name, usable_device
 from allscaip_lite.model import AllScAIP
@@ -259,6 +259,7 @@ def throughput(study: Study, test: InMemory, rounds: int = 9) -> dict[str, float
 # --- All cells -------------------------------------------------------------------------------
 
 
+@alone
 def run_study(
     study: Study,
     data: Path,
@@ -287,7 +288,6 @@ def run_study(
         InputError: where `folder` or `results` holds another study or other data, or no cell has
             such a name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"study": asdict(study), "models": _models(study), "data": _sums(data)})
     stored = folder / "plan.json"
     if stored.exists() and json.loads(stored.read_text()) != json.loads(plan):

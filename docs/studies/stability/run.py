@@ -35,8 +35,9 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.errors import InputError
-from allscaip_lite.files import store_text
+from allscaip_lite.files import locked, store_text
 from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.labels.queue import end_with_parent
 from allscaip_lite.machine import THREADS_OF_USER, processor_name
 from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.md.dynamics import Explosion, Settings, read_log, run_md
@@ -269,6 +270,11 @@ def _work(task: tuple[str, str, list[Atoms], Trial, Path, list[str], int]) -> li
     return run_trial(model, molecules, trial, folder, name, kernels=kernels, line=line, names=names)
 
 
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent alone
+    end_with_parent()
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table in Markdown of the rows."""
     head = ["molecule", "atoms", "bonds", "T (K)", "drift (meV/atom/ps)"]
@@ -318,6 +324,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run or go on, and print the table; the exit status is 0 whether or not a bond breaks."""
+    with locked(args.out):
+        print(table(_rows(args)))
+    return 0
+
+
+def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     given = vars(args).keys() & {field.name for field in fields(Trial)}
     trial = Trial(**{name: getattr(args, name) for name in given})
     molecules = choose(Dataset(args.data), trial)
@@ -336,8 +348,7 @@ def run(args: argparse.Namespace) -> int:
         pool = ProcessPoolExecutor(
             len(tasks),
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=signal.signal,  # Ctrl-C reaches the parent alone
-            initargs=(signal.SIGINT, signal.SIG_IGN),
+            initializer=_start_worker,
         )
         with pool:
             tried = list(pool.map(_work, tasks))
@@ -345,8 +356,7 @@ def run(args: argparse.Namespace) -> int:
         rows[share] = found
     result = {"model": args.model, "trial": asdict(trial), "machine": processor_name()}
     store_text(args.out / "stability.json", json.dumps({**result, "rows": rows}, indent=1))
-    print(table(rows))
-    return 0
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

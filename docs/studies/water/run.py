@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,14 +41,14 @@ from allscaip_lite import __version__
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
-from allscaip_lite.files import differing, store_text
+from allscaip_lite.files import alone, differing, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import device_name, processor_name
 from allscaip_lite.md.dynamics import (
     Explosion,
     Settings,
     femtoseconds,
-    is_finished,
+    progress_of,
     read_log,
     run_md,
 )
@@ -57,7 +57,7 @@ from allscaip_lite.md.observables import (
     Estimate,
     Run,
     average,
-    closest_contact,
+    block_average,
     correlation_time,
     dielectric_constant,
     energy_drift,
@@ -70,7 +70,6 @@ from allscaip_lite.md.observables import (
     radial_distribution,
     rdf_at_first_peak,
     read_run,
-    reweighted_difference,
     self_diffusion,
     size_correction,
     temperatures_by_motion,
@@ -86,6 +85,9 @@ from allscaip_lite.md.water_results import (
 )
 from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from allscaip_lite.tables import insert_table, markdown_table
+
+if TYPE_CHECKING:
+    from MDAnalysis import Universe
 
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
 DIFFUSION_BLOCK = 5.0  # ps
@@ -156,6 +158,7 @@ OPTIONS = ("waters", "seed", "prepare", "equilibrate", *PRODUCTION)  # of the co
 # --- Running ---------------------------------------------------------------------------------
 
 
+@alone
 def run_water_benchmark(
     calculator: Calculator,
     benchmark: WaterBenchmark,
@@ -185,7 +188,6 @@ def run_water_benchmark(
             a stage (without a stress no constant pressure).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _claim(folder / "protocol.json", benchmark, name)
     exploded: dict[str, str] = {}
 
@@ -193,7 +195,7 @@ def run_water_benchmark(
         if progress:
             print(f"{name}: {what}, {getattr(benchmark, what) / 1000:g} ps", file=sys.stderr)
         settings = benchmark.settings(what)
-        if not is_finished(folder / what, settings):
+        if progress_of(folder / what)[0] < settings.steps("duration"):
             _note_machine(folder / MACHINES, what, by)
         try:
             return run_md(atoms, by, settings, folder / what, label, progress)
@@ -279,8 +281,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         except (FileNotFoundError, RunError):
             continue
         result["lengths_ps"][what] = round(float(runs[what].log["time_ps"][-1]), 6)
-        with np.load(folder / what / "state.npz") as state:
-            result["hours"][what] = round(float(state["seconds"]) / 3600, 4)
+        result["hours"][what] = round(progress_of(folder / what)[1], 4)
 
     is_model = name != TEACHER
     if "gas" in runs:
@@ -299,6 +300,75 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         _keep(found, "temperature_nve_K", average, run.log["temperature_K"])
         result["series"]["nve"] = _thinned(run, "conserved_eV", "temperature_K")
     return result
+
+
+def reweighted_difference(
+    series: Sequence[float] | np.ndarray,
+    excess: Sequence[float] | np.ndarray,
+    temperature: float,
+    blocks: int = 10,
+    reference: Sequence[float] | np.ndarray | None = None,
+) -> Estimate:
+    """A model's mean minus that of its reference, both from the model's run alone.
+
+    The run visits a structure too often by a factor exp(-excess/kT), so with weights exp(excess/kT)
+    it is a run of the reference (Torrie and Valleau, J. Comput. Phys. 23, 187, 1977). Chance
+    fluctuations that the two means have in common cancel.
+
+    Args:
+        series: any observable (T,).
+        excess: the model's energy minus the reference's of these structures (T,), of the whole
+            system in eV.
+        temperature: in K.
+        blocks: for the error, which is `jackknife`'s.
+        reference: what the reference says of the observable on the same structures (T,), where that
+            is something else (a pressure, say); by default `series`.
+
+    Raises:
+        RunError: for fewer values than blocks, and where less than a twentieth of the
+            structures carry all the weight: then the two ensembles overlap too little.
+    """
+    series, excess = np.asarray(series, float), np.asarray(excess, float)
+    weights = np.exp((excess - excess.max()) / (units.kB * temperature))
+    share = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    if share < 0.05:
+        raise RunError(
+            f"the weights rest on {100 * share:.1f} % of the structures: the two models' ensembles "
+            "are too far from one another to be compared in this way"
+        )
+
+    def difference(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
+        return float(x.mean() - (w * y).sum() / w.sum())
+
+    other = series if reference is None else np.asarray(reference, float)
+    return jackknife(difference, series, other, weights, blocks=blocks)
+
+
+def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> Estimate:
+    """The shortest distance in Å of two atoms of an element in different molecules, mean over time.
+
+    It finds what g(r) shows as a small bump, and averages of errors not at all: pairs that a model
+    lets come too close, where it was never taught. Beyond 4 Å a pair does not count.
+
+    Args:
+        universe: the run, see `make_universe`.
+        element: of both atoms.
+        blocks: of the run, from whose scatter the error is.
+
+    Raises:
+        RunError: for a structure without a pair that counts.
+    """
+    from MDAnalysis.lib.distances import self_capped_distance
+
+    group = universe.select_atoms(f"name {element}")
+    shortest = []
+    for frame in universe.trajectory:
+        pairs, distances = self_capped_distance(group.positions, 4.0, box=frame.dimensions)
+        apart = group.resindices[pairs[:, 0]] != group.resindices[pairs[:, 1]]
+        if not apart.any():
+            raise RunError(f"no {element}-{element} pair of two molecules within 4 Å")
+        shortest.append(distances[apart].min())
+    return block_average(shortest, blocks)
 
 
 def _keep(found: dict[str, Estimate], key: str, measure: Any, *args: Any, **options: Any) -> None:
