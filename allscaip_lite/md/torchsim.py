@@ -41,8 +41,8 @@ class TorchSimModel(ModelInterface):
     `multiplicity` hold for every structure, unless a state carries its own (`charge` and `spin`, a
     number a structure), which torch-sim 0.3 does not read from `atoms.info`. Without them, charge 0
     and the lowest multiplicity that the electrons allow are assumed, with a warning the first time.
-    The first structures are compared with what training saw, as `AllScAIPCalculator` does with
-    `outside_training`. Integrators keep positions in `dtype`; the model computes in its own.
+    Structures are compared with what training saw when they first come, as by `AllScAIPCalculator`
+    with `outside_training`. Integrators keep positions in `dtype`; the model computes in its own.
 
     Raises `StructureError` for a multiplicity that the electrons of a structure forbid.
     """
@@ -59,7 +59,8 @@ class TorchSimModel(ModelInterface):
         super().__init__()
         self.model = AllScAIPCalculator(model, device).model
         self.charge, self.multiplicity = charge, multiplicity
-        self.outside_training, self._said = outside_training, False
+        self.outside_training, self._said = outside_training, set[str]()
+        self._known: tuple[Tensor, Tensor] | None = None  # atoms and systems that were compared
         self._device, self._dtype = self.model.device, dtype
         self._compute_forces = True
         self._compute_stress = self.model.config.conservative and self.model.config.stress
@@ -82,9 +83,9 @@ class TorchSimModel(ModelInterface):
             spin=spin,
             natoms=natoms,
         ).centered()
-        if not self._said:  # once: integrators keep the structures, and looking takes time
-            self._said = True
-            warn_outside(self.model.seen, structures, self.outside_training)
+        if self._known is None or not all(map(torch.equal, self._known, (numbers, system))):
+            self._known = numbers, system  # integrators keep the structures; looking takes time
+            warn_outside(self.model.seen, structures, self.outside_training, self._said)
         with torch.no_grad():
             energy, forces, stress = self.model(structures, create_graph=False)
         found = {"energy": energy, "forces": forces}
@@ -100,7 +101,7 @@ class TorchSimModel(ModelInterface):
         for index, value in enumerate((self.charge, self.multiplicity)):
             if given[index] is None and value is not None:
                 given[index] = numbers.new_full((count,), value)
-        if given[0] is None and not self._said:
+        if given[0] is None and self._known is None:
             warnings.warn(
                 "no charge is given for torch-sim's structures, whose states carry none: charge 0 "
                 "and, without a multiplicity, the lowest are assumed for all of them. Give "

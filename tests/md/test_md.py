@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -546,6 +547,29 @@ def test_torch_sim_sees_the_same_model(make_model, crystal, cluster):
             if alone.pbc.any():
                 stress = alone.get_stress(voigt=False)
                 assert found["stress"][index].numpy() == pytest.approx(stress, abs=1e-9)
+
+
+def test_torch_sim_compares_whatever_comes_with_what_training_saw(make_model, crystal, cluster):
+    torch_sim = pytest.importorskip("torch_sim")
+    import torch
+
+    from allscaip_lite.applicability import Seen
+    from allscaip_lite.md.torchsim import TorchSimModel
+
+    model = make_model()
+    model.seen = Seen.from_dict({"atoms": 4})
+    ours = TorchSimModel(model, charge=0)
+
+    def said(*batch):
+        state = torch_sim.io.atoms_to_state(list(batch), torch.device("cpu"), torch.float64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ours(state)
+        return [str(one.message) for one in caught]
+
+    assert said(cluster[:4]) == []
+    assert any("seen: at most 4" in text for text in said(cluster))
+    assert said(cluster) == said(cluster[:4]) == said(cluster) == []  # it was said
 
 
 def test_torch_sim_accepts_the_model(make_model):

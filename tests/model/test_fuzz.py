@@ -25,7 +25,7 @@ from allscaip_lite.model import Result
 
 ELEMENTS = "H H H Li C C C N O O F Na Mg Si P S Cl K Ca Zn Br I".split()
 STEP = 1e-4  # Å, of the slope
-EXACT, SINGLE = 1e-8, 3e-5  # of float64 and float32, in parts of the largest force (or 1 eV/Å)
+EXACT, SINGLE = 1e-8, 5e-4  # of float64 and float32, in parts of the largest force (or 1 eV/Å)
 
 
 @cache
@@ -123,7 +123,7 @@ def faults(seed: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, 2, 11])  # the last in a cell of 10,000 Å
 def test_one_answer_however_it_is_asked(seed: int) -> None:
     assert faults(seed) == []
 
@@ -141,4 +141,6 @@ if __name__ == "__main__":
     for number in range(arguments.first, arguments.first + arguments.count):
         for fault in faults(number):
             print(fault, flush=True)
+        if number % 50 == 49:
+            print(f"seeds to {number}", flush=True)
     print(f"{arguments.count} structures tried")

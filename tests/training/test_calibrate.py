@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,6 +65,11 @@ def test_deviations_are_those_of_linear_regression(
     (again,) = kept.predict([atoms], uncertainty=True)
     assert again.uncertainty == pytest.approx(result.uncertainty, rel=1e-3)
     assert kept.predict([atoms])[0].uncertainty is None
+    with mock.patch.object(
+        AllScAIP, "features", autospec=True, side_effect=AllScAIP.features
+    ) as run:
+        made.predict([atoms], uncertainty=True)
+        assert run.call_count == 1  # for both
 
 
 def test_an_unknown_element_is_less_certain_and_the_size_is_that_of_real_errors(
