@@ -97,6 +97,7 @@ docs/studies/*/README
 :caption: Reference
 docs/code
 docs/api/index
+docs/glossary
 docs/teaching
 CONTRIBUTING
 CHANGELOG
