@@ -407,12 +407,13 @@ def plot_molecule(
     labels = atom_labels(atoms)
     flat = positions[:, :2]
     layer = 3 * positions[:, 2].argsort().argsort()  # nearer atoms are drawn on top
-    above = 3 * len(positions) + 3  # of links and arrows; labels are above them
+    above = 3 * len(positions) + 3  # of links and arrows; marks (1e6) and labels are above them
     for i, j in bonds(atoms):
-        axes.plot(*flat[[i, j]].T, color="0.6", linewidth=4, zorder=min(layer[i], layer[j]) + 1)
+        zorder = min(layer[i], layer[j]) + 1
+        axes.plot(*flat[[i, j]].T, "-", color="0.6", linewidth=4, zorder=zorder)
     corners = (cell_lines(atoms) - atoms.positions.mean(0)) @ front(atoms)  # (n, 2, 3)
     for line in corners[:, :, :2]:
-        axes.plot(*line.T, color="0.7", linewidth=0.8, zorder=0)
+        axes.plot(*line.T, "-", color="0.7", linewidth=0.8, zorder=0)
     for i, kind in enumerate(kinds):
         color = jmol_colors[atoms.numbers[kind]]
         fill = color if i < n else 0.35 * color + 0.65
@@ -429,7 +430,7 @@ def plot_molecule(
             labels[kind] + ("" if i < n else "′"),
             color=text_color,
             **font,
-            zorder=above + 1,
+            zorder=2e6,
         )
     if links is not None:
         query, weights = links[0], np.asarray(links[1])

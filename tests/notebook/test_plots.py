@@ -303,6 +303,7 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     forces = np.random.default_rng(0).normal(size=(len(ETHANOL), 3))
     weights = np.zeros(len(ETHANOL))
     weights[[0, 1, 4]] = 0.5, 0.3, 0.2
+    figure.axes[0].set_prop_cycle(linestyle=[":", "--"])  # the cycle of a lesson's style
     axes = plots.plot_molecule(ETHANOL, forces, (0, weights), figure.axes[0])
     kinds = [type(patch).__name__ for patch in axes.patches]
     assert kinds.count("Circle") == len(ETHANOL) + 1  # with the ring around the query
@@ -312,6 +313,7 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     flat, radii = plots.seen_from_front(ETHANOL)[:, :2], plots.ball_radii(ETHANOL)
     assert np.allclose(np.linalg.norm(arrows.XY - flat, axis=1), radii)
     assert all(label.get_zorder() > arrows.get_zorder() for label in axes.texts)
+    assert {line.get_linestyle() for line in axes.lines} == {"-"}, "a bond is dashed"
 
 
 def test_an_atom_behind_another_has_no_label(figure):
