@@ -603,7 +603,7 @@ def test_the_explorer_lives_in_jupyterlab(browser, lab, tiny):
 
 
 # Notebooks with an explorer: what they may take in seconds, and how many explorers they show.
-LESSONS = [("00_tour.ipynb", 300.0, 1), ("07_attention_maps.ipynb", 300.0, 6)]
+LESSONS = [("00_tour.ipynb", 300.0, 1), ("07_attention_maps.ipynb", 300.0, 4)]
 
 
 @pytest.mark.parametrize("notebook, limit, explorers", LESSONS)
