@@ -7,6 +7,7 @@ needs two. Paper sections 3.2 (neighbourhood attention) and 3.3 (node attention)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -249,3 +250,27 @@ def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tenso
     features = encodings.sinc_features(distances, frequencies)  # (..., F)
     mixed = torch.tensordot(weight, features, dims=([1], [-1]))  # (h, ...)
     return torch.log(F.softplus(mixed) + 1e-6)
+
+
+def rotary_biases(
+    distances: Tensor,
+    weight: Tensor,
+    frequencies: Tensor,
+    empty: Tensor | None = None,
+    bias: Callable[..., Tensor] = rotary_bias,
+) -> Sequence[Tensor]:
+    """What `node_attention` of each block reads: ERoPE's bias, and -inf at empty keys.
+
+    Args:
+        distances: (B, n, n) Å.
+        weight: W of all blocks, (L, h, F).
+        frequencies: ω, (F,) 1/Å.
+        empty: -inf at empty keys, (B, 1, 1, n); None where there are none.
+        bias: `rotary_bias`, or a faster form of it.
+
+    Returns:
+        L biases (B, h, n, n).
+    """
+    found = bias(distances, weight.flatten(0, 1), frequencies)  # (L·h, B, n, n)
+    found = found.unflatten(0, weight.shape[:2]).transpose(1, 2)  # (L, B, h, n, n)
+    return (found if empty is None else found + empty).unbind(0)

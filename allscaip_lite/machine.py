@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,21 @@ def processor_name() -> str:
 def device_name(device: torch.device) -> str:
     """What the maker calls a GPU, or the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
+def peak_memory(device: str) -> float:
+    """GiB: the most this process held in memory, or on a GPU the most PyTorch allocated."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not ru_maxrss: on Linux that starts at the peak of the process that started this one
+        (line,) = [s for s in status.read_text().splitlines() if s.startswith("VmHWM")]
+        return int(line.split()[1]) / 2**20
+    import resource  # not there on Windows
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @contextmanager

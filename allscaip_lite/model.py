@@ -34,7 +34,6 @@ from allscaip_lite.layers import (
     SelfAttention,
     make_norm,
 )
-from allscaip_lite.neighbors import system_distances
 from allscaip_lite.operations import PLAIN, Operations
 from allscaip_lite.structures import Structures, structures_from_atoms
 
@@ -68,7 +67,7 @@ class Geometry:
     graph: Graph
     neighborhoods: Any  # the graph with its angles, as `operations.neighborhoods` makes it
     systems: SystemTable
-    biases: Sequence[Tensor | None]  # of each block's node attention, (B, h, n, n)
+    biases: Sequence[Any]  # of each block's node attention, as `operations.rotary_biases` makes it
     operations: Operations
 
 
@@ -400,7 +399,7 @@ class AllScAIP(nn.Module):
         states = self.input(structures, made.graph, order, made.operations)  # (M, H)
         *blocks, last = cast("list[Block]", list(self.blocks))
         for index, block in enumerate(blocks):
-            states = block(states, made, index, record)
+            states = made.operations.call_block(block, states, made, index, record)
         if record is None:
             return last.forward_atoms(states, made, len(blocks))
         record.geometry = made
@@ -413,7 +412,7 @@ class AllScAIP(nn.Module):
         distances = None
         if self.config.rotary:
             positions = systems.spread(structures.positions).view(*systems.real.shape, 3)
-            distances = system_distances(structures, positions)
+            distances = operations.system_distances(structures, positions)
         return self.geometry_of(graph, systems, distances, operations)
 
     def geometry_of(
@@ -444,18 +443,14 @@ class AllScAIP(nn.Module):
 
     def biases(
         self, systems: SystemTable, distances: Tensor | None, operations: Operations
-    ) -> Sequence[Tensor | None]:
-        """Logits of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
+    ) -> Sequence[Any]:
+        """Of each block's node attention, (B, h, n, n): ERoPE, and -inf at empty keys."""
         empty, layers = systems.mask(self.dtype), self.config.num_layers
         if distances is None:
             return [empty] * layers
-        weight = torch.cat(
-            [block.get_parameter("rotary_weight") for block in self.blocks]
-        )  # (L·h, F)
-        frequencies = encodings.rotary_frequencies(weight.shape[1], distances)
-        bias = operations.rotary_bias(distances, weight, frequencies)  # (L·h, B, n, n)
-        bias = bias.unflatten(0, (layers, -1)).transpose(1, 2)  # (L, B, h, n, n)
-        return (bias if empty is None else bias + empty).unbind(0)
+        weight = torch.stack([block.get_parameter("rotary_weight") for block in self.blocks])
+        frequencies = encodings.rotary_frequencies(weight.shape[2], distances)
+        return operations.rotary_biases(distances, weight, frequencies, empty)  # L of them
 
     @torch.no_grad()
     def atomic_energies(self, structures: Structures) -> Tensor:

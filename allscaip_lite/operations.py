@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allscaip_lite import attention, encodings, graph
+from allscaip_lite import attention, encodings, graph, neighbors
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,6 +38,11 @@ def linear_of_parts(
     return F.linear(torch.cat(rows, dim=1), weight, bias)
 
 
+def call_block(block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """What a block makes of its arguments; all that its derivative needs is kept."""
+    return block(*arguments)
+
+
 @dataclass(frozen=True)
 class Operations:
     """One function for each formula. M states, N atoms with K slots, h heads, l degrees.
@@ -53,9 +58,12 @@ class Operations:
     neighborhood_attention: qkv (M, 3H), neighborhoods, layout, groups, h, dropout → (M, H).
     self_edge_attention: q (N, H), key_value (M, 2H) and the same → (N, H).
     node_attention: qkv (N, 3H), bias (B, h, n, n), systems, h, dropout → (N, H).
-    rotary_bias: distances (B, n, n), weight (C, F), frequencies (F,) → (C, B, n, n).
+    system_distances: structures, positions (B, n, 3) → (B, n, n) Å between nearest images.
+    rotary_biases: distances (B, n, n), weight (L, h, F), frequencies (F,), empty (B, 1, 1, n) or
+        None → for each of L blocks what its node_attention takes as bias.
 
     The three attentions also return their weights, or None where these are never written down.
+    call_block: block, states (M, H), geometry, index, record → (M, H): how a block is called.
     threads: a context for the work on so many atoms, in which PyTorch uses as many threads as pay.
     second_order: the set to use where forces are differentiated once more, as in training; None
     where this set can be differentiated twice.
@@ -74,7 +82,9 @@ class Operations:
     )
     self_edge_attention: Callable[..., tuple[Tensor, Tensor | None]] = attention.self_edge_attention
     node_attention: Callable[..., tuple[Tensor, Tensor | None]] = attention.node_attention
-    rotary_bias: Callable[..., Tensor] = attention.rotary_bias
+    system_distances: Callable[..., Tensor] = neighbors.system_distances
+    rotary_biases: Callable[..., Sequence[Any]] = attention.rotary_biases
+    call_block: Callable[..., Tensor] = call_block
     threads: Callable[[int], AbstractContextManager[object]] = nullcontext
     second_order: Operations | None = None
 

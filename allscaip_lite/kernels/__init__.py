@@ -6,7 +6,7 @@ In: the name of a set, a device and a number type. Out: `Operations` for `AllScA
 |---|---|---|
 | `plain` | the formulas as the lessons write them | anywhere |
 | `torch` | PyTorch with derivatives written by hand (`elementwise`, `fused_attention`) | anywhere |
-| `c` | sums over pairs of edges, norm and GELU in C (`compiled`), the rest as `torch` | a CPU |
+| `c` | both attentions, distances, norm and GELU in C (`compiled`), the rest as `torch` | a CPU |
 | `cuda-graphs` | `torch`, a whole step recorded and repeated (`cuda_graphs`) | a CUDA GPU |
 | `auto` | a CPU: `c` if there is a C compiler, else `torch`; a GPU: `cuda-graphs` if it pays | |
 """
@@ -80,7 +80,7 @@ def in_torch(device_type: str) -> Operations:
         gaussian_basis=elementwise.gaussian_basis,
         soft_rank=elementwise.soft_rank,
         self_edge_attention=fused_attention.self_edge_attention,
-        rotary_bias=elementwise.rotary_bias,
+        rotary_biases=functools.partial(attention.rotary_biases, bias=elementwise.rotary_bias),
         threads=threads_for if on_cpu else nullcontext,
     )
     return replace(
@@ -96,9 +96,8 @@ def in_torch(device_type: str) -> Operations:
 @functools.cache
 def in_c() -> Operations:
     """The kernels in C, and for the rest PyTorch with derivatives by hand."""
-    once = in_torch("cpu")
     kernels = replace(
-        once,
+        in_torch("cpu"),
         rms_norm=compiled.rms_norm,
         gelu=compiled.gelu,
         neighborhoods=compiled.neighborhoods,
@@ -106,7 +105,14 @@ def in_c() -> Operations:
         neighborhood_attention=compiled.neighborhood_attention,
     )
     twice = replace(kernels, node_attention=attention.node_attention, second_order=None)
-    return replace(kernels, second_order=twice)
+    return replace(
+        kernels,
+        system_distances=compiled.system_distances,
+        rotary_biases=compiled.rotary_biases,
+        node_attention=compiled.node_attention,
+        call_block=compiled.call_block,
+        second_order=twice,
+    )
 
 
 def add_kernels_option(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:

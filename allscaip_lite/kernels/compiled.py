@@ -1,10 +1,10 @@
-"""Sums over pairs of edges, norm and GELU in C, compiled on the user's machine, on a CPU.
+"""Both attentions, sums over pairs of edges, norm and GELU in C, compiled on the user's machine.
 
-In and out: what the functions of the same names in `operations` and `attention` take and give.
-PyTorch's own operators work on padded tables, which they write and read many times; `kernels.c`
-keeps what belongs to one atom in the nearest cache. Everything can be differentiated twice, so that
-it serves in training on forces. What the kernels are not made for (another device or number type,
-dropout) is left to the plain formulas.
+In and out: what the functions of the same names in `operations` and `attention` take and give, on a
+CPU. PyTorch's own operators work on padded tables, which they write and read many times;
+`kernels.c` keeps what belongs to one atom in the nearest cache. Everything can be differentiated
+twice, so that it serves in training on forces; node attention and distances once. What the kernels
+are not made for (another device or number type, dropout) is left to the plain formulas.
 """
 
 from __future__ import annotations
@@ -17,22 +17,27 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from allscaip_lite import attention, operations
-from allscaip_lite.attention import Neighborhoods
+from allscaip_lite import attention, neighbors, operations
+from allscaip_lite.attention import Neighborhoods, SystemTable
 from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import Graph
+from allscaip_lite.kernels import elementwise, fused_attention
 from allscaip_lite.kernels.elementwise import RMSNormDerivative
+from allscaip_lite.structures import Structures
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # sums in any order, products and sums at once, no traps: what fast registers need; not -ffast-math,
@@ -255,30 +260,35 @@ def _call(
 def _share(
     function: Callable[..., int],
     n: int,
-    *arguments: Tensor | float,
+    *arguments: Tensor | float | list[Tensor],
     before: tuple[Any, ...] = (),
 ) -> None:
-    """Call a kernel for n rows or numbers, a part of them on each thread PyTorch may use."""
-    passed = [
-        ctypes.c_void_p(x.data_ptr())
-        if isinstance(x, Tensor)
-        else ctypes.c_double(x)
-        if isinstance(x, float)
-        else ctypes.c_int(x)
-        for x in arguments
-    ]
+    """Call a kernel for n rows or numbers, a part of them on each thread PyTorch may use.
 
-    def part(begin: int, end: int) -> int:
-        return function(*before, ctypes.c_int(begin), ctypes.c_int(end), *passed)
+    Of an argument that is a list each thread gets a tensor of its own, see `_threads`.
+    """
 
-    threads = max(1, min(torch.get_num_threads(), n))
-    if threads == 1:
-        failed = part(0, n)
-    else:  # ctypes lets go of the interpreter while C runs
-        cuts = [n * t // threads for t in range(threads + 1)]
-        failed = any(_pool(threads).map(part, cuts[:-1], cuts[1:]))
-    if failed:
-        raise MemoryError("the compiled kernels found no memory for one atom's edges")
+    def passed(x: Tensor | float | list[Tensor], thread: int) -> Any:
+        if isinstance(x, list):
+            x = x[thread]
+        if isinstance(x, Tensor):
+            return ctypes.c_void_p(x.data_ptr())
+        return ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int(x)
+
+    def part(thread: int) -> int:
+        begin, end = n * thread // threads, n * (thread + 1) // threads
+        own = [passed(x, thread) for x in arguments]
+        return function(*before, ctypes.c_int(begin), ctypes.c_int(end), *own)
+
+    threads = _threads(n)
+    # ctypes lets go of the interpreter while C runs
+    if part(0) if threads == 1 else any(_pool(threads).map(part, range(threads))):
+        raise MemoryError("the compiled kernels found no memory for their tables")
+
+
+def _threads(n: int) -> int:
+    """How many threads share the work on n rows."""
+    return max(1, min(torch.get_num_threads(), n))
 
 
 @functools.cache
@@ -468,3 +478,279 @@ class _GELUDerivative(torch.autograd.Function):
         kernel = load_kernels(x.dtype).gelu_twice
         _share(kernel, x.numel(), change, gradient, x, d_gradient, d_x)
         return d_gradient, d_x
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+KEPT = 2**30  # bytes of all blocks together that are kept for the derivative
+KEPT_OF_STATES = 11  # times the states of a block: what its derivative needs
+
+
+def call_block(block: Any, states: Tensor, *arguments: Any) -> Tensor:
+    """`operations.call_block`; what takes more memory than `KEPT` is made again when it is needed.
+
+    That happens to the first blocks. Their forward pass is then done twice.
+    """
+    _, index, record = arguments
+    of_block = KEPT_OF_STATES * states.numel() * states.element_size()
+    kept = max(0, KEPT // max(of_block, 1) - 1)  # besides the last, which is called in another way
+    again = states.requires_grad and torch.is_grad_enabled() and record is None
+    again = again and not block.dropout  # with which angles are made in between, once
+    if not again or index >= block.config.num_layers - 1 - kept:
+        return block(states, *arguments)
+    return checkpoint(block, states, *arguments, use_reentrant=False, determinism_check="none")
+
+
+# --- node attention ---------------------------------------------------------------------------
+
+LANES = 4  # heads whose biases are read at once, as in kernels.c
+FEWEST_INTERVALS = 128  # of the table in 1 Å
+MOST_INTERVALS = 1024
+TABLE_STEP = 32.0  # Å; tables reach as far as a multiple of it, so that they serve again
+LONGEST_TABLE = 512.0  # Å
+VALUE_ERROR = 1e-7  # of the largest value
+SLOPE_ERROR = 5e-6  # of the steepest slope: what rounding a distance of 20 Å does to it
+
+
+@dataclass(frozen=True)
+class TabulatedBias:
+    """ERoPE's bias of one block, as a function of the distance that is read where it is needed.
+
+    distances (B, n, n) Å. table (intervals, heads / LANES rounded up, 4, LANES): coefficients of
+    the cubic polynomials, 0 at the beginning of each interval and 1 at its end. plain: the bias as
+    a tensor (B, h, n, n), and -inf at empty keys.
+    """
+
+    distances: Tensor
+    table: Tensor
+    per_length: float
+    plain: Callable[[], Tensor]
+
+
+def rotary_biases(
+    distances: Tensor, weight: Tensor, frequencies: Tensor, empty: Tensor | None = None
+) -> Sequence[TabulatedBias | Tensor]:
+    """`attention.rotary_biases` by tables, one for each block, read by `node_attention`.
+
+    In float32, where the weights need no derivatives: else as tensors.
+    """
+
+    def tensors() -> Sequence[Tensor]:
+        bias = elementwise.rotary_bias
+        return attention.rotary_biases(distances, weight, frequencies, empty, bias)
+
+    def plain(block: int) -> Tensor:
+        return tensors()[block]
+
+    gradient = weight.requires_grad and torch.is_grad_enabled()
+    if distances.device.type != "cpu" or distances.dtype != torch.float32 or gradient:
+        return tensors()
+    farthest = float(distances.detach().max())
+    if not farthest < LONGEST_TABLE:
+        return tensors()
+    reach = TABLE_STEP * (farthest // TABLE_STEP + 1)
+    exact = (x.detach().double().numpy() for x in (weight, frequencies))
+    tables, per_length = _tables(reach, weight.shape, *(x.tobytes() for x in exact))
+    if tables is None:
+        return tensors()
+    return [
+        TabulatedBias(distances, table, per_length, functools.partial(plain, block))
+        for block, table in enumerate(tables.unbind(0))
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(
+    reach: float, shape: tuple[int, int, int], weight: bytes, frequencies: bytes
+) -> tuple[Tensor | None, float]:
+    """Of all blocks, (L, intervals, sets, 4, LANES), and the intervals in 1 Å; float32 of float64.
+
+    Cubic polynomials with the values and slopes of the bias at both ends of each interval. The
+    intervals are halved until the errors are below `VALUE_ERROR` and `SLOPE_ERROR`; None where they
+    never are.
+
+    Args:
+        reach: Å.
+        shape: blocks, heads and frequencies.
+        weight: float64, of that shape.
+        frequencies: float64, 1/Å.
+    """
+    mix = torch.from_numpy(np.frombuffer(weight).copy()).view(-1, shape[2])  # (L·h, F)
+    omega = torch.from_numpy(np.frombuffer(frequencies).copy())
+    per_length = FEWEST_INTERVALS
+    while per_length <= MOST_INTERVALS:
+        knots = torch.arange(int(reach * per_length) + 1, dtype=torch.float64) / per_length
+        value, slope = elementwise.rotary_bias_and_slope(knots, mix, omega)  # (L·h, knots)
+        slope /= per_length
+        rise, left, right = value.diff(dim=1), slope[:, :-1], slope[:, 1:]
+        cubic = [value[:, :-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise]
+        near = True
+        for t, order, most in ((0.5, 0, VALUE_ERROR), (0.211, 1, SLOPE_ERROR)):  # largest there
+            exact = elementwise.rotary_bias_and_slope(knots[:-1] + t / per_length, mix, omega)[
+                order
+            ]
+            powers = [1, t, t**2, t**3] if order == 0 else [0, 1, 2 * t, 3 * t**2]
+            found = sum(c * power for c, power in zip(cubic, powers, strict=True))
+            error = (found * per_length**order - exact).abs().amax(1)
+            near = near and bool((error <= most * exact.abs().amax(1).clamp(min=1e-3)).all())
+        if near:
+            heads = -(-shape[1] // LANES) * LANES
+            table = torch.zeros(shape[0], heads, len(knots) - 1, 4)
+            table[:, : shape[1]] = torch.stack(cubic, dim=2).view(*shape[:2], -1, 4)
+            table = table.view(shape[0], -1, LANES, len(knots) - 1, 4)
+            return table.permute(0, 3, 1, 4, 2).contiguous(), float(per_length)
+        per_length *= 2
+    return None, 0.0
+
+
+class _Systems(ctypes.Structure):
+    """`Systems` of kernels.c."""
+
+    _fields_ = (
+        ("heads", ctypes.c_int),
+        ("size", ctypes.c_int),
+        ("systems", ctypes.c_int),
+        ("longest", ctypes.c_long),
+        ("intervals", ctypes.c_long),
+        ("per_length", ctypes.c_double),
+        ("first", ctypes.c_void_p),
+        ("distance", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+    )
+
+
+def node_attention(
+    qkv: Tensor,
+    bias: TabulatedBias | Tensor | None,
+    systems: SystemTable,
+    num_heads: int,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention.node_attention`: (N, 3H) → (N, H); once differentiable with a table.
+
+    Queries and keys are taken in tiles, and a logit's bias is read from the table by the distance:
+    no matrix of biases, logits or weights is made.
+    """
+    if not isinstance(bias, TabulatedBias):
+        return fused_attention.node_attention(qkv, bias, systems, num_heads, dropout)
+    if dropout or not qkv.numel():
+        return attention.node_attention(qkv, bias.plain(), systems, num_heads, dropout)
+    first = _first(systems, len(qkv))
+    return _NodeAttention.apply(qkv.contiguous(), bias.distances, bias, first, num_heads), None
+
+
+def _first(systems: SystemTable, atoms: int) -> Tensor:
+    """(B+1,): where the atoms of each system begin, as they stand one after the other."""
+    batch, longest = systems.real.shape
+    if systems.slot is None:
+        return torch.arange(batch + 1) * longest
+    counts = torch.bincount(systems.slot // longest, minlength=batch)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+class _NodeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, distances: Tensor, bias: TabulatedBias, first: Tensor, heads: int
+    ) -> Tensor:
+        distances = distances.contiguous()
+        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        total = qkv.new_empty(len(qkv), heads)
+        ctx.about = (bias.table, bias.per_length, first, heads)
+        ctx.save_for_backward(qkv, distances, mixed, total)
+        _NodeAttention.call("node_forward", ctx.about, distances, qkv, mixed, total)
+        return mixed
+
+    @staticmethod
+    def call(name: str, about: tuple[Any, ...], distances: Tensor, qkv: Tensor, *rest: Any) -> None:
+        table, per_length, first, heads = about
+        assert table.is_contiguous()
+        systems = _Systems(
+            heads,
+            qkv.shape[1] // (3 * heads),
+            len(first) - 1,
+            distances.shape[-1],
+            len(table),
+            per_length,
+            *(x.data_ptr() for x in (first, distances, table)),
+        )
+        before = (ctypes.byref(systems),)
+        _share(getattr(load_kernels(qkv.dtype), name), len(qkv), qkv, *rest, before=before)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, distances, mixed, total = ctx.saved_tensors
+        hidden = mixed.shape[1]
+        # of padding, nothing is written
+        d_distances = torch.zeros_like(distances)
+        d_q = torch.empty_like(mixed)
+        parts = [qkv.new_zeros(len(qkv), 2 * hidden) for _ in range(_threads(len(qkv)))]
+        results = (d_q, parts, d_distances)
+        rest = (mixed, total, gradient.contiguous(), *results)
+        _NodeAttention.call("node_backward", ctx.about, distances, qkv, *rest)
+        d_kv = sum(parts[1:], parts[0])
+        return torch.cat([d_q, d_kv], dim=1), d_distances, None, None, None
+
+
+class _Boxes(ctypes.Structure):
+    """`Boxes` of kernels.c."""
+
+    _fields_ = (
+        ("systems", ctypes.c_int),
+        ("longest", ctypes.c_long),
+        ("tie", ctypes.c_double),
+        ("natoms", ctypes.c_void_p),
+        ("periodic", ctypes.c_void_p),
+        ("lattice", ctypes.c_void_p),
+        ("inverse", ctypes.c_void_p),
+    )
+
+
+def system_distances(structures: Structures, positions: Tensor) -> Tensor:
+    """`neighbors.system_distances`: (B, n, 3) → (B, n, n) Å; once differentiable."""
+    if not _serves(positions):
+        return neighbors.system_distances(structures, positions)
+    lattice, operation = np.tile(np.eye(3), (2, len(structures), 1, 1))
+    for index in structures.pbc.any(1).nonzero().flatten().tolist():
+        pbc = structures.pbc[index].numpy()
+        cell = structures.cell[index].detach().double().numpy() * pbc[:, None]
+        lattice[index], operation[index] = minkowski_reduce(complete_cell(cell), pbc)
+    boxes = (lattice, np.linalg.inv(lattice), operation)
+    about = (structures.natoms, structures.pbc.long(), *(torch.as_tensor(x) for x in boxes))
+    return _Distances.apply(positions, structures.cell, about)
+
+
+class _Distances(torch.autograd.Function):
+    """about: atoms (B,), periodic directions (B, 3), reduced lattices, their inverses, and what
+    makes them of the cells, (B, 3, 3) in float64.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, positions: Tensor, cell: Tensor, about: tuple[Tensor, ...]) -> Tensor:
+        x = positions.permute(2, 0, 1).contiguous()  # (3, B, n)
+        ctx.save_for_backward(x)
+        ctx.about = about
+        distances = x.new_zeros(*x.shape[1:], x.shape[2])
+        _Distances.call("distance_forward", about, x, distances)
+        return distances
+
+    @staticmethod
+    def call(name: str, about: tuple[Tensor, ...], x: Tensor, *rest: Tensor) -> None:
+        kept = [tensor.contiguous() for tensor in about[:4]]
+        _, batch, longest = x.shape
+        boxes = _Boxes(batch, longest, neighbors.TIE, *(tensor.data_ptr() for tensor in kept))
+        kernel, before = getattr(load_kernels(x.dtype), name), (ctypes.byref(boxes),)
+        _share(kernel, batch * longest, x, *rest, before=before)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        _, batch, longest = x.shape
+        d_positions = torch.zeros(batch, longest, 3, dtype=torch.float64)
+        d_lattice = torch.zeros(batch, longest, 3, 3, dtype=torch.float64)
+        results = (d_positions, d_lattice)
+        _Distances.call("distance_backward", ctx.about, x, gradient.contiguous(), *results)
+        d_cell = ctx.about[4].transpose(1, 2) @ d_lattice.sum(1)
+        return d_positions.to(x.dtype), d_cell.to(x.dtype), None

@@ -351,6 +351,16 @@ def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tenso
     return _Symmetric.apply(bias.view(-1, len(i)), n).view(-1, batch, n, n)
 
 
+def rotary_bias_and_slope(
+    distances: Tensor, weight: Tensor, frequencies: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(q,) Å, (C, F), (F,) → the bias (C, q), and its derivative by the distance."""
+    features, slope = _sinc(distances, frequencies, 1)
+    mixed = weight @ features.T
+    inside = F.softplus(mixed) + 1e-6
+    return inside.log(), torch.sigmoid(mixed) / inside * (weight @ slope.T)
+
+
 class _Symmetric(torch.autograd.Function):
     """Values of the pairs i ≤ j into full symmetric matrices: (C, n(n+1)/2) → (C, n, n)."""
 

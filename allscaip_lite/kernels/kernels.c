@@ -1,5 +1,5 @@
-/* The sums over pairs of edges around one atom, and what is done to each number, for `compile=True`;
-   see compiled.py.
+/* The sums over pairs of edges around one atom, attention among all atoms, and what is done to each
+   number; see compiled.py.
 
    What `attention.neighborhood_attention` and `encodings.bond_orientational_order` do with padded
    tables is done here row by row: a row's numbers fit into the nearest cache, empty slots do not
@@ -653,6 +653,414 @@ int order_twice(const Rows *rows, int begin, int end, int degree, const REAL *we
         turn(n, wide, d_cosine_change, d_u, spare, d_direction + 3 * rows->first[i]);
     }
     free(legendre);
+    return 0;
+}
+
+/* --- distances of all pairs of atoms ------------------------------------------------------------- */
+
+enum { ATOMS = 16 };              /* rows of pairs that are taken at once */
+
+typedef struct {
+    int systems;
+    long longest;                  /* atoms of the largest system */
+    double tie;                    /* images whose distances differ by less are equally near */
+    const long *natoms, *periodic; /* (systems,), and (systems, 3): which directions are */
+    const double *lattice;         /* (systems, 3, 3), Minkowski-reduced */
+    const double *inverse;
+} Boxes;
+
+/* What of a lattice is asked for each pair */
+typedef struct {
+    int periodic[3], any, tilted;
+    double lattice[9], inverse[9], length[3], half, tie; /* half: of the shortest lattice vector */
+} Lattice;
+
+static Lattice lattice_of(const Boxes *boxes, int s)
+{
+    Lattice box = {.tie = boxes->tie, .half = 1e300};
+    memcpy(box.lattice, boxes->lattice + 9 * s, sizeof(box.lattice));
+    memcpy(box.inverse, boxes->inverse + 9 * s, sizeof(box.inverse));
+    const double *a = box.lattice;
+    for (int x = 0; x < 3; x++) {
+        box.periodic[x] = boxes->periodic[3 * s + x] != 0;
+        box.any |= box.periodic[x];
+        box.length[x] = sqrt(a[3 * x] * a[3 * x] + a[3 * x + 1] * a[3 * x + 1] + a[3 * x + 2] * a[3 * x + 2]);
+        if (box.periodic[x] && box.length[x] / 2 < box.half)
+            box.half = box.length[x] / 2;
+    }
+    for (int x = 0; x < 3; x++)
+        for (int y = 0; y < x; y++) {
+            double along = a[3 * x] * a[3 * y] + a[3 * x + 1] * a[3 * y + 1] + a[3 * x + 2] * a[3 * y + 2];
+            box.tilted |= fabs(along) > 1e-12 * box.length[x] * box.length[y];
+        }
+    return box;
+}
+
+/* The distance to the nearest image of an atom at v, the mean over equally near ones; unit (3) and
+   turned (3, 3), if they are there: its derivatives by v and by the lattice. */
+static double nearest(const Lattice *box, const double *v, double *unit, double *turned)
+{
+    double shift[3], at[3], found[27], shifts[27][3], images[27][3], least, mean = 0;
+    int far = 0, count = 1, equal = 0;
+    for (int x = 0; x < 3; x++) {
+        double place = v[0] * box->inverse[x] + v[1] * box->inverse[3 + x] + v[2] * box->inverse[6 + x];
+        shift[x] = box->periodic[x] ? -nearbyint(place) : 0;
+        far |= box->periodic[x] && (0.5 - fabs(place + shift[x])) * box->length[x] < box->tie;
+    }
+    for (int x = 0; x < 3; x++)
+        at[x] = v[x] + shift[0] * box->lattice[x] + shift[1] * box->lattice[3 + x] +
+                shift[2] * box->lattice[6 + x];
+    least = sqrt(at[0] * at[0] + at[1] * at[1] + at[2] * at[2]);
+    memcpy(shifts[0], shift, sizeof(shift));
+    memcpy(images[0], at, sizeof(at));
+    found[0] = least;
+    if (box->tilted ? least > box->half - box->tie : far)
+        for (int a = -box->periodic[0]; a <= box->periodic[0]; a++)
+            for (int b = -box->periodic[1]; b <= box->periodic[1]; b++)
+                for (int c = -box->periodic[2]; c <= box->periodic[2]; c++) {
+                    double *w = images[count], *step = shifts[count];
+                    if (!a && !b && !c)
+                        continue;
+                    step[0] = shift[0] + a, step[1] = shift[1] + b, step[2] = shift[2] + c;
+                    for (int x = 0; x < 3; x++)
+                        w[x] = at[x] + a * box->lattice[x] + b * box->lattice[3 + x] +
+                               c * box->lattice[6 + x];
+                    found[count] = sqrt(w[0] * w[0] + w[1] * w[1] + w[2] * w[2]);
+                    least = found[count] < least ? found[count] : least;
+                    count++;
+                }
+    if (unit) {
+        memset(unit, 0, 3 * sizeof(double));
+        memset(turned, 0, 9 * sizeof(double));
+    }
+    for (int image = 0; image < count; image++) {
+        if (found[image] > least && found[image] >= least + box->tie)
+            continue;
+        mean += found[image];
+        equal++;
+        for (int x = 0; unit && found[image] > 0 && x < 3; x++) {
+            double share = images[image][x] / found[image];
+            unit[x] += share;
+            for (int y = 0; y < 3; y++)
+                turned[3 * y + x] += shifts[image][y] * share;
+        }
+    }
+    for (int x = 0; unit && x < 9; x++) {
+        turned[x] /= equal;
+        if (x < 3)
+            unit[x] /= equal;
+    }
+    return mean / equal;
+}
+
+/* distance (systems, longest, longest) of the rows of atoms begin .. end, of the systems * longest that there
+   are with padding; their positions x (3, systems * longest) */
+int distance_forward(const Boxes *boxes, int begin, int end, const REAL *x, REAL *distance)
+{
+    const REAL *y = x + boxes->systems * boxes->longest, *z = y + boxes->systems * boxes->longest;
+    for (int s = 0; s < boxes->systems; s++) {
+        long start = s * boxes->longest, stop = start + boxes->natoms[s];
+        Lattice box = lattice_of(boxes, s);
+        for (long i = start > begin ? start : begin; i < stop && i < end; i++) {
+            REAL *row = distance + (s * boxes->longest + i - start) * boxes->longest;
+            for (long j = start; j < stop && !box.any; j++) {
+                REAL a = x[j] - x[i], b = y[j] - y[i], c = z[j] - z[i];
+                row[j - start] = sizeof(REAL) == 4 ? sqrtf(a * a + b * b + c * c)
+                                                   : sqrt(a * a + b * b + c * c);
+            }
+            for (long j = start; j < stop && box.any; j++) {
+                double v[3] = {(double)x[j] - x[i], (double)y[j] - y[i], (double)z[j] - z[i]};
+                row[j - start] = nearest(&box, v, NULL, NULL);
+            }
+        }
+    }
+    return 0;
+}
+
+/* Its derivative, added to d_x (systems * longest, 3) of the rows begin .. end, and to d_lattice
+   (systems * longest, 3, 3), whose sums over the atoms of a system are wanted. */
+int distance_backward(const Boxes *boxes, int begin, int end, const REAL *x, const REAL *g,
+                      double *d_x, double *d_lattice)
+{
+    const REAL *y = x + boxes->systems * boxes->longest, *z = y + boxes->systems * boxes->longest;
+    long longest = boxes->longest;
+    for (int s = 0; s < boxes->systems; s++) {
+        long start = s * boxes->longest, stop = start + boxes->natoms[s];
+        Lattice box = lattice_of(boxes, s);
+        const REAL *own = g + s * longest * longest;
+        for (long i = start > begin ? start : begin; i < stop && i < end; i += ATOMS)
+            for (long j = start; j < stop; j++) /* some rows at once: g is read across, too */
+                for (long r = i; r < i + ATOMS && r < stop && r < end; r++) {
+                    REAL forth = own[(r - start) * longest + j - start];
+                    REAL back = own[(j - start) * longest + r - start];
+                    double v[3] = {(double)x[j] - x[r], (double)y[j] - y[r], (double)z[j] - z[r]};
+                    double unit[3], turned[9];
+                    if (box.any)
+                        nearest(&box, v, unit, turned);
+                    else {
+                        double squared = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
+                        double inverse = squared > 0 ? 1 / sqrt(squared) : 0;
+                        for (int k = 0; k < 3; k++)
+                            unit[k] = v[k] * inverse;
+                    }
+                    for (int k = 0; k < 3; k++)
+                        d_x[3 * r + k] -= ((double)forth + back) * unit[k];
+                    for (int k = 0; k < 9 && box.any; k++)
+                        d_lattice[9 * r + k] += forth * turned[k];
+                }
+    }
+    return 0;
+}
+
+/* --- node attention ---------------------------------------------------------------------------- */
+
+/* Queries and keys are taken in tiles, so that nothing of size n x n is kept: of a row of weights
+   only the logarithm of its sum. The logits' bias is one function of the distance for each head,
+   read from a table of cubic polynomials. */
+enum { QUERIES = 32, KEYS = 64, LANES = 4 };
+
+/* the same numbers of LANES heads */
+typedef REAL lanes __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+
+typedef struct {
+    int heads, size, systems;     /* size: channels of a head */
+    long longest, intervals;      /* atoms of the largest system; rows of the table */
+    double per_length;            /* intervals in 1 Angstrom */
+    const long *first;            /* systems + 1: where the atoms of each begin */
+    const REAL *distance;         /* (systems, longest, longest) */
+    const REAL *table;            /* (intervals, heads / LANES rounded up, 4 coefficients, LANES) */
+} Systems;
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+/* bias[head][r][j] of a tile, -1e30 where there is no key; slope, if it is there: by distance */
+static void read_table(const Systems *about, const REAL *distance, size_t rows, size_t keys,
+                       REAL *bias, REAL *slope)
+{
+    int sets = (about->heads + LANES - 1) / LANES;
+    REAL per = about->per_length;
+    for (size_t r = 0; r < rows; r++) {
+        const REAL *d = distance + r * about->longest;
+        for (size_t j = 0; j < keys; j++) {
+            REAL x = d[j] * per;
+            long cell = (long)x;
+            if (cell > about->intervals - 1)
+                cell = about->intervals - 1;
+            REAL t = x - cell;
+            const lanes *c = (const lanes *)(about->table + (size_t)cell * sets * 4 * LANES);
+            for (int set = 0; set < sets; set++, c += 4) {
+                lanes y = ((c[3] * t + c[2]) * t + c[1]) * t + c[0];
+                for (int h = 0; h < LANES; h++)
+                    bias[((set * LANES + h) * QUERIES + r) * KEYS + j] = y[h];
+                if (!slope)
+                    continue;
+                y = ((3 * t * c[3] + 2 * c[2]) * t + c[1]) * per;
+                for (int h = 0; h < LANES; h++)
+                    slope[((set * LANES + h) * QUERIES + r) * KEYS + j] = y[h];
+            }
+        }
+        for (int h = 0; h < sets * LANES; h++)
+            for (size_t j = keys; j < KEYS; j++)
+                bias[(h * QUERIES + r) * KEYS + j] = -1e30;
+    }
+}
+
+/* out[head][r][d] = factor x[r][head * size + d], n rows of `step` of them in x */
+static void by_head(const Systems *about, size_t n, size_t room, const REAL *x, size_t step,
+                    REAL factor, REAL *out)
+{
+    size_t size = about->size, wide = padded(size);
+    for (int head = 0; head < about->heads; head++)
+        for (size_t r = 0; r < n; r++)
+            for (size_t d = 0; d < size; d++)
+                out[(head * room + r) * wide + d] = factor * x[r * step + head * size + d];
+}
+
+/* the same of KEYS rows, transposed: out[head][d][j], 0 for j >= n */
+static void by_channel(const Systems *about, size_t n, const REAL *x, size_t step, REAL *out)
+{
+    size_t size = about->size;
+    for (int head = 0; head < about->heads; head++, out += size * KEYS)
+        for (size_t d = 0; d < size; d++)
+            for (size_t j = 0; j < KEYS; j++)
+                out[d * KEYS + j] = j < n ? x[j * step + head * size + d] : 0;
+}
+
+/* Atoms begin .. end: out (N, heads*size) and total (N, heads), the logarithm of the sum of each
+   row's exponentials, from qkv (N, 3*heads*size). Returns 0, or 1: no memory. */
+int node_forward(const Systems *about, int begin, int end, const REAL *qkv, REAL *out, REAL *total)
+{
+    size_t size = about->size, heads = about->heads, hidden = heads * size, wide = padded(size);
+    size_t sets = (heads + LANES - 1) / LANES, blocks = (about->longest + KEYS - 1) / KEYS;
+    size_t tile = QUERIES * KEYS, held = heads * KEYS * wide;
+    REAL *memory = numbers(2 * blocks * held + sets * LANES * tile + tile + QUERIES * (3 + wide) +
+                           2 * heads * QUERIES * (wide + 1));
+    if (!memory)
+        return 1;
+    REAL *keys = memory, *values = keys + blocks * held, *bias = values + blocks * held;
+    REAL *weight = bias + sets * LANES * tile, *part = weight + tile, *q = part + QUERIES * wide;
+    REAL *mixed = q + heads * QUERIES * wide, *largest = mixed + heads * QUERIES * wide;
+    REAL *sum = largest + heads * QUERIES;
+    REAL scale = 1 / sqrt((double)size);
+    for (int s = 0; s < about->systems; s++) {
+        size_t start = about->first[s], n = about->first[s + 1] - start;
+        size_t from = start > (size_t)begin ? start : (size_t)begin;
+        size_t to = smaller(start + n, end);
+        if (from >= to)
+            continue;
+        for (size_t j = 0; j < n; j += KEYS) {
+            const REAL *k = qkv + (start + j) * 3 * hidden + hidden;
+            by_channel(about, smaller(KEYS, n - j), k, 3 * hidden, keys + j / KEYS * held);
+            by_head(about, smaller(KEYS, n - j), KEYS, k + hidden, 3 * hidden, 1,
+                    values + j / KEYS * held);
+        }
+        for (size_t i = from; i < to; i += QUERIES) {
+            size_t rows = smaller(QUERIES, to - i);
+            const REAL *distance = about->distance + (s * about->longest + i - start) * about->longest;
+            by_head(about, rows, QUERIES, qkv + i * 3 * hidden, 3 * hidden, scale, q);
+            memset(mixed, 0, heads * QUERIES * wide * sizeof(REAL));
+            for (size_t r = 0; r < heads * QUERIES; r++)
+                largest[r] = -1e30, sum[r] = 0;
+            for (size_t j = 0; j < n; j += KEYS) {
+                size_t count = smaller(KEYS, n - j);
+                read_table(about, distance + j, rows, count, bias, NULL);
+                for (size_t head = 0; head < heads; head++) {
+                    const REAL *b = bias + head * tile;
+                    REAL *own = mixed + head * QUERIES * wide, shrink[QUERIES];
+                    product(rows, padded(count), size, q + head * QUERIES * wide, wide, 1,
+                            keys + j / KEYS * held + head * size * KEYS, KEYS, weight, KEYS);
+                    for (size_t r = 0; r < rows; r++) {
+                        REAL *w = weight + r * KEYS, top = largest[head * QUERIES + r], added = 0;
+                        for (size_t f = 0; f < padded(count); f++) {
+                            w[f] += b[r * KEYS + f];
+                            top = w[f] > top ? w[f] : top;
+                        }
+                        for (size_t f = 0; f < padded(count); f++) {
+                            w[f] = exponential(w[f] - top);
+                            added += w[f];
+                        }
+                        shrink[r] = exponential(largest[head * QUERIES + r] - top);
+                        sum[head * QUERIES + r] = sum[head * QUERIES + r] * shrink[r] + added;
+                        largest[head * QUERIES + r] = top;
+                    }
+                    product(rows, size, count, weight, KEYS, 1,
+                            values + j / KEYS * held + head * KEYS * wide, wide, part, wide);
+                    for (size_t r = 0; r < rows; r++)
+                        for (size_t d = 0; d < wide; d++)
+                            own[r * wide + d] = own[r * wide + d] * shrink[r] + part[r * wide + d];
+                }
+            }
+            for (size_t r = 0; r < rows; r++)
+                for (size_t head = 0; head < heads; head++) {
+                    size_t at = head * QUERIES + r;
+                    for (size_t d = 0; d < size; d++)
+                        out[(i + r) * hidden + head * size + d] = mixed[at * wide + d] / sum[at];
+                    total[(i + r) * heads + head] = largest[at] + log((double)sum[at]);
+                }
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* Its derivative: d_q (N, heads*size) and d_distance (as distance) are written for the rows
+   begin .. end, d_kv (N, 2*heads*size) is added to, for all keys. */
+int node_backward(const Systems *about, int begin, int end, const REAL *qkv, const REAL *out,
+                  const REAL *total, const REAL *gradient, REAL *d_q, REAL *d_kv, REAL *d_distance)
+{
+    size_t size = about->size, heads = about->heads, hidden = heads * size, wide = padded(size);
+    size_t sets = (heads + LANES - 1) / LANES, blocks = (about->longest + KEYS - 1) / KEYS;
+    size_t tile = QUERIES * KEYS, held = heads * KEYS * wide, rowwise = heads * QUERIES * wide;
+    REAL *memory = numbers(5 * blocks * held + 2 * sets * LANES * tile + 3 * tile + KEYS * wide +
+                           3 * rowwise + heads * QUERIES);
+    if (!memory)
+        return 1;
+    REAL *keys = memory, *values = keys + blocks * held, *k_rows = values + blocks * held;
+    REAL *dk = k_rows + blocks * held, *dv = dk + blocks * held, *bias = dv + blocks * held;
+    REAL *slope = bias + sets * LANES * tile, *weight = slope + sets * LANES * tile;
+    REAL *d_weight = weight + tile, *pull = d_weight + tile, *part = pull + tile;
+    REAL *q = part + KEYS * wide, *g = q + rowwise, *dq = g + rowwise, *mean = dq + rowwise;
+    REAL scale = 1 / sqrt((double)size);
+    for (int s = 0; s < about->systems; s++) {
+        size_t start = about->first[s], n = about->first[s + 1] - start;
+        size_t from = start > (size_t)begin ? start : (size_t)begin;
+        size_t to = smaller(start + n, end);
+        if (from >= to)
+            continue;
+        for (size_t j = 0; j < n; j += KEYS) {
+            const REAL *k = qkv + (start + j) * 3 * hidden + hidden;
+            by_channel(about, smaller(KEYS, n - j), k, 3 * hidden, keys + j / KEYS * held);
+            by_channel(about, smaller(KEYS, n - j), k + hidden, 3 * hidden, values + j / KEYS * held);
+            by_head(about, smaller(KEYS, n - j), KEYS, k, 3 * hidden, 1, k_rows + j / KEYS * held);
+        }
+        memset(dk, 0, 2 * blocks * held * sizeof(REAL));
+        for (size_t i = from; i < to; i += QUERIES) {
+            size_t rows = smaller(QUERIES, to - i);
+            size_t row = (s * about->longest + i - start) * about->longest;
+            by_head(about, rows, QUERIES, qkv + i * 3 * hidden, 3 * hidden, scale, q);
+            by_head(about, rows, QUERIES, gradient + i * hidden, hidden, 1, g);
+            memset(dq, 0, rowwise * sizeof(REAL));
+            for (size_t r = 0; r < rows; r++)
+                for (size_t head = 0; head < heads; head++) {
+                    size_t at = (i + r) * hidden + head * size;
+                    REAL along = 0;
+                    for (size_t d = 0; d < size; d++)
+                        along += gradient[at + d] * out[at + d];
+                    mean[head * QUERIES + r] = along;
+                }
+            for (size_t j = 0; j < n; j += KEYS) {
+                size_t count = smaller(KEYS, n - j), across = padded(count), block = j / KEYS * held;
+                read_table(about, about->distance + row + j, rows, count, bias, slope);
+                for (size_t head = 0; head < heads; head++) {
+                    const REAL *b = bias + head * tile, *c = slope + head * tile;
+                    REAL *own = dq + head * QUERIES * wide;
+                    product(rows, across, size, q + head * QUERIES * wide, wide, 1,
+                            keys + block + head * size * KEYS, KEYS, weight, KEYS);
+                    product(rows, across, size, g + head * QUERIES * wide, wide, 1,
+                            values + block + head * size * KEYS, KEYS, d_weight, KEYS);
+                    for (size_t r = 0; r < rows; r++) {
+                        REAL *w = weight + r * KEYS, *dw = d_weight + r * KEYS, *p = pull + r * KEYS;
+                        REAL all = total[(i + r) * heads + head], m = mean[head * QUERIES + r];
+                        for (size_t f = 0; f < across; f++) {
+                            REAL logit = w[f] + b[r * KEYS + f] - all;
+                            w[f] = exponential(logit < 0 ? logit : 0);
+                            dw[f] = w[f] * (dw[f] - m); /* of the logit */
+                        }
+                        for (size_t f = 0; f < count; f++)
+                            p[f] = dw[f] * c[r * KEYS + f] + (head ? p[f] : 0);
+                    }
+                    product(rows, size, count, d_weight, KEYS, 1, k_rows + block + head * KEYS * wide,
+                            wide, part, wide);
+                    for (size_t x = 0; x < rows * wide; x++)
+                        own[x] += part[x];
+                    product(count, size, rows, d_weight, 1, KEYS, q + head * QUERIES * wide, wide,
+                            part, wide);
+                    for (size_t x = 0; x < count * wide; x++)
+                        dk[block + head * KEYS * wide + x] += part[x];
+                    product(count, size, rows, weight, 1, KEYS, g + head * QUERIES * wide, wide, part,
+                            wide);
+                    for (size_t x = 0; x < count * wide; x++)
+                        dv[block + head * KEYS * wide + x] += part[x];
+                }
+                for (size_t r = 0; r < rows; r++)
+                    memcpy(d_distance + row + r * about->longest + j, pull + r * KEYS,
+                           count * sizeof(REAL));
+            }
+            for (size_t r = 0; r < rows; r++)
+                for (size_t head = 0; head < heads; head++)
+                    for (size_t d = 0; d < size; d++)
+                        d_q[(i + r) * hidden + head * size + d] =
+                            scale * dq[(head * QUERIES + r) * wide + d];
+        }
+        for (size_t j = 0; j < n; j++)
+            for (size_t head = 0; head < heads; head++)
+                for (size_t d = 0; d < size; d++) {
+                    size_t at = j / KEYS * held + (head * KEYS + j % KEYS) * wide + d;
+                    d_kv[(start + j) * 2 * hidden + head * size + d] += dk[at];
+                    d_kv[(start + j) * 2 * hidden + hidden + head * size + d] += dv[at];
+                }
+    }
+    free(memory);
     return 0;
 }
 

@@ -19,12 +19,13 @@ from ase import Atoms
 from conftest import CHANNELS, neutral, random
 from torch import Tensor
 
-from allscaip_lite import attention, kernels
+from allscaip_lite import AllScAIP, attention, kernels
 from allscaip_lite.attention import SystemTable
 from allscaip_lite.encodings import radial_centers, rotary_frequencies
 from allscaip_lite.graph import Graph
 from allscaip_lite.kernels import compiled, elementwise, fused_attention
 from allscaip_lite.operations import PLAIN, Operations
+from allscaip_lite.structures import Structures, structures_from_atoms
 
 HEADS = 2
 SETS: dict[str, Callable[[], Operations]] = {
@@ -55,7 +56,8 @@ def of_its_own(operations: Operations, name: str) -> bool:
         "gelu": "gelu",
         "radial basis": "gaussian_basis",
         "soft rank": "soft_rank",
-        "rotary bias": "rotary_bias",
+        "rotary bias": "rotary_biases",
+        "distances": "system_distances",
         "node attention": "node_attention",
         "pair sums": "pair_sums",
         "attention of the atoms": "self_edge_attention",
@@ -140,14 +142,48 @@ def rank_case(graph: Graph, rows: int = 40, candidates: int = 12) -> Case:
 
 
 def rotary_case(graph: Graph, n: int = 6) -> Case:
-    points = 3 * random(2, n, 3, seed=3)
-    distances = torch.cdist(points, points) + 0.1 * torch.eye(n)
+    distances = distances_of(2, n)
     frequencies = rotary_frequencies(8, distances)
 
     def call(ops: Operations, weight: Tensor, d: Tensor) -> Tensor:
-        return ops.rotary_bias((d + d.transpose(1, 2)) / 2, weight, frequencies.to(d.dtype))
+        d = (d + d.transpose(1, 2)) / 2
+        return torch.stack(list(ops.rotary_biases(d, weight, frequencies.to(d.dtype))))
 
-    return Case(call, [random(6, 8), distances])
+    return Case(call, [random(3, 2, 8), distances])
+
+
+def distances_of(batch: int, n: int) -> Tensor:
+    points = 3 * random(batch, n, 3, seed=3)
+    return torch.cdist(points, points) + 0.1 * torch.eye(n)
+
+
+def distances_case(graph: Graph, lattice: str = "none") -> Case:
+    """Two systems of different sizes; of cells that are smaller than the molecule, and larger."""
+    natoms, n = torch.tensor([7, 4]), 7
+    cell = {
+        "none": torch.zeros(3, 3),
+        "box": torch.diag(torch.tensor([3.1, 4.2, 9.0])),
+        "slab": torch.tensor([[3.1, 0.4, 0.0], [0.2, 4.2, 0.1], [0.0, 0.3, 8.0]]),
+        "tilted": torch.tensor([[3.1, 0.4, 0.0], [2.9, 4.2, 0.1], [-2.5, 3.3, 5.0]]),
+    }[lattice].double()
+    pbc = torch.tensor([[lattice != "none", lattice != "none", lattice in ("box", "tilted")]] * 2)
+    real = torch.arange(n) < natoms[:, None]
+
+    def call(ops: Operations, positions: Tensor, strain: Tensor) -> Tensor:
+        moved = cell.to(strain) + cell.to(strain) @ strain
+        structures = Structures(
+            positions=positions[real],
+            atomic_numbers=torch.ones(11, dtype=torch.long),
+            cell=moved,
+            pbc=pbc,
+            charge=torch.zeros(2),
+            spin=torch.ones(2),
+            natoms=natoms,
+        )
+        found = ops.system_distances(structures, positions * real[..., None])
+        return found * (real[:, :, None] & real[:, None])
+
+    return Case(call, [3 * random(2, n, 3, seed=5), 0.1 * random(2, 3, 3, seed=6)])
 
 
 def sums_case(graph: Graph, degree: int = 9) -> Case:
@@ -193,6 +229,24 @@ def node_case(graph: Graph, natoms: tuple[int, ...] = (5, 1, 3), rotary: bool = 
     return Case(call, [random(sum(natoms), 3 * 32), random(batch, HEADS, longest, longest, seed=4)])
 
 
+def node_by_distance_case(
+    graph: Graph, natoms: tuple[int, ...] = (5, 1, 3), size: int = 16, heads: int = 2
+) -> Case:
+    """Node attention of two blocks, whose biases are read by the distance."""
+    systems = SystemTable.make(torch.tensor(natoms))
+    distances = distances_of(*systems.real.shape)
+    weight, frequencies = 0.3 * random(2, heads, 8), rotary_frequencies(8, distances)
+
+    def call(ops: Operations, qkv: Tensor, d: Tensor) -> Tensor:
+        mask = systems.mask(qkv.dtype)
+        d = (d + d.transpose(1, 2)) / 2
+        biases = ops.rotary_biases(d, weight.to(d.dtype), frequencies.to(d.dtype), mask)
+        found = [ops.node_attention(qkv, bias, systems, heads)[0] for bias in biases]
+        return torch.stack(found)
+
+    return Case(call, [random(sum(natoms), 3 * heads * size), distances])
+
+
 def at_precision(graph: Graph, dtype: torch.dtype, **changes: Tensor) -> Graph:
     parts = {"log_weight": graph.log_weight, "slot_directions": graph.slot_directions} | changes
     return replace(graph, **{name: part.to(dtype) for name, part in parts.items()})
@@ -218,7 +272,18 @@ CASES: dict[str, Callable[[Graph], Case]] = {
     "soft rank": rank_case,
     "rotary bias": rotary_case,
     "rotary bias of one atom": partial(rotary_case, n=1),
+    "distances": distances_case,
+    **{
+        f"distances, {name}": partial(distances_case, lattice=name)
+        for name in ("box", "slab", "tilted")
+    },
     "node attention": node_case,
+    "node attention by distance": node_by_distance_case,
+    "node attention by distance, one atom": partial(node_by_distance_case, natoms=(1,)),
+    "node attention by distance, one system": partial(node_by_distance_case, natoms=(9,)),
+    "node attention by distance, several tiles": partial(
+        node_by_distance_case, natoms=(150, 70, 65), size=10, heads=3
+    ),
     "node attention, equal sizes": partial(node_case, natoms=(4, 4)),
     "node attention, no bias": partial(node_case, rotary=False),
     "node attention, one atom": partial(node_case, natoms=(1,)),
@@ -299,19 +364,24 @@ def test_the_cases_move_every_number(graphs: dict[str, Graph]) -> None:
             continue
         assert value.abs().max() > 1e-3, name
         # without angles, directions change nothing; nor does a bias that is not read
-        blind = "one group" in name or "none" in name or "atoms" in name or "no bias" in name
+        blind = any(word in name for word in ("one group", "none", "atoms", "no bias"))
+        blind = blind or name == "distances"  # of molecules, which have no cell
         for slope in slopes[:1] if blind else slopes:
             assert slope.abs().max() > 1e-6, name
 
 
 def test_a_set_for_one_differentiation_refuses_a_second(graphs: dict[str, Graph]) -> None:
     """An error, never a silently wrong gradient of a loss on forces."""
-    case = attention_case(graphs["molecules"])
-    leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
-    mixed = case.call(kernels.in_torch("cpu"), *leaves)
-    (gradient,) = torch.autograd.grad(mixed.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    cases = [(attention_case(graphs["molecules"]), kernels.in_torch("cpu"))]
+    if shutil.which("cc"):
+        cases += [(make(None), kernels.in_c()) for make in (node_by_distance_case, distances_case)]
+    for case, operations in cases:
+        leaves = [leaf.detach().float().requires_grad_() for leaf in case.leaves[:2]]
+        leaves += [leaf.detach().float() for leaf in case.leaves[2:]]
+        mixed = case.call(operations, *leaves)
+        (gradient,) = torch.autograd.grad(mixed.square().sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_dropout_draws_the_same_numbers(graphs: dict[str, Graph], operations: Operations) -> None:
@@ -371,7 +441,8 @@ def test_runs_cover_every_row_once(counts: list[int]) -> None:
 @pytest.mark.parametrize("chunk", [11, 1])
 def test_any_chunk_of_pairs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "PAIRS_AT_ONCE", chunk)
-    operations = replace(PLAIN, rotary_bias=elementwise.rotary_bias)
+    biases = partial(attention.rotary_biases, bias=elementwise.rotary_bias)
+    operations = replace(PLAIN, rotary_biases=biases)
     compare(rotary_case(None), operations, torch.float64)
 
 
@@ -413,6 +484,58 @@ def test_derivatives_of_any_order() -> None:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("scale", [1 / 32, 0.3, 3.0])
+def test_a_table_is_its_function(scale: float) -> None:
+    """Values to 1e-7 of the largest and slopes to 5e-6 of the steepest, of each head."""
+    weight, frequencies = scale * random(2, 5, 32), rotary_frequencies(32, random(1))
+    d = torch.cat([torch.zeros(1), 90 * torch.rand(5000, generator=torch.Generator())]).double()
+    biases = compiled.rotary_biases(d.float(), weight.float(), frequencies.float())
+    d, weight, frequencies = (
+        d.float().double(),
+        weight.float().double(),
+        frequencies.float().double(),
+    )
+    for block, bias in enumerate(biases):
+        x = d * bias.per_length
+        cell, t = x.long(), x - x.long()
+        c = bias.table[cell].double().permute(2, 0, 1, 3).flatten(2)[..., :5]  # (4, q, h)
+        value = c[0] + t[:, None] * (c[1] + t[:, None] * (c[2] + t[:, None] * c[3]))
+        slope = (c[1] + t[:, None] * (2 * c[2] + 3 * t[:, None] * c[3])) * bias.per_length
+        exact = elementwise.rotary_bias_and_slope(d, weight[block], frequencies)
+        for found, right, near in ((value.T, exact[0], 2e-7), (slope.T, exact[1], 6e-6)):
+            error = (found - right).abs().amax(1)  # float32 rounds a value by 6e-8
+            assert (error <= near * right.abs().amax(1)).all()
+
+
+def test_weights_that_need_derivatives_take_no_table() -> None:
+    distances, frequencies = distances_of(1, 4).float(), rotary_frequencies(8, random(1).float())
+    weight = random(1, 2, 8).float().requires_grad_()
+    found = compiled.rotary_biases(distances, weight, frequencies)
+    assert isinstance(found[0], Tensor) and found[0].requires_grad
+    apart = compiled.rotary_biases(distances + 1000, weight.detach(), frequencies)
+    steep = compiled.rotary_biases(distances, 1e4 * weight.detach(), frequencies)
+    assert isinstance(apart[0], Tensor) and isinstance(steep[0], Tensor)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_blocks_that_are_called_twice(
+    make_model: Callable[..., AllScAIP], cluster: Atoms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short, the first blocks' forward pass is done again; nothing else changes."""
+    model, found = make_model(num_layers=4), []
+    model.operations = kernels.in_c()
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, *_: calls.append(block))
+    for kept in (2**30, 0):
+        monkeypatch.setattr(compiled, "KEPT", kept)
+        calls.clear()
+        found.append(model(structures_from_atoms(cluster, torch.float64), create_graph=False))
+        assert len(calls) == (3 if kept else 6)  # the last block is called in another way
+    assert torch.equal(found[0].forces, found[1].forces)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 @pytest.mark.parametrize("name", ["attention, source, lae", "pair sums", "attention, source, none"])
 def test_c_on_several_threads(graphs: dict[str, Graph], name: str) -> None:
     before = torch.get_num_threads()
@@ -421,6 +544,8 @@ def test_c_on_several_threads(graphs: dict[str, Graph], name: str) -> None:
         compare(
             CASES_OF_GRAPHS[name](graphs["molecules"]), SETS["c, for training"](), torch.float64
         )
+        for other in ("node attention by distance, several tiles", "distances, tilted"):
+            compare(CASES[other](graphs["molecules"]), kernels.in_c(), torch.float32)
     finally:
         torch.set_num_threads(before)
 

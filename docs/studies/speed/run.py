@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,7 +41,7 @@ from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
-from allscaip_lite.machine import THREADS_OF_USER, processor_name
+from allscaip_lite.machine import THREADS_OF_USER, peak_memory, processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.tables import insert_table, markdown_table
@@ -92,19 +91,6 @@ def calculator(side: str, checkpoint: str, device: str) -> Any:
         unit = load_predict_unit(checkpoint, device=device)
         return FAIRChemCalculator(unit, task_name="omol")
     return AllScAIPCalculator(checkpoint, device, kernels=side)
-
-
-def peak_memory(device: str) -> float:
-    """GiB: the most this process held in memory, or on a GPU the most PyTorch allocated."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not ru_maxrss: on Linux that starts at the peak of the process that started this one
-        (line,) = [s for s in status.read_text().splitlines() if s.startswith("VmHWM")]
-        return int(line.split()[1]) / 2**20
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def serve(side: str, checkpoint: str, molecules: int, device: str) -> None:
