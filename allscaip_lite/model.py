@@ -574,7 +574,7 @@ def similar_sizes(natoms: Sequence[int]) -> list[list[int]]:
 
     The node attention pads all to the longest, n² for each: among systems of very different sizes
     most of it would be padding. Then no group has systems 1.5 times as long as others, but short
-    ones.
+    ones. Each group is in the order of the indices.
     """
     if len(natoms) * max(natoms) ** 2 <= 4 * sum(n * n for n in natoms):
         return [list(range(len(natoms)))]
@@ -583,7 +583,7 @@ def similar_sizes(natoms: Sequence[int]) -> list[list[int]]:
         if groups[-1] and natoms[index] > max(32, 1.5 * natoms[groups[-1][0]]):
             groups.append([])
         groups[-1].append(index)
-    return groups
+    return [sorted(group) for group in groups]
 
 
 def without_weight_grad(module: M) -> M:
