@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STRUCTURE = ROOT / "notebooks" / "molecules" / "caffeine.xyz"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 820  # pixels of the finished picture
-COLOURS = 96
+COLOURS = 160
 TURN, STAY = (
     110,
     1100,
