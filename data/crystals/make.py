@@ -442,8 +442,9 @@ def sample(crystal: Crystal, number: int = 0, seed: int = 0) -> list[Atoms]:
 def make(folder: Path, rounds: int, seed: int = 0, workers: int = 1) -> None:
     """Make and label the structures of so many rounds, or go on with it, and write the data set.
 
-    The number of workers changes nothing but the time. Raises LabelError where `folder` holds
-    another plan or seed, and without a round.
+    In a round the crystals of the tables come first, elements in other structures last. The number
+    of workers changes nothing but the time. Raises LabelError where `folder` holds another plan or
+    seed, and without a round.
     """
     import chgnet  # noqa: F401  a missing one is to be reported before any work
 
@@ -459,7 +460,7 @@ def make(folder: Path, rounds: int, seed: int = 0, workers: int = 1) -> None:
             (crystal, number, seed),
         )
         for number in range(rounds)
-        for crystal in chosen
+        for crystal in sorted(chosen, key=lambda crystal: not crystal.natural)
     ]
     queue.run_jobs(folder / "jobs", jobs, _sample, workers)
     queue.collect(folder / "jobs", jobs, folder)
