@@ -325,6 +325,15 @@ def test_an_atom_behind_another_has_no_label(figure):
     assert len(labels & {"O0", "H1"}) == 1 and len(labels) == 4
 
 
+def test_a_table_has_colours_and_texts_that_can_be_read_on_them(figure):
+    values = np.array([[0.0, 1.0], [0.2, 0.6]])
+    axes = plots.plot_table(values, [["a", "b"], ["c", "d"]], figure.axes[0])
+    (image,) = axes.get_images()
+    assert np.array_equal(image.get_array(), values)
+    seen = {text.get_text(): (text.get_position(), text.get_color()) for text in axes.texts}
+    assert seen["b"] == ((1, 0), "white") and seen["c"] == ((0, 1), "0.1")
+
+
 def test_spheres_have_a_row_for_each_degree_and_colours_for_signs(figure):
     figure.clear()
     seen = []
