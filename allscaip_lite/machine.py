@@ -35,11 +35,6 @@ def processor_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def device_name(device: torch.device) -> str:
-    """What the maker calls a GPU, or the processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-
-
 def peak_memory(device: str) -> float:
     """GiB: the most this process held in memory, or on a GPU the most PyTorch allocated."""
     if device == "cuda":

@@ -220,11 +220,6 @@ def by_element(described: Sequence[Description], found: Residuals) -> Rows:
     return {**rows, "all": summary(found)}
 
 
-def by_domain(data: Dataset, found: Residuals) -> Rows:
-    """`summary` of each `data_id` that occurs, and of `all`."""
-    return by_group(describe(data), found, GROUPS["domain"])
-
-
 def _chosen(found: Residuals, members: list[int]) -> Residuals:
     forces = [found.forces[i] for i in members]
     doubts = None if found.deviations is None else found.deviations[members]

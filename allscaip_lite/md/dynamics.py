@@ -486,13 +486,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The state in the folder if it is of the same run; the folder is ours afterwards."""
     listing, state = folder / "settings.json", read_state(folder / "state.npz", _arrays)
     if listing.exists():
-        try:
-            known = json.loads(listing.read_text())
-            known["duration"] = float(known["duration"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{listing} is damaged ({error}): remove {folder} and start again"
-            ) from error
+        known = read_settings(folder)
         # what a run of another version did not write down is not held against it
         if changed := differing(plan, known, but=["duration", *(plan.keys() ^ known.keys())]):
             raise RunError(
@@ -626,11 +620,30 @@ def _cut_log(file: Path, step: int) -> None:
         stream.writelines([head, *(line.rstrip("\r\n") + "\r\n" for line in kept)])
 
 
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What fixed the run in a folder, as `Settings` and more; RunError where it is damaged."""
+    listing = Path(folder) / "settings.json"
+    try:
+        known = json.loads(listing.read_text())
+        return known | {name: float(known[name]) for name in ("duration", "save_every")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{listing} is damaged ({error}): remove {folder} and start again"
+        ) from error
+
+
 def read_log(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The columns of a run's `log.csv` (names: LOG_COLUMNS) as arrays; empty cells are nan."""
-    with (Path(folder) / "log.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in LOG_COLUMNS}
+    """The columns of a run's `log.csv` (names: LOG_COLUMNS) as arrays; empty cells are nan.
+
+    Raises RunError where it is damaged.
+    """
+    file = Path(folder) / "log.csv"
+    with file.open(newline="") as stream:
+        try:
+            rows = list(csv.DictReader(stream))
+            return {name: np.array([float(r[name] or "nan") for r in rows]) for name in LOG_COLUMNS}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise RunError(f"{file} is damaged ({error}): bring it back as it was") from error
 
 
 # --- The command -----------------------------------------------------------------------------

@@ -14,12 +14,11 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.cell import Cell
@@ -29,7 +28,7 @@ from ase.io.trajectory import Trajectory
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import store_text
-from allscaip_lite.md.dynamics import progress_of, read_log
+from allscaip_lite.md.dynamics import progress_of, read_log, read_settings
 from allscaip_lite.spcfw import CHARGES, are_waters
 
 if TYPE_CHECKING:
@@ -162,14 +161,9 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
 
     Raises FileNotFoundError where there is no run, RunError where nothing is left.
     """
-    folder = Path(folder)
-    settings = json.loads((folder / "settings.json").read_text())
-    log = read_log(folder)
+    settings, log = read_settings(folder), read_log(folder)
     late = log["time_ps"] >= skip - 1e-9
-    spacing = settings["save_every"] / 1000
-    with Trajectory(folder / "trajectory.traj") as trajectory:
-        first = int(np.ceil(skip / spacing - 1e-9))
-        frames = [make_whole(trajectory[index]) for index in range(first, len(trajectory))]
+    frames = list(_frames(folder, settings, skip))
     if not frames or not late.any():
         raise RunError(f"{folder} ends before {skip:g} ps: skip less, or prolong the run")
     return Run(
@@ -179,9 +173,17 @@ def read_run(folder: str | Path, skip: float = 0.0) -> Run:
             frames[0].numbers,
             np.stack([frame.positions for frame in frames]),
             np.stack([frame.cell.array for frame in frames]) if frames[0].pbc.all() else None,
-            spacing,
+            settings["save_every"] / 1000,
         ),
     )
+
+
+def _frames(folder: str | Path, settings: Mapping[str, Any], skip: float) -> Iterator[Atoms]:
+    """The structures of a run without its first `skip` ps, waters in whole molecules."""
+    with Trajectory(Path(folder) / "trajectory.traj") as trajectory:
+        first = int(np.ceil(1000 * skip / settings["save_every"] - 1e-9))
+        for index in range(first, len(trajectory)):
+            yield make_whole(trajectory[index])
 
 
 def make_whole(atoms: Atoms) -> Atoms:
@@ -302,26 +304,22 @@ def temperatures_by_motion(
     Raises:
         RunError: for a run of something else, or one that is too short for the blocks.
     """
-    folder = Path(folder)
-    spacing = json.loads((folder / "settings.json").read_text())["save_every"] / 1000
     centres, bonds = [], []
-    with Trajectory(folder / "trajectory.traj") as trajectory:
-        for index in range(int(np.ceil(skip / spacing - 1e-9)), len(trajectory)):
-            frame = make_whole(trajectory[index])
-            if not are_waters(frame.numbers):
-                raise RunError(f"{folder} is no run of waters, atoms as O, H, H")
-            mass = frame.get_masses()[:3]
-            velocities = frame.get_velocities()
-            velocities -= frame.get_momenta().sum(0) / frame.get_masses().sum()
-            velocities = velocities.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
-            whole = np.einsum("a,wax->wx", mass, velocities) / mass.sum()
-            freedom = max(1, 3 * len(whole) - 3)  # the centre of all is taken as at rest
-            centres.append(mass.sum() * (whole**2).sum() / freedom / units.kB)
-            positions = frame.positions.reshape(-1, 3, 3)
-            arms = positions[:, 1:] - positions[:, :1]  # (W, 2, 3); molecules are whole
-            arms /= np.linalg.norm(arms, axis=2, keepdims=True)
-            speed = ((velocities[:, 1:] - velocities[:, :1]) * arms).sum(2)
-            bonds.append(mass[0] * mass[1] / (mass[0] + mass[1]) * (speed**2).mean() / units.kB)
+    for frame in _frames(folder, read_settings(folder), skip):
+        if not are_waters(frame.numbers):
+            raise RunError(f"{folder} is no run of waters, atoms as O, H, H")
+        mass = frame.get_masses()[:3]
+        velocities = frame.get_velocities()
+        velocities -= frame.get_momenta().sum(0) / frame.get_masses().sum()
+        velocities = velocities.reshape(-1, 3, 3)  # (W, 3 atoms, 3)
+        whole = np.einsum("a,wax->wx", mass, velocities) / mass.sum()
+        freedom = max(1, 3 * len(whole) - 3)  # the centre of all is taken as at rest
+        centres.append(mass.sum() * (whole**2).sum() / freedom / units.kB)
+        positions = frame.positions.reshape(-1, 3, 3)
+        arms = positions[:, 1:] - positions[:, :1]  # (W, 2, 3); molecules are whole
+        arms /= np.linalg.norm(arms, axis=2, keepdims=True)
+        speed = ((velocities[:, 1:] - velocities[:, :1]) * arms).sum(2)
+        bonds.append(mass[0] * mass[1] / (mass[0] + mass[1]) * (speed**2).mean() / units.kB)
     return block_average(centres, blocks), block_average(bonds, blocks)
 
 
@@ -351,40 +349,12 @@ def radial_distribution(
         RunError: for a run without such pairs or without a box, and for a reach that is too long.
     """
     everything = np.arange(len(universe.trajectory))
-    r, parts = _pairs(universe, first, second, reach, width, _blocks(everything, blocks))
+    r, parts = radial_histograms(universe, first, second, reach, width, _blocks(everything, blocks))
     error = np.std(parts, axis=0, ddof=1) / np.sqrt(blocks) if blocks > 1 else np.nan * parts[0]
     return RadialDistribution(r, np.mean(parts, axis=0), error)
 
 
-def pairs_by_structure(
-    universe: Universe, first: str = "O", second: str = "O", width: float = 0.05
-) -> tuple[np.ndarray, np.ndarray]:
-    """g(r) of every structure by itself.
-
-    Args:
-        universe: as for `radial_distribution`, and so are the others.
-        first: one element.
-        second: the other, or the same.
-        width: of a bin, in Å.
-
-    Returns:
-        r (bins,) in Å, g (T, bins).
-    """
-    each = np.arange(len(universe.trajectory))[:, None]
-    return _pairs(universe, first, second, None, width, each)
-
-
-def rdf_at_first_peak(g: np.ndarray) -> np.ndarray:
-    """g(r) of every structure (T,) at the place where the mean of g (T, bins) has its first peak.
-
-    By the parabola through three bins there, so that the mean is `first_peak`'s height.
-    """
-    top, offset = _peak(g.mean(0))
-    left, middle, right = g[:, top - 1 : top + 2].T
-    return middle + offset * (right - left) / 2 + offset**2 * (left - 2 * middle + right) / 2
-
-
-def _pairs(
+def radial_histograms(
     universe: Universe,
     first: str,
     second: str,
@@ -425,7 +395,7 @@ def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
     The height's error is that of its bin; the position's follows from the errors of the three.
     """
     g = distribution.g
-    top, offset = _peak(g)
+    top, offset = peak_bin(g)
     left, middle, right = g[top - 1 : top + 2]
     width = distribution.r[1] - distribution.r[0]
     bend = left - 2 * middle + right  # < 0 at a peak
@@ -439,7 +409,7 @@ def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
     )
 
 
-def _peak(g: np.ndarray) -> tuple[int, float]:
+def peak_bin(g: np.ndarray) -> tuple[int, float]:
     """The bin of the first peak, and how far from its middle a parabola puts it, in bins."""
     from scipy.signal import find_peaks
 
@@ -653,8 +623,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--viscosity", type=float, default=EXPERIMENT["viscosity_mPa_s"][0], metavar="MPA_S"
     )
-    parser.add_argument("--movie", type=Path, help="also write some structures (.xyz)")
-    parser.add_argument("--movie-frames", type=int, default=100)
     args = parser.parse_args(argv)
     try:
         found = summarise(args.run, args.skip, args.blocks, args.gas, args.viscosity)
@@ -662,13 +630,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"observables: {error}", file=sys.stderr)
         return 2
     store_text(args.out, json.dumps(found, indent=1) + "\n")
-    if args.movie:
-        with Trajectory(args.run / "trajectory.traj") as trajectory:
-            chosen = evenly_spaced(len(trajectory), args.movie_frames)
-            frames = [trajectory[int(index)] for index in chosen]
-        for frame in frames:
-            frame.calc = None
-        ase.io.write(args.movie, frames, format="extxyz", columns=["symbols", "positions"])
     for name, value in found.items():
         if isinstance(value, Estimate):
             known = EXPERIMENT.get(name)

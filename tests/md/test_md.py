@@ -590,6 +590,17 @@ def test_settings_are_kept_beside_the_run(tmp_path):
     assert np.isfinite(read_log(tmp_path)["pressure_bar"]).all()
 
 
+def test_damaged_settings_and_logs_are_named(tmp_path):
+    for text in ("{", "[1]", '{"duration": "long", "save_every": 1}'):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(RunError, match=r"settings\.json is damaged"):
+            md.read_settings(tmp_path)
+    for text in ("step,time_ps\n0,0\n", ",".join(md.LOG_COLUMNS) + "\n0,x,0,0,0,0,0,0,0\n"):
+        (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(RunError, match=r"log\.csv is damaged"):
+            read_log(tmp_path)
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with locked(tmp_path / "run"), pytest.raises(RunError, match="another process works in"):
         run_md(copper(), EMT(), short(), tmp_path / "run", progress=False)

@@ -102,18 +102,17 @@ def test_small_molecules_come_to_rest_with_every_optimiser() -> None:
     """None turns away, and all optimisers find the same minimum."""
     optimisers = {"BFGS": BFGS, "LBFGS": LBFGS, "FIRE": FIRE}
 
-    def work(name: str, optimiser: str, calculator: Calculator) -> tuple[bool, float]:
-        atoms = molecule(name, info={"charge": 0, "spin": 3 if name == "O2" else 1})
-        atoms.set_constraint(NoTorque())
+    def work(atoms: Atoms, optimiser: str, calculator: Calculator) -> tuple[bool, float]:
         atoms.calc = calculator
         at_rest = optimisers[optimiser](atoms, logfile=None).run(fmax=0.005, steps=100)
         return bool(at_rest), atoms.get_potential_energy()
 
-    cases = list(product(SMALL, optimisers))
-    found = side_by_side(
-        AllScAIPCalculator("lite", "cpu", outside_training="ignore"),
-        [partial(work, *case) for case in cases],
-    )
+    cases, works = list(product(SMALL, optimisers)), []
+    for name, optimiser in cases:  # made here, for ASE reads its list once, and not in threads
+        atoms = molecule(name, info={"charge": 0, "spin": 3 if name == "O2" else 1})
+        atoms.set_constraint(NoTorque())
+        works.append(partial(work, atoms, optimiser))
+    found = side_by_side(AllScAIPCalculator("lite", "cpu", outside_training="ignore"), works)
     ends = dict(zip(cases, found, strict=True))
     assert {name for (name, _), (at_rest, _) in ends.items() if not at_rest} <= ROUGH
     for name in SMALL:

@@ -43,7 +43,7 @@ from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import alone, differing, store_text
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.machine import device_name, processor_name
+from allscaip_lite.machine import processor_name
 from allscaip_lite.md.dynamics import (
     Explosion,
     Settings,
@@ -65,10 +65,10 @@ from allscaip_lite.md.observables import (
     jackknife,
     make_universe,
     make_whole,
-    pairs_by_structure,
+    peak_bin,
     per_mole,
     radial_distribution,
-    rdf_at_first_peak,
+    radial_histograms,
     read_run,
     self_diffusion,
     size_correction,
@@ -236,7 +236,8 @@ def _note_machine(listing: Path, stage: str, calculator: Calculator) -> None:
     """Add the machine that a stage is about to run on to the list of those it has run on."""
     known = json.loads(listing.read_text()) if listing.exists() else {}
     model = getattr(calculator, "model", None)
-    name = processor_name() if model is None else device_name(model.device)
+    on_gpu = model is not None and model.device.type == "cuda"
+    name = torch.cuda.get_device_name(model.device) if on_gpu else processor_name()
     if name not in known.setdefault(stage, []):
         known[stage].append(name)
         store_text(listing, json.dumps(known, indent=1))
@@ -369,6 +370,34 @@ def closest_contact(universe: Universe, element: str = "H", blocks: int = 5) -> 
             raise RunError(f"no {element}-{element} pair of two molecules within 4 Å")
         shortest.append(distances[apart].min())
     return block_average(shortest, blocks)
+
+
+def pairs_by_structure(
+    universe: Universe, first: str = "O", second: str = "O", width: float = 0.05
+) -> tuple[np.ndarray, np.ndarray]:
+    """g(r) of every structure by itself.
+
+    Args:
+        universe: as for `radial_distribution`, and so are the others.
+        first: one element.
+        second: the other, or the same.
+        width: of a bin, in Å.
+
+    Returns:
+        r (bins,) in Å, g (T, bins).
+    """
+    each = np.arange(len(universe.trajectory))[:, None]
+    return radial_histograms(universe, first, second, None, width, each)
+
+
+def rdf_at_first_peak(g: np.ndarray) -> np.ndarray:
+    """g(r) of every structure (T,) at the place where the mean of g (T, bins) has its first peak.
+
+    By the parabola through three bins there, so that the mean is `first_peak`'s height.
+    """
+    top, offset = peak_bin(g.mean(0))
+    left, middle, right = g[:, top - 1 : top + 2].T
+    return middle + offset * (right - left) / 2 + offset**2 * (left - 2 * middle + right) / 2
 
 
 def _keep(found: dict[str, Estimate], key: str, measure: Any, *args: Any, **options: Any) -> None:
