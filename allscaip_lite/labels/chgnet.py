@@ -20,7 +20,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
-from allscaip_lite.labels import LabelError
+from allscaip_lite.labels import LabelError, counts_of
 
 REACH = 6.0  # Å, of CHGNet's graph of atoms
 
@@ -129,9 +129,7 @@ def label_all(structures: Sequence[Atoms]) -> list[Atoms]:
         done.info |= {
             "charge": 0,
             "spin": lowest_multiplicity(done, 0),
-            "num_atoms": len(done),
-            "num_electrons": int(done.numbers.sum()),
-            "composition": done.get_chemical_formula("hill"),
+            **counts_of(done),
             "label": f"CHGNet 0.3.0 (chgnet {version('chgnet')})",
         }
         labelled.append(done)

@@ -23,7 +23,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureError
-from allscaip_lite.labels import LabelError
+from allscaip_lite.labels import LabelError, counts_of
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,8 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
     labelled = Atoms(atoms.numbers, atoms.positions)
     labelled.info = dict(atoms.info) | properties
     labelled.info |= {
-        "num_atoms": len(atoms),
-        "num_electrons": int(molecule.nelectron),
+        **counts_of(atoms, charge),
         "num_basis_functions": int(molecule.nao),
-        "composition": labelled.get_chemical_formula("hill"),
         "seconds": round(time.process_time() - started, 1),
         "label": f"{level.name} (PySCF {version('pyscf')})",
     }

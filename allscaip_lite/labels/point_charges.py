@@ -17,7 +17,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite.labels import LabelError
+from allscaip_lite.labels import LabelError, counts_of
 
 COULOMB = units.Hartree * units.Bohr  # e²/4πε₀ in eV Å
 # e. H and F make dipoles. Two ions of each sign, since attention averages: atoms that are alike in
@@ -99,9 +99,7 @@ def join(first: Atoms, second: Atoms, kind: str, name: str, method: Calculator) 
     atoms.info = {
         "charge": charge,
         "spin": 1,
-        "num_atoms": len(atoms),
-        "num_electrons": int(atoms.numbers.sum()) - charge,
-        "composition": atoms.get_chemical_formula("hill"),
+        **counts_of(atoms, charge),
         "reference_source": "allscaip-lite, data/long-range/make.py",
         "data_id": kind,
         "source": name,

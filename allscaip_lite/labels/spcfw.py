@@ -6,7 +6,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import stated_charge_and_spin
-from allscaip_lite.labels import LabelError
+from allscaip_lite.labels import LabelError, counts_of
 from allscaip_lite.spcfw import SPCFw
 
 
@@ -27,9 +27,7 @@ def label(atoms: Atoms) -> Atoms:
     labelled.info |= {
         "charge": 0,
         "spin": 1,
-        "num_atoms": len(labelled),
-        "num_electrons": int(labelled.numbers.sum()),
-        "composition": labelled.get_chemical_formula("hill"),
+        **counts_of(labelled),
         "label": "SPC/Fw, Ewald sums for Coulomb and dispersion",
     }
     return labelled

@@ -21,7 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
 
 from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
-from allscaip_lite.labels import LabelError
+from allscaip_lite.labels import LabelError, counts_of
 
 
 class GFN2xTB(Calculator):
@@ -159,9 +159,7 @@ def label(atoms: Atoms, max_force: float = np.inf) -> Atoms:
     labelled.info = atoms.info | {
         "charge": charge,
         "spin": spin,
-        "num_atoms": len(atoms),
-        "num_electrons": int(atoms.numbers.sum()) - charge,
-        "composition": labelled.get_chemical_formula("hill"),
+        **counts_of(atoms, charge),
         "homo_lumo_gap": results["homo_lumo_gap"],
         "label": f"GFN2-xTB, spin-polarised (tblite {version('tblite')})",
     }

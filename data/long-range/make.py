@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, write_aselmdb
-from allscaip_lite.labels import LabelError
+from allscaip_lite.labels import LabelError, counts_of
 from allscaip_lite.labels.point_charges import ion_curves, ions, join, labelled
 from allscaip_lite.labels.xtb import GFN2xTB
 
@@ -264,9 +264,7 @@ def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator
     distance = float(np.linalg.norm(axis))
     charge = int(atoms.info["charge"])
     atoms.info |= {
-        "num_atoms": len(atoms),
-        "num_electrons": int(atoms.numbers.sum()) - charge,
-        "composition": atoms.get_chemical_formula("hill"),
+        **counts_of(atoms, charge),
         "reference_source": "allscaip-lite, data/long-range/make.py",
         "data_id": kind,
         "source": f"{start}...{end}",

@@ -35,7 +35,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.cli import run_script
 from allscaip_lite.errors import InputError
-from allscaip_lite.files import store_text
+from allscaip_lite.files import locked, store_text
 from allscaip_lite.tables import insert_table, markdown_table
 
 HERE = Path(__file__).parent
@@ -379,7 +379,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.command == "run":
-        run_study(args.method, args.solids, args.out, args.nve)
+        with locked(args.out.parent, f".{args.out.name}-lock"):
+            run_study(args.method, args.solids, args.out, args.nve)
     else:
         insert_table(args.page, table(args.files))
 
