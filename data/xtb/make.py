@@ -304,6 +304,12 @@ ATOMS = """
 [Br-] [I-]
 """
 
+# The set `ethanol`: one molecule, as snapshots of Langevin runs. Each run, and with it all of its
+# snapshots, belongs to one split.
+RUN_SPLITS = ("train", "train", "train", "train", "val")
+RUN_TEMPERATURE = 500  # K
+RUN_START, RUN_STEPS = 300, 20  # fs before the first snapshot, and between two
+
 # --- Which systems ---------------------------------------------------------------------------
 
 
@@ -317,12 +323,14 @@ class SampledSystem(System):
             that is labelled: ionised or excited at once, before the atoms have moved.
         reach: If given, the molecules are separated, at gaps (Å) from contact up to it.
         stretched: Two atoms at distances from the wall to where they are free.
+        run: If given, the structures are snapshots of one Langevin run, that of this number.
     """
 
     weight: float = 1.0
     moves_as: tuple[int, int] | None = None
     reach: float | None = None
     stretched: bool = False
+    run: int | None = None
 
     @property
     def name(self) -> str:
@@ -331,6 +339,8 @@ class SampledSystem(System):
             state += f", {self.moves_as[0]}|{self.moves_as[1]}"
         if self.stretched:
             state += ", stretched"
+        if self.run is not None:
+            state += f", run {self.run}"
         return state if self.reach is None else f"{state}, to {self.reach:g} Å"
 
 
@@ -425,6 +435,12 @@ def simplest_systems() -> list[SampledSystem]:
     return _each_once(found)
 
 
+def runs_of_ethanol() -> list[SampledSystem]:
+    """The runs of the set `ethanol`, in a fixed order."""
+    ethanol = _system("ethanol", "CCO")
+    return [replace(ethanol, run=number) for number in range(len(RUN_SPLITS))]
+
+
 def _each_meeting_once(found: Iterable[SampledSystem]) -> list[SampledSystem]:
     """Without those that differ in the order of their molecules alone."""
     unique: dict[tuple[str, ...], SampledSystem] = {}
@@ -501,6 +517,7 @@ SETS = {
     "apart": (separated_systems, 2),
     "ionic": (ionic_systems, 4),
     "simplest": (simplest_systems, 5),
+    "ethanol": (runs_of_ethanol, 6),
 }
 
 
@@ -510,7 +527,11 @@ def plan(structures: int, kind: str = "main", seed: int = 0) -> list[Job]:
     chosen = make_systems()
     share = 1.05 * structures / sum(system.weight for system in chosen)
     seed += 1_000_000 * millions
-    return [Job(system, _count(system, share), split_of(system), seed) for system in chosen]
+    return [Job(system, _count(system, share), _split(system), seed) for system in chosen]
+
+
+def _split(system: SampledSystem) -> str:
+    return split_of(system) if system.run is None else RUN_SPLITS[system.run]
 
 
 def _count(system: SampledSystem, share: float) -> int:
@@ -543,7 +564,8 @@ def sample(job: Job) -> list[Atoms]:
     relaxed alone, displaced at random and put at gaps from 1.6 Å to it, as many between 2 and 4 Å
     as between 4 and 8. From 5 Å on there are only those whose energy is that of each alone, plus
     Coulomb's of their charges, or, in the set `ionic`, whose molecules have their own charges.
-    Two `stretched` atoms are at distances from 0.4 to 6 sums of their covalent radii.
+    Two `stretched` atoms are at distances from 0.4 to 6 sums of their covalent radii. A system with
+    the number of a `run` is one Langevin run at 500 K.
 
     Raises LabelError if fewer than half of the structures wanted come out usable.
     """
@@ -552,6 +574,8 @@ def sample(job: Job) -> list[Atoms]:
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     if system.stretched:
         return _stretched(system, count, rng)
+    if system.run is not None:
+        return _one_run(system, count, rng)
     number = min(6, max(2, count // 4))
     charge, multiplicity = system.moves_as or (system.charge, system.multiplicity)
     moving = replace(system, charge=charge, multiplicity=multiplicity)
@@ -635,6 +659,26 @@ def _stretched(system: SampledSystem, count: int, rng: np.random.Generator) -> l
         except LabelError:
             continue
     return _enough(kept, 2)
+
+
+def _one_run(system: SampledSystem, count: int, rng: np.random.Generator) -> list[Atoms]:
+    """`count` snapshots of one Langevin run; positions are rounded to 1e-4 Å and then labelled,
+    forces are rounded to 1e-4 eV/Å: what is rounded takes less space in a file.
+    """
+    start = embed(system.parts[0], rng, 1)[0]
+    start.info = {"charge": system.charge, "spin": system.multiplicity}
+    dynamics = langevin(relax(start, steps=30), RUN_TEMPERATURE, rng)
+    dynamics.run(RUN_START)
+    kept = []
+    for index in range(count):
+        dynamics.run(RUN_STEPS)
+        positions = dynamics.atoms.positions - dynamics.atoms.positions.mean(0)
+        snapshot = Atoms(start.numbers, positions.round(4), info=_metadata(system))
+        labelled = xtb.label(snapshot, MAX_FORCE)
+        labelled.calc.results["forces"] = labelled.get_forces().round(4)
+        labelled.info["source"] = f"xtb/{system.domain}/{system.name}/{index}/langevin"
+        kept.append(labelled)
+    return kept
 
 
 def _charge_moved(atoms: Atoms) -> bool:
@@ -795,7 +839,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="main; charged: more ions, radicals, triplets and metals, of which main has few; "
         "apart: two molecules from contact to 14 Å; ionic: ions with ions and polar molecules from "
         "contact to 20 Å; simplest: atoms, diatomics from the wall to dissociation, linear "
-        "molecules (bonds that break: data/omol-mini/make.py)",
+        "molecules; ethanol: one molecule, five Langevin runs at 500 K, of which four are trained "
+        "on (bonds that break: data/omol-mini/make.py)",
     )
     parser.add_argument("--structures", type=int, default=60_000, help="about how many")
     parser.add_argument(

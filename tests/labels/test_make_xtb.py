@@ -392,3 +392,19 @@ def test_the_sample_in_the_repository_is_of_the_plan(jobs):
                 assert atoms.get_potential_energy() == pytest.approx(
                     energy(atoms, *state), abs=1e-4
                 )
+
+
+def test_runs_of_ethanol_are_split_whole_and_independent(monkeypatch):
+    monkeypatch.setattr(make, "RUN_START", 5)  # fs; shorter than in the set
+    runs = plan(240, "ethanol")
+    assert [(job.split, job.count) for job in runs] == [("train", 50)] * 4 + [("val", 50)]
+    first, other = (sample(replace(runs[number], count=2)) for number in (0, 4))
+    (again, *_) = sample(replace(runs[0], count=1))
+    assert again.positions.tolist() == first[0].positions.tolist()  # more snapshots, the same ones
+    assert np.array_equal(first[0].positions, first[0].positions.round(4))
+    assert not np.allclose(first[0].get_all_distances(), first[1].get_all_distances(), atol=1e-2)
+    assert not np.allclose(first[0].get_all_distances(), other[0].get_all_distances(), atol=1e-2)
+    fresh = Atoms(first[1].numbers, first[1].positions, info={"charge": 0, "spin": 1})
+    fresh.calc = GFN2xTB(accuracy=0.1)
+    assert fresh.get_potential_energy() == pytest.approx(first[1].get_potential_energy(), abs=1e-6)
+    assert np.allclose(fresh.get_forces(), first[1].get_forces(), atol=1e-4)
