@@ -74,25 +74,34 @@ def _lacking(config: AllScAIPConfig, needs: tuple[str, ...]) -> list[str]:
     return [NEEDS[need][0] for need in needs if not NEEDS[need][1](config)]
 
 
-def open_data(split: str = "test") -> Dataset:
+def open_data(split: str = "test", part: str | None = None) -> Dataset:
     """The labelled structures that ALLSCAIP_DATA names; prints one line about them.
 
     If it names a folder: the file `{split}.aselmdb` or the subfolder `{split}` in it, or the whole
     folder if it has neither.
 
+    Args:
+        split: "train", "val" or "test".
+        part: A folder inside the bundled data, such as "ethanol", which ALLSCAIP_DATA does not
+            replace.
+
     Raises:
         DataError, FileNotFoundError: There are no data.
     """
-    named = os.environ.get("ALLSCAIP_DATA")
-    path = Path(named or BUNDLED_DATA).expanduser()
+    named = os.environ.get("ALLSCAIP_DATA") if part is None else None
+    path = Path(named or BUNDLED_DATA / (part or "")).expanduser()
     if not named and not path.exists():
         raise DataError(
             "the sample data come with the source of the package, not with an installed package: "
-            "set ALLSCAIP_DATA to a file or folder of .aselmdb"
+            + (
+                "run the lesson in a copy of the repository"
+                if part
+                else "set ALLSCAIP_DATA to a file or folder of .aselmdb"
+            )
         )
-    for part in (path / f"{split}.aselmdb", path / split):
-        if part.exists():
-            path = part
+    for place in (path / f"{split}.aselmdb", path / split):
+        if place.exists():
+            path = place
             break
     data = Dataset(path)
     print(f"{path.parent.name}/{path.name}: {len(data):,} structures")

@@ -205,3 +205,16 @@ def test_nbgrader_takes_it_and_makes_the_same_student_copy(path: Path) -> None:
         assert mine["source"].strip() == other.source.strip()
         if marks(mine).get("locked"):
             assert other.metadata.editable is False and mine["metadata"]["editable"] is False
+
+
+def test_a_part_of_the_bundled_data_is_not_replaced(monkeypatch, capsys) -> None:
+    from allscaip_lite.errors import DataError
+    from allscaip_lite.notebook.lessons import open_data
+
+    monkeypatch.setenv("ALLSCAIP_DATA", "of/mine")
+    train, val = open_data("train", part="ethanol"), open_data("val", part="ethanol")
+    assert "ethanol/train.aselmdb: 200 structures" in capsys.readouterr().out
+    runs = [{atoms.info["source"].split("/")[2] for atoms in data} for data in (train, val)]
+    assert {str(atoms.symbols) for atoms in val} == {"C2OH6"} and not runs[0] & runs[1]
+    with pytest.raises(DataError, match="copy of the repository"):
+        open_data("train", part="propanol")
