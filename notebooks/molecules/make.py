@@ -3,9 +3,10 @@
 Run `python notebooks/molecules/make.py` with the `labels-xtb` extra; it writes beside itself
 
 - caffeine.xyz: the relaxed molecule, and one snapshot of it at 300 K;
-- acrolein.xyz: the relaxed molecule, rotated about its C-C single bond, one frame for each angle.
+- acrolein.xyz: the relaxed molecule, rotated about its C-C single bond, one frame for each angle;
+- methyldiazirine.xyz: the relaxed molecule, which is in none of the data sets.
 
-Energies are in eV, forces in eV/Å. Both molecules belong to the test split of the training data.
+Energies are in eV, forces in eV/Å. Caffeine and acrolein are in the test split of the data.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from allscaip_lite.labels.xtb import GFN2xTB
 ACROLEIN = "C=CC=O"
 ACROLEIN_TORSION = (0, 1, 2, 3)  # C=C-C=O
 SCAN_STEP = 10  # degrees
+METHYLDIAZIRINE = "CC1N=N1"
 
 
 def relaxed(smiles: str) -> Atoms:
@@ -85,6 +87,7 @@ if __name__ == "__main__":
     frames = {
         "caffeine": [caffeine, snapshot(caffeine, 300.0, 600)],
         "acrolein": turned(relaxed(ACROLEIN), ACROLEIN_TORSION),
+        "methyldiazirine": [relaxed(METHYLDIAZIRINE)],
     }
     for name, structures in frames.items():
         write(folder / f"{name}.xyz", [labelled(atoms) for atoms in structures], format="extxyz")
