@@ -816,8 +816,8 @@ int distance_backward(const Boxes *boxes, int begin, int end, const REAL *x, con
 
 /* Queries and keys are taken in tiles, so that nothing of size n x n is kept: of a row of weights
    only the logarithm of its sum. The logits' bias is one function of the distance for each head,
-   read from a table of cubic polynomials. */
-enum { QUERIES = 32, KEYS = 64, LANES = 4 };
+   read from a table of cubic polynomials. A tile has no more queries than keys. */
+enum { QUERIES = 64, KEYS = 64, LANES = 4 };
 
 /* the same numbers of LANES heads */
 typedef REAL lanes __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));

@@ -1,0 +1,360 @@
+"""Time and peak memory against the number of atoms, for each size of the model, beside fairchem's.
+
+In: sizes of water clusters, models, kinds of forces, sides (`plain`, `torch`, `c`, `cuda-graphs`,
+`fairchem`), a device. Out: a JSON file of results, and a page with tables made of it. Each cell (a
+model, a kind of forces, a side, a number of atoms) is measured in a process of its own, with a
+limit on time, and kept: the same command goes on where it stopped. Where a cell fails or is too
+slow, larger ones are left out. The weights are random; time and memory do not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from allscaip_lite import model as model_module
+from allscaip_lite.calculator import AllScAIPCalculator
+from allscaip_lite.checkpoints.official import save_official
+from allscaip_lite.cli import run_script
+from allscaip_lite.config import PRESETS
+from allscaip_lite.errors import InputError
+from allscaip_lite.files import store_text
+from allscaip_lite.machine import device_name, peak_memory
+from allscaip_lite.model import AllScAIP
+from allscaip_lite.spcfw import water_cluster
+from allscaip_lite.tables import insert_table, markdown_table
+
+HERE = Path(__file__).parent
+FAIRCHEM = "fairchem"
+SIDES = ("plain", "torch", "c", "cuda-graphs", FAIRCHEM)
+FORCES = ("conservative", "direct")
+NS_PER_DAY = 86_400 * 1e-6  # of one step of 1 fs in 1 s
+
+Cell = tuple[str, str, str, int]  # model, forces, side, atoms
+
+
+# --- One cell, in a process of its own --------------------------------------------------------
+
+
+def timed(
+    function: Callable[..., Any], times: list[float], args: argparse.Namespace
+) -> Callable[..., Any]:
+    """The same function, which notes how many s each call takes.
+
+    One thread of a shared machine waits for others: there it is the time that it has worked.
+    """
+    clock = time.process_time if works_alone(args) else time.perf_counter
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        synchronize(args.device)
+        begin = clock()
+        found = function(*arguments, **named)
+        synchronize(args.device)
+        times.append(clock() - begin)
+        return found
+
+    return call
+
+
+def works_alone(args: argparse.Namespace) -> bool:
+    """Whether the time of the processor is what the work takes, however busy the machine."""
+    return args.shared and args.device == "cpu" and args.threads == 1
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def calculator(args: argparse.Namespace, graph_times: list[float]) -> Any:
+    """The ASE calculator of a side, which notes how long its graphs take."""
+    side, checkpoint, device = args.cell[2], args.checkpoint, args.device
+    if side == FAIRCHEM:
+        from fairchem.core import FAIRChemCalculator
+        from fairchem.core.units.mlip_unit import load_predict_unit
+
+        unit = load_predict_unit(str(checkpoint), device=device)
+        for module in unit.model.modules():
+            if hasattr(module, "data_preprocess"):
+                module.data_preprocess = timed(module.data_preprocess, graph_times, args)
+        return FAIRChemCalculator(unit, task_name="omol")
+    if side != "cuda-graphs":  # where the graph is a part of what is recorded
+        model_module.build_graph = timed(model_module.build_graph, graph_times, args)
+    return AllScAIPCalculator(checkpoint, device, kernels=side)
+
+
+def checkpoint_of(name: str, forces: str, folder: Path) -> Path:
+    """A file with random weights, which all sides read; written when it is first asked for."""
+    path = folder / f"{name}-{forces}.pt"
+    if not path.exists():
+        # the official format does not know the smooth order
+        changes = {"conservative": forces == "conservative", "smooth_bond_order": False}
+        torch.manual_seed(0)
+        config = PRESETS[name].replace(stress=False, max_num_elements=100, **changes)
+        save_official(AllScAIP(config).eval(), path)
+    return path
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of energy and forces, medians; GiB; s of the graph where it can be told."""
+    cluster, graph_times = water_cluster(args.cell[3] // 3), []
+    cluster.info.update(charge=0, spin=1)
+    cluster.calc = calculator(args, graph_times)
+    start, random, times = cluster.positions.copy(), np.random.default_rng(1), []
+    for _ in range(1 + args.rounds):
+        # every call sees new positions, so that neighbours are searched again
+        cluster.positions = start + random.normal(scale=1e-3, size=start.shape)
+        timed(cluster.get_forces, times, args)()
+    of_graph = statistics.median(graph_times[1:]) if len(graph_times) > 1 else None
+    return {
+        "seconds": statistics.median(times[1:]),
+        "fastest": min(times[1:]),
+        "graph": of_graph,
+        "memory": peak_memory(args.device),
+    }
+
+
+def in_process(cell: Cell, checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What `measure` finds in a process of its own; `failed` says why there is nothing."""
+    command = [sys.executable, __file__, "--cell", json.dumps(cell), "--device", args.device]
+    command += ["--threads", str(args.threads), *["--shared"] * args.shared]
+    command += ["--rounds", str(args.rounds), "--checkpoint", str(checkpoint)]
+    threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    paths = os.pathsep.join(filter(None, [str(HERE.parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | threads | {"PYTHONPATH": paths}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=args.limit,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"more than {args.limit:g} s"}
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing was said"]
+        killed = done.returncode < 0
+        return {"failed": f"killed by signal {-done.returncode}" if killed else said[-1][:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# --- All of them ------------------------------------------------------------------------------
+
+
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """All cells that are asked for; sides of the same size follow each other."""
+    return itertools.chain.from_iterable(
+        ((name, forces, side, atoms) for side in args.sides)
+        for name, forces, atoms in itertools.product(args.models, args.forces, sorted(args.atoms))
+    )
+
+
+def too_large(cell: Cell, results: Sequence[dict[str, Any]]) -> bool:
+    """Whether a smaller cell of the same line has failed."""
+    return any(
+        "failed" in row and row["cell"][:3] == list(cell[:3]) and row["cell"][3] < cell[3]
+        for row in results
+    )
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers are measured on."""
+    found = {
+        "device": device_name(torch.device(args.device)),
+        "threads": args.threads,
+        "clock": "of the processor" if works_alone(args) else "on the wall",
+        "shared": args.shared,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if FAIRCHEM in args.sides:
+        found["fairchem-core"] = metadata.version("fairchem-core")
+    return found
+
+
+def exponent(rows: Sequence[dict[str, Any]]) -> float | None:
+    """p of time ~ atoms^p between the two largest sizes of one line; None of fewer than two."""
+    times = sorted((row["cell"][3], row["seconds"]) for row in rows if "seconds" in row)
+    if len(times) < 2:
+        return None
+    (small, before), (large, after) = times[-2:]
+    return math.log(after / before) / math.log(large / small)
+
+
+def crossing(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Atoms at which a N² is as large as b N, of t = a N² + b N by least squares of t / N."""
+    points = [(row["cell"][3], row["seconds"]) for row in rows if "seconds" in row]
+    points = [(n, t) for n, t in points if n >= 150]  # below, a call costs more than its atoms
+    if len(points) < 3:
+        return None
+    atoms, times = np.array(points).T
+    square, linear = np.polyfit(atoms, times / atoms, 1)
+    return float(linear / square) if square > 0 and linear > 0 else None
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """The page's tables: every cell, and how each line grows."""
+    order = [*PRESETS, *FORCES, *SIDES]
+
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        name, forces, side, atoms = row["cell"]
+        return (order.index(name), order.index(forces), atoms, order.index(side))
+
+    lines, growth = [], []
+    for row in sorted(results, key=place):
+        name, forces, side, atoms = row["cell"]
+        if "failed" in row:
+            lines.append([name, forces, str(atoms), side, *["–"] * 5, row["failed"]])
+            continue
+        seconds, graph = row["seconds"], row["graph"]
+        alone = "–" if graph is None else f"{seconds - graph:.3g}"
+        speed = f"{atoms / seconds:.3g}", f"{NS_PER_DAY / seconds:.2g}"
+        lines.append(
+            [
+                name,
+                forces,
+                str(atoms),
+                side,
+                f"{seconds:.3g}",
+                alone,
+                *speed,
+                f"{row['memory']:.2f}",
+            ]
+            + [""]
+        )
+    head = [
+        "model",
+        "forces",
+        "atoms",
+        "side",
+        "s",
+        "s without graph",
+        "atoms/s",
+        "ns/day",
+        "GiB",
+        "",
+    ]
+    parts = [markdown_table(head, lines, align="llrlrrrrrl")]
+    for line in dict.fromkeys(tuple(row["cell"][:3]) for row in sorted(results, key=place)):
+        rows = [row for row in results if tuple(row["cell"][:3]) == line]
+        power, where = exponent(rows), crossing(rows)
+        if power is not None:
+            growth.append([*line, f"{power:.2f}", "–" if where is None else f"{where:.0f}"])
+    if growth:
+        head = [
+            "model",
+            "forces",
+            "side",
+            "p of time ~ atoms^p, last two sizes",
+            "atoms where N² takes over",
+        ]
+        parts.append(markdown_table(head, growth, align="lllrr"))
+    about = dict.fromkeys(
+        ", ".join(
+            f"{value}" if key == "device" else f"{key} {value}"
+            for key, value in row["machine"].items()
+            if key != "shared"
+        )
+        + (", a machine that other programs used too" if row["machine"]["shared"] else "")
+        for row in results
+    )
+    return "\n\n".join([*parts, *(f"{line}." for line in about)])
+
+
+# --- The command ------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("--atoms", type=int, nargs="+", default=[63, 189, 600, 1500, 3000, 9999])
+    parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    parser.add_argument("--forces", nargs="+", choices=FORCES, default=list(FORCES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: the fastest, fairchem")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each cell, after one")
+    parser.add_argument("--limit", type=float, default=600.0, help="s for a cell, loading included")
+    parser.add_argument("--shared", action="store_true", help="other programs use the machine too")
+    parser.add_argument("--json", type=Path, help="results (default: results/DEVICE.json)")
+    parser.add_argument("--page", type=Path, help="put the tables of --json into this page")
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)  # a measured process
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises `InputError` for what cannot be measured, before anything is."""
+    if min(args.atoms) < 3:
+        raise InputError("--atoms: the smallest cluster is one water molecule, 3 atoms")
+    if args.rounds < 1 or args.threads < 1 or args.limit <= 0:
+        raise InputError("--rounds and --threads must be at least 1, and --limit above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA GPU here")
+    if args.sides and FAIRCHEM in args.sides and importlib.util.find_spec("fairchem") is None:
+        raise InputError("fairchem is not installed: pip install 'allscaip-lite[parity]'")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is missing, keep it, write the page; the exit status is 0."""
+    check_arguments(args)
+    if args.cell:
+        answers = os.fdopen(os.dup(1), "w")  # libraries may print to standard output
+        os.dup2(2, 1)
+        print(json.dumps(measure(args)), file=answers, flush=True)
+        return 0
+    if not args.sides:
+        args.sides = ["cuda-graphs" if args.device == "cuda" else "c"]
+        args.sides += [FAIRCHEM] if importlib.util.find_spec("fairchem") else []
+    path = args.json or HERE / "results" / f"{args.device}.json"
+    results = json.loads(path.read_text()) if path.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        for cell in cells(args):
+            there = [row for row in results if row["cell"] == list(cell)]
+            if (there and not args.again) or too_large(cell, results):
+                continue
+            found = in_process(cell, checkpoint_of(*cell[:2], Path(folder)), args)
+            results = [row for row in results if row not in there]
+            results.append({"cell": list(cell), **found, "machine": machine(args)})
+            store_text(path, "[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
+            print(
+                *cell, {key: value for key, value in found.items() if value is not None}, flush=True
+            )
+    if args.page:
+        insert_table(args.page, tables(results))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; `argv` defaults to the arguments of the process."""
+    return run_script(
+        add_arguments,
+        run,
+        script="docs/studies/scaling/run.py",
+        description=__doc__,
+        stopped="the cells that were measured are kept; the same command goes on",
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
