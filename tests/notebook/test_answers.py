@@ -86,6 +86,11 @@ def run(name: str, answer: str, check: str) -> None:
     exec(check, scope)
 
 
+def test_each_lesson_has_answers():
+    lessons = {path.stem[:2] for path in NOTEBOOKS.glob("*.ipynb")}
+    assert {path.stem for path in FILES} == lessons
+
+
 @pytest.mark.parametrize("name", [path.stem for path in FILES])
 def test_each_exercise_has_wrong_and_right_answers(name):
     data, found, _ = lesson(name)

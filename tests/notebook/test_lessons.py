@@ -109,6 +109,26 @@ def test_code_lines_can_be_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_figure_has_a_text_for_those_who_cannot_see_it(path: Path) -> None:
+    shown = 0
+    for text in texts(path, "code"):
+        for node in ast.walk(ast.parse(code_of(text))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called != "plt.show", "show(…) of notebook.plots takes the text"
+                shown += called == "show"
+    assert shown or "plt." not in "".join(texts(path, "code"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_an_exercise_says_how_hard_it_is_and_how_long_it_takes(path: Path) -> None:
+    notebook = read_notebook(path)
+    for exercise in exercises(notebook):
+        statement = source(notebook["cells"][exercise.check - 2])
+        assert re.search(r"(?i)(easy|medium|hard)[^.]*\d+ min", statement), exercise.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_check_does_not_give_the_answer_away(path: Path) -> None:
     """No line of a solution stands in the check that follows it."""
     cells = read_notebook(path)["cells"]
