@@ -60,7 +60,7 @@ class Operations:
     node_attention: qkv (N, 3H), bias (B, h, n, n), systems, h, dropout → (N, H).
     system_distances: structures, positions (B, n, 3) → (B, n, n) Å between nearest images.
     rotary_biases: distances (B, n, n), weight (L, h, F), frequencies (F,), empty (B, 1, 1, n) or
-        None → for each of L blocks what its node_attention takes as bias.
+    None → for each of L blocks what its node_attention takes as bias.
 
     The three attentions also return their weights, or None where these are never written down.
     call_block: block, states (M, H), geometry, index, record → (M, H): how a block is called.
