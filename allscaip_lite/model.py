@@ -523,17 +523,25 @@ class AllScAIP(nn.Module):
         outside_training: str = "warn",
         uncertainty: bool = False,
     ) -> Result | list[Result]:
-        """Energies, forces and stresses of structures; `forward` may be recorded.
+        """Energies, forces and stresses of structures.
 
-        One structure has one result, a sequence of structures a list. They are computed in one
-        batch, or, where their sizes are very different, in a few.
-
-        What of a structure is outside of what training saw is said in a warning, once a kind and
-        formula; with `outside_training="error"` it is a `StructureError`, with "ignore" nothing.
-        `uncertainty=True` adds `energy_uncertainty` to the results.
         Charge and multiplicity come from `atoms.info["charge"]` and `["spin"]`; what is assumed
-        of them is said, once a formula. Raises `StructureError` for what the model cannot answer
-        for.
+        of them is said, once a formula. Structures are computed in one batch, or, where their sizes
+        are very different, in a few.
+
+        Args:
+            atoms: one structure, or a sequence of them.
+            forward: computes in place of the model, as a recorded model does.
+            outside_training: what happens where a structure has something that training did not
+                see: "warn", once a kind and formula, "error" or "ignore".
+            uncertainty: whether results have the standard deviation of their energy.
+
+        Returns:
+            One result of one structure, else a list in the order of the structures.
+
+        Raises:
+            StructureError: the model cannot answer for a structure, or `outside_training` is
+                "error" and something is outside.
         """
         batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
         limit = self.config.max_num_elements

@@ -120,4 +120,4 @@ def test_the_page_has_every_method_and_the_errors_of_models(tmp_path):
     assert "| mean and largest error | – | 2.5%, 10% |" in text
     assert "-3.00, –, -1.80" in text
     assert "| CO2 | 2.0, 13.7 |" in text
-    assert (tmp_path / "diatomics.svg").stat().st_size > 1000
+    assert (tmp_path / "diatomics.png").stat().st_size > 1000

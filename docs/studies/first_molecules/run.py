@@ -412,10 +412,10 @@ def write_page(page: Path, results: Path) -> None:
         cells = ([row, *(columns[name][title].get(row, "–") for name in asked)] for row in rows)
         text += [f"## {title.capitalize()}", words, markdown_table(["", *asked], cells)]
         if title == "diatomics":
-            text.append("![Six curves](results/diatomics.svg)")
+            text.append("![Six curves](results/diatomics.png)")
     machines = ", ".join(dict.fromkeys(str(result["machine"]) for result in found.values()))
     insert_table(page, "\n\n".join([*text, f"Machine: {machines}."]))
-    _draw(found, order, results / "diatomics.svg")
+    _draw(found, order, results / "diatomics.png")
 
 
 def _draw(found: dict[str, Any], order: Sequence[str], file: Path) -> None:
@@ -423,7 +423,6 @@ def _draw(found: dict[str, Any], order: Sequence[str], file: Path) -> None:
 
     from allscaip_lite.notebook.plots import LINES, STYLE
 
-    plt.rcParams["svg.hashsalt"] = "first molecules"  # the same picture every time
     plt.rcParams.update(STYLE)
     styles = dict(zip(order, LINES, strict=False))
     figure, axes = plt.subplots(2, 3, figsize=(10, 6), constrained_layout=True)
@@ -436,7 +435,7 @@ def _draw(found: dict[str, Any], order: Sequence[str], file: Path) -> None:
                 panel.plot(places, curve, **styles[title], markersize=3.5, label=title)
         panel.set(title=name, ylim=(-0.5, 15), xlabel="distance (Å)", ylabel="energy (eV)")
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
 
