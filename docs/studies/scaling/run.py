@@ -36,7 +36,7 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.config import PRESETS
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
-from allscaip_lite.machine import device_name, peak_memory
+from allscaip_lite.machine import peak_memory, processor_name
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.tables import insert_table, markdown_table
@@ -179,8 +179,9 @@ def too_large(cell: Cell, results: Sequence[dict[str, Any]]) -> bool:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers are measured on."""
+    on_gpu = args.device == "cuda"
     found = {
-        "device": device_name(torch.device(args.device)),
+        "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
         "threads": args.threads,
         "clock": "of the processor" if works_alone(args) else "on the wall",
         "shared": args.shared,
