@@ -395,7 +395,7 @@ def test_a_figure_is_shown_with_its_text(monkeypatch):
     assert 'alt="A line that rises, from 2 to &lt;3&gt; &quot;units&quot;."' in bundle["text/html"]
     data = base64.b64decode(re.search(r"base64,([^\"]+)", bundle["text/html"])[1])
     assert data.startswith(b"\x89PNG")
-    style = re.search(r'style="width: (\d+)px', bundle["text/html"])  # a base64 text may hold "62px"
+    style = re.search(r'style="width: (\d+)px', bundle["text/html"])  # the data may hold "62px" too
     assert 200 < int(style[1]) < 350
     with pytest.raises(ValueError, match="no figure"):
         plots.show("nothing")
