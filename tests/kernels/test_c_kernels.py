@@ -83,7 +83,7 @@ def test_answers_in_float32(make_model: ModelMaker, cluster: Atoms, kernels: str
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("width", [16, 32, 64])
 def test_any_width_of_registers(
     fresh: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -92,7 +92,7 @@ def test_any_width_of_registers(
     crystal: Atoms,
     width: int,
 ) -> None:
-    """Answers and a training step where registers have 16 bytes (NEON) or 64 (AVX-512)."""
+    """Answers and a training step where registers have 16 bytes (NEON), 32 (AVX2), 64 (AVX-512)."""
     monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -DBYTES={width}")
     test_answers_in_float32(make_model, cluster, "c")
     test_a_training_step_is_the_plain_one(make_model, cluster, crystal, {}, "c")
