@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,6 @@ CONFIG = AllScAIPConfig(  # that of lesson 06
     direction_degree=0,
     smooth_bond_order=True,
 )
-MODELS = {
-    "AllScAIP": CONFIG.replace(direction_degree=5),
-    "AllScAIP without directions": CONFIG,
-    "invariant network": None,
-}
 Predict = Callable[[Sequence[Atoms]], tuple[np.ndarray, np.ndarray]]  # eV (S,), eV/Å (S, N, 3)
 
 
@@ -82,15 +78,15 @@ def measure(name: str, structures: int, seed: int, seconds: float) -> dict[str, 
     """Train one model on some structures, and its errors on the others."""
     whole = Dataset(ROOT / "data" / "xtb" / "ethanol" / "train.aselmdb")
     data = Subset(whole, np.arange(0, len(whole), len(whole) // structures))
-    fit = _network if MODELS[name] is None else _allscaip
+    fit = MODELS[name]
     clock = [time.process_time()]
-    fit(name, data, seed, 3)  # the first call compiles
+    fit(data, seed, 3)  # the first call compiles
     clock.append(time.process_time())
-    fit(name, data, seed, 13)
+    fit(data, seed, 13)
     a_step = (time.process_time() - 2 * clock[1] + clock[0]) / 10
     steps = max(20, round(seconds / max(a_step, 1e-4)))
     begin = time.process_time()
-    predict, parameters = fit(name, data, seed, steps)
+    predict, parameters = fit(data, seed, steps)
     spent = time.process_time() - begin
 
     held = Dataset(ROOT / "data" / "xtb" / "ethanol" / "val.aselmdb")
@@ -115,7 +111,7 @@ def measure(name: str, structures: int, seed: int, seconds: float) -> dict[str, 
     }
 
 
-def _allscaip(name: str, data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
+def _allscaip(config: AllScAIPConfig, data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
     stage = Stage(
         "conservative",
         steps=steps,
@@ -126,8 +122,6 @@ def _allscaip(name: str, data: Subset, seed: int, steps: int) -> tuple[Predict, 
         ema_decay=0.98,
         muon=1,
     )
-    config = MODELS[name]
-    assert config is not None
     start = fresh_model(config, data, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         few = Subset(data, np.arange(5))
@@ -141,7 +135,7 @@ def _allscaip(name: str, data: Subset, seed: int, steps: int) -> tuple[Predict, 
     return predict, model.num_parameters
 
 
-def _network(name: str, data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
+def _network(data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
     scope: dict[str, Any] = {"np": np, "torch": torch, "F": torch.nn.functional}
     for cell in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]:
         if cell["id"] in ("rivals-network", "rivals-train"):
@@ -155,6 +149,13 @@ def _network(name: str, data: Subset, seed: int, steps: int) -> tuple[Predict, i
         return energies.numpy(), forces.numpy()
 
     return predict, sum(part.numel() for parts in trained[0].values() for part in parts)
+
+
+MODELS: dict[str, Callable[[Subset, int, int], tuple[Predict, int]]] = {
+    "AllScAIP": partial(_allscaip, CONFIG.replace(direction_degree=5)),
+    "AllScAIP without directions": partial(_allscaip, CONFIG),
+    "invariant network": _network,
+}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
