@@ -90,7 +90,8 @@ def import_extra(module: str, purpose: str) -> Any:
 def show(alt: str) -> None:
     """Show the current figure in a notebook, with a text for readers who cannot see it.
 
-    Twice as sharp as the screen needs, on white, and closed afterwards.
+    Twice as sharp as the screen needs, on white, and closed afterwards. A logarithmic axis whose
+    ticks were set has no others: matplotlib would write numbers such as 3 × 10¹ between them.
 
     Args:
         alt: What the figure says: its kind, its axes, what is to be seen. One or two sentences.
@@ -105,7 +106,11 @@ def show(alt: str) -> None:
         raise ValueError("a figure needs a text for readers who cannot see it: show('…')")
     if not pyplot.get_fignums():
         raise ValueError("there is no figure to show: draw one first")
+    ticker = import_extra("matplotlib.ticker", "show")
     figure, buffer = pyplot.gcf(), io.BytesIO()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if axis.get_scale() == "log" and isinstance(axis.get_major_locator(), ticker.FixedLocator):
+            axis.set_minor_locator(ticker.NullLocator())
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", bbox_inches="tight")
     pyplot.close(figure)
     data = buffer.getvalue()
@@ -420,7 +425,8 @@ def plot_molecule(
         style = {"facecolor": fill, "edgecolor": "0.3" if i < n else "0.7", "zorder": layer[i] + 2}
         axes.add_patch(patches.Circle(flat[i], radii[i], **style))
         nearer = layer > layer[i]
-        if (np.linalg.norm(flat[nearer] - flat[i], axis=1) < radii[nearer]).any():
+        reach = radii[nearer] + 0.6 * radii[i]  # a label fills more than half of its atom
+        if (np.linalg.norm(flat[nearer] - flat[i], axis=1) < reach).any():
             continue  # its label would be on the atom in front of it
         text_color = "0.1" if fill @ [0.3, 0.6, 0.1] > 0.5 else "white"
         font: dict[str, Any] = {"fontsize": 6.5, "ha": "center", "va": "center"}

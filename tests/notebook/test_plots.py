@@ -323,6 +323,10 @@ def test_an_atom_behind_another_has_no_label(figure):
     hidden = Atoms("OHHHH", [[0, 0, 0], [0, 0, 0.8], [3, 0, 0], [0, 2, 0], [-3, -2, 0]])
     labels = {text.get_text() for text in plots.plot_molecule(hidden, axes=figure.axes[0]).texts}
     assert len(labels & {"O0", "H1"}) == 1 and len(labels) == 4
+    figure.axes[0].clear()
+    hidden.positions[1, 0] = 0.4  # the oxygen's radius is 0.36 Å: the label is cut
+    labels = {text.get_text() for text in plots.plot_molecule(hidden, axes=figure.axes[0]).texts}
+    assert len(labels & {"O0", "H1"}) == 1 and len(labels) == 4
 
 
 def test_a_table_has_colours_and_texts_that_can_be_read_on_them(figure):
@@ -397,6 +401,11 @@ def test_a_figure_is_shown_with_its_text(monkeypatch):
     assert data.startswith(b"\x89PNG")
     style = re.search(r'style="width: (\d+)px', bundle["text/html"])  # the data may hold "62px" too
     assert 200 < int(style[1]) < 350
+    plt.loglog([3, 5], [2, 8])
+    plt.xticks([3, 5], ["3", "5"])
+    axes = plt.gca()
+    plots.show("Ticks that were set on one of two logarithmic axes.")
+    assert not len(axes.get_xticks(minor=True)) and len(axes.get_yticks(minor=True))
     with pytest.raises(ValueError, match="no figure"):
         plots.show("nothing")
     with pytest.raises(ValueError, match="needs a text"):
