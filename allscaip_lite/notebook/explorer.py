@@ -71,7 +71,7 @@ class Explorer(Page):
         """The first picture, for output without a browser, for example a notebook as PDF."""
         buffer = io.BytesIO()
         try:
-            self.figure().savefig(buffer, dpi=80)
+            self.figure().savefig(buffer, dpi=80, bbox_inches="tight")
         except ImportError:  # without matplotlib there is no picture, only the page
             return None
         return buffer.getvalue()
