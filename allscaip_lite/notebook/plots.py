@@ -90,8 +90,8 @@ def import_extra(module: str, purpose: str) -> Any:
 def show(alt: str) -> None:
     """Show the current figure in a notebook, with a text for readers who cannot see it.
 
-    Twice as sharp as the screen needs, on white, and closed afterwards. A logarithmic axis whose
-    ticks were set has no others: matplotlib would write numbers such as 3 × 10¹ between them.
+    Twice as sharp as the screen needs, on white, and closed afterwards. Logarithmic axes of less
+    than three decades get numbers such as 20 and 50 in place of 2 × 10¹ and none.
 
     Args:
         alt: What the figure says: its kind, its axes, what is to be seen. One or two sentences.
@@ -106,11 +106,10 @@ def show(alt: str) -> None:
         raise ValueError("a figure needs a text for readers who cannot see it: show('…')")
     if not pyplot.get_fignums():
         raise ValueError("there is no figure to show: draw one first")
-    ticker = import_extra("matplotlib.ticker", "show")
     figure, buffer = pyplot.gcf(), io.BytesIO()
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        if axis.get_scale() == "log" and isinstance(axis.get_major_locator(), ticker.FixedLocator):
-            axis.set_minor_locator(ticker.NullLocator())
+        if axis.get_scale() == "log":
+            _plain_numbers(axis)
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", bbox_inches="tight")
     pyplot.close(figure)
     data = buffer.getvalue()
@@ -119,6 +118,18 @@ def show(alt: str) -> None:
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     picture = f'<img alt="{html.escape(alt)}" src="{source}" style="{style}">'
     display({"text/html": picture, "text/plain": alt}, raw=True)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, …; ticks that were set are the only ones."""
+    ticker = import_extra("matplotlib.ticker", "show")
+    low, high = axis.get_view_interval()
+    if isinstance(axis.get_major_locator(), ticker.FixedLocator):
+        axis.set_minor_locator(ticker.NullLocator())
+    elif low >= 1e-3 and high <= 1e5 and high < 1e3 * low:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_locator(ticker.NullLocator())
 
 
 # --- geometry and weights -----------------------------------------------------------------------

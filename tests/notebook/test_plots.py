@@ -401,15 +401,34 @@ def test_a_figure_is_shown_with_its_text(monkeypatch):
     assert data.startswith(b"\x89PNG")
     style = re.search(r'style="width: (\d+)px', bundle["text/html"])  # the data may hold "62px" too
     assert 200 < int(style[1]) < 350
-    plt.loglog([3, 5], [2, 8])
-    plt.xticks([3, 5], ["3", "5"])
-    axes = plt.gca()
-    plots.show("Ticks that were set on one of two logarithmic axes.")
-    assert not len(axes.get_xticks(minor=True)) and len(axes.get_yticks(minor=True))
     with pytest.raises(ValueError, match="no figure"):
         plots.show("nothing")
     with pytest.raises(ValueError, match="needs a text"):
         plots.show("  ")
+
+
+@pytest.mark.parametrize(
+    "values, numbers",
+    [([3, 150], "5 10 20 50 100"), ([700, 2100], "1,000 2,000"), ([1e-9, 1], None)],
+)
+def test_numbers_on_logarithmic_axes_are_plain(monkeypatch, values, numbers):
+    pytest.importorskip("IPython")
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: None)
+    axes = plt.subplots()[1]
+    axes.loglog([2, 6], values)
+    axes.set_ylim(values)
+    axes.set_xticks([2, 6], ["two", "six"])
+    plots.show("Two logarithmic axes, one of them with ticks that were set.")
+    axes.figure.canvas.draw()
+    ticks = axes.xaxis.get_ticklabels(which="both")
+    assert [text.get_text() for text in ticks] == ["two", "six"]
+    low, high = axes.get_ylim()
+    ticks = [(axes.yaxis.get_ticklabels()[i], y) for i, y in enumerate(axes.get_yticks())]
+    found = [text.get_text() for text, y in ticks if low <= y <= high]
+    assert found == numbers.split() if numbers else "mathdefault" in found[0]
 
 
 def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
