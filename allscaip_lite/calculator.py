@@ -25,7 +25,7 @@ from allscaip_lite.errors import WAYS, InputError
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.machine import usable_device
-from allscaip_lite.model import AllScAIP, Result, without_weight_grad
+from allscaip_lite.model import AllScAIP, Result, check_number_type, without_weight_grad
 from allscaip_lite.structures import structures_from_atoms
 
 
@@ -70,6 +70,7 @@ class AllScAIPCalculator(Calculator):
         super().__init__(**kwargs)
         if outside_training not in WAYS:
             raise InputError(f"outside_training {outside_training!r}: one of {', '.join(WAYS)}")
+        check_number_type(dtype)
         self.outside_training = outside_training
         if not isinstance(model, AllScAIP):
             device = usable_device(device)

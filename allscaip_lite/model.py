@@ -10,7 +10,8 @@ States are one flat list (M, H): the N atoms, then the 2P edges (see `graph`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast, overload
 
@@ -25,7 +26,7 @@ from allscaip_lite.applicability import Seen, warn_outside
 from allscaip_lite.attention import SystemTable, channel_groups
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
-from allscaip_lite.errors import InputError
+from allscaip_lite.errors import InputError, StructureError
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import (
     Activation,
@@ -34,6 +35,7 @@ from allscaip_lite.layers import (
     SelfAttention,
     make_norm,
 )
+from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.operations import PLAIN, Operations
 from allscaip_lite.structures import Structures, structures_from_atoms
 
@@ -342,6 +344,7 @@ class AllScAIP(nn.Module):
         energy's last layer read, for `energy_uncertainty`.
         """
         create_graph = self.training if create_graph is None else create_graph
+        check_number_type(self.dtype)
         if torch.is_inference_mode_enabled():  # forces are gradients, and here none can be taken
             with torch.inference_mode(False), torch.no_grad():
                 return self(structures.clone(), create_graph, geometry, hidden)
@@ -548,7 +551,8 @@ class AllScAIP(nn.Module):
         assumed: Assumptions = {}
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
         say_assumptions(assumed, self.said)
-        warn_outside(self.seen, structures, outside_training, self.said)
+        with saying_which(structures, self.config.reach):
+            warn_outside(self.seen, structures, outside_training, self.said)
         groups = [list(range(len(batch)))]
         hidden: list[Tensor] = []
         asked = {"hidden": hidden} if uncertainty and forward is None else {}
@@ -560,7 +564,8 @@ class AllScAIP(nn.Module):
         for group in groups:
             part = structures if len(groups) == 1 else structures.select(group)
             # gradients are switched on for forces alone
-            with torch.no_grad(), self.operations.threads(len(part.positions)):
+            threads = self.operations.threads(len(part.positions))
+            with torch.no_grad(), threads, saying_which(structures, self.config.reach):
                 energy, forces, stress = forward(part, create_graph=False, **asked)
             doubts = self.energy_uncertainty(part, *hidden).tolist() if uncertainty else None
             hidden.clear()
@@ -575,6 +580,24 @@ class AllScAIP(nn.Module):
                     doubts[row] if doubts else None,
                 )
         return results[0] if isinstance(atoms, Atoms) else [results[i] for i in range(len(batch))]
+
+
+def check_number_type(dtype: torch.dtype | None) -> None:
+    """Raise `InputError` for numbers that cannot tell positions apart, or are none of PyTorch."""
+    if dtype not in (None, torch.float32, torch.float64):
+        raise InputError(
+            f"number type {dtype}: positions and forces need torch.float32 or torch.float64"
+        )
+
+
+@contextmanager
+def saying_which(structures: Structures, reach: float) -> Iterator[None]:
+    """Around what is done with a part of them: errors say which structure of the whole it is."""
+    try:
+        yield
+    except StructureError:
+        candidate_pairs(structures, reach)
+        raise
 
 
 def similar_sizes(natoms: Sequence[int]) -> list[list[int]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import vesin
 from ase.geometry import complete_cell, minkowski_reduce
+from ase.symbols import Symbols
 from torch import Tensor
 
 from allscaip_lite.errors import StructureError
@@ -39,21 +40,33 @@ def candidate_pairs(structures: Structures, reach: float) -> tuple[Tensor, Tenso
     periodic = structures.pbc.any(1).tolist()
     for index, natoms in enumerate(structures.natoms.tolist()):
         positions = structures.positions[offset : offset + natoms]
-        if periodic[index] or natoms > DENSE_SEARCH_ATOMS:
-            cell, pbc = structures.cell[index], structures.pbc[index]
-            first, second, shift = _search_cells(positions, cell, pbc, reach)
-        else:
-            first, second = torch.triu_indices(natoms, natoms, 1)
-            squared = (positions[second] - positions[first]).square().sum(1)
-            near = squared < reach * reach
-            first, second, squared = first[near], second[near], squared[near]
-            if len(squared) and bool(squared.min() < COINCIDENT**2):
-                _raise_coincident(first, second, int(squared.argmin()))
-            shift = first.new_zeros(len(first), 3)
+        try:
+            if periodic[index] or natoms > DENSE_SEARCH_ATOMS:
+                cell, pbc = structures.cell[index], structures.pbc[index]
+                first, second, shift = _search_cells(positions, cell, pbc, reach)
+            else:
+                first, second, shift = _search_all(positions, reach)
+        except StructureError as error:
+            if len(periodic) == 1:
+                raise
+            numbers = structures.atomic_numbers[offset : offset + natoms].cpu().numpy()
+            formula = Symbols(numbers).get_chemical_formula()
+            raise StructureError(f"system {index} of a batch ({formula}): {error}") from error
         found.append((first + offset, second + offset, shift))
         offset += natoms
     first, second, shift = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
     return first, second, shift
+
+
+def _search_all(positions: Tensor, reach: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of a molecule within `reach`, out of all pairs."""
+    first, second = torch.triu_indices(len(positions), len(positions), 1)
+    squared = (positions[second] - positions[first]).square().sum(1)
+    near = squared < reach * reach
+    first, second, squared = first[near], second[near], squared[near]
+    if len(squared) and bool(squared.min() < COINCIDENT**2):
+        _raise_coincident(first, second, int(squared.argmin()))
+    return first, second, first.new_zeros(len(first), 3)
 
 
 def _search_cells(

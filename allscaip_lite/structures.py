@@ -22,6 +22,7 @@ from allscaip_lite.errors import StructureError
 LARGEST_SPREAD = 3e4  # Å; float32 rounds a position there by 0.001 Å
 LONG = 100.0  # Å; up to there float32 rounds a position by less than 1e-5 Å
 THINNEST = 0.02  # Å, of a cell
+FARTHEST = 1e9  # Å from the origin; beyond, float64 itself rounds a position by 1e-7 Å and more
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,10 @@ class _Place:
     system: Atoms
 
     def __str__(self) -> str:
-        return f"structure {self.index} ({self.system.get_chemical_formula()})"
+        numbers = self.system.numbers
+        known = ((numbers >= 0) & (numbers < len(chemical_symbols))).all()
+        formula = f" ({self.system.get_chemical_formula()})" if known else ""
+        return f"structure {self.index}{formula}"
 
 
 def check_structure(
@@ -234,6 +238,11 @@ def check_structure(
     if not np.isfinite(atoms.positions).all():
         bad = np.flatnonzero(~np.isfinite(atoms.positions).all(1))
         raise StructureError(f"{where}: positions of atoms {bad[:5].tolist()} are not finite")
+    if np.abs(atoms.positions).max() > FARTHEST:
+        raise StructureError(
+            f"{where} is {np.abs(atoms.positions).max():.3g} Å from the origin, where numbers no "
+            "longer tell its atoms apart: move it, or check the unit"
+        )
     if atoms.pbc.any():
         if not np.isfinite(atoms.cell.array).all():
             raise StructureError(f"{where}: the cell is not finite")

@@ -30,7 +30,7 @@ from allscaip_lite.errors import CheckpointError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import usable_device
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import AllScAIP, check_number_type
 
 FORMAT = "allscaip-lite"
 FORMAT_VERSION = 1
@@ -78,6 +78,7 @@ def load_model(
         UnsafeCheckpointError: for a pickle that contains more than data.
     """
     device = None if device is None else usable_device(device)
+    check_number_type(dtype)
     path = _locate(name_or_path)
     if _is_safetensors(path):
         config, _, seen = _read_metadata(path)

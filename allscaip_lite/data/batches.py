@@ -28,8 +28,8 @@ from allscaip_lite.structures import Structures, structures_from_atoms
 class Batch:
     """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å.
 
-    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label. padded: the same
-    structures padded to a size, if they were asked for and fit.
+    stress (B, 3, 3) eV/Å³: not a number where a structure has no such label or is not periodic.
+    padded: the same structures padded to a size, if they were asked for and fit.
     """
 
     structures: Structures
@@ -61,7 +61,10 @@ def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch
         for index, system in enumerate(systems)
     ]
     forces = [label["forces"] for label in labels]
-    stress = [_full_stress(label.get("stress")) for label in labels]
+    stress = [
+        _full_stress(label.get("stress") if system.pbc.any() else None)
+        for system, label in zip(systems, labels, strict=True)
+    ]
     if rotation_seed is not None:
         rotations = Rotation.random(len(systems), rng=np.random.default_rng(rotation_seed))
         for index, rotation in enumerate(rotations):

@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
+from scipy.spatial import cKDTree
 
 from allscaip_lite.errors import DataError
 
@@ -27,11 +28,12 @@ Labels = dict[str, Any]  # by names of LABELS: a float, arrays (N, 3) and (6,)
 _SPELLING = re.compile(
     r"(?:(?:ref|reference|dft|qm|target)_)?(energy|forces?|stress|virials?)(?:_(?:ref|dft))?"
 )
+COINCIDENT = 1e-4  # Å, as for the model's neighbours
 SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
 
 
 def check_atoms(atoms: Atoms, where: str) -> None:
-    """Raise `DataError`, naming it, for an atom without an element or a place."""
+    """Raise `DataError`, naming it, for an atom without an element or a place of its own."""
     for index, number in enumerate(atoms.numbers):
         if not 0 < number < len(chemical_symbols):
             raise DataError(f"{where}: atom {index} has the atomic number {number}, of no element")
@@ -39,6 +41,11 @@ def check_atoms(atoms: Atoms, where: str) -> None:
         if not np.isfinite(values).all():
             row = int(np.argmin(np.isfinite(values).all(1)))
             raise DataError(f"{where}: row {row} of its {name} is not finite")
+    if len(same := cKDTree(atoms.positions).query_pairs(COINCIDENT, output_type="ndarray")):
+        first, second = same[0]
+        raise DataError(
+            f"{where}: atoms {first} and {second} stand on one spot: remove the duplicate"
+        )
 
 
 def checked_labels(
@@ -152,6 +159,8 @@ def _virial_as_stress(
 
 def _numbers(value: Any, name: str, where: object) -> np.ndarray:
     try:
+        if np.asarray(value).dtype.kind in "bc":  # which would be numbers, but not as meant
+            raise TypeError("truth values or complex numbers")
         return np.asarray(value, dtype=float)
     except (TypeError, ValueError) as error:
         shown = reprlib.repr(value)

@@ -49,15 +49,24 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
         raise FileNotFoundError(f"{path}: no such file")
     if not file.is_file():
         raise DataError(f"{path} is a folder: give the files in it")
+    wanted = string2index(index)
+    if isinstance(wanted, str):
+        raise DataError(f"{path}@{index}: give numbers, as in {file.name}@0:10")
+    start, step = (wanted.start, wanted.step) if isinstance(wanted, slice) else (wanted, 1)
+    first = start or 0
+    whole = path if first >= 0 and (step or 1) > 0 else f"{path}@{index}"  # numbers of the part
     count = 0
     try:
-        for atoms in _read(file, index):
-            check_atoms(atoms, f"{path}, structure {count}")
-            yield f"{path}, structure {count} ({atoms.symbols})", atoms
+        for atoms in _read(file, wanted):
+            number = count if whole != path else first + count * (step or 1)
+            check_atoms(atoms, where := f"{whole}, structure {number}")
+            yield f"{where} ({atoms.symbols})", atoms
             count += 1
-    except (InputError, OSError, MemoryError):
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # ASE's readers raise whatever their parsing comes across
+        if isinstance(error, OSError) and error.filename:  # the system's, not a parser's
+            raise
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         place = f" after structure {count - 1}" if count else ""
         raise DataError(f"{path} is not a file that ASE can read{place} ({reason})") from error
@@ -70,35 +79,33 @@ def read_structure(name: str | Path) -> Atoms:
     return [atoms for _, atoms in read_structures(name, "-1")][-1]
 
 
-def _read(file: Path, index: str) -> Iterator[Atoms]:
+def _read(file: Path, wanted: int | slice) -> Iterator[Atoms]:
     suffix = file.suffix.removeprefix(".").lower()
     kind = suffix if suffix == "aselmdb" else ase.io.formats.filetype(str(file))
     if kind in DATABASES:
-        return _read_database(file, kind, index)
+        return _read_database(file, kind, wanted)
     options: dict[str, Any] = {"attach_calculator": True} if kind == "gaussian-in" else {}
-    wanted = string2index(index)
     read = ase.io.iread(
         str(file), index=wanted, format=kind, do_not_split_by_at_sign=True, **options
     )
     return map(_with_parameters, read) if options else read
 
 
-def _read_database(file: Path, kind: str, index: str) -> Iterator[Atoms]:
+def _read_database(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
     if kind == "aselmdb":
         data = Dataset(file, labelled=False)
         rows: Iterator[Atoms] = (data[number] for number in range(len(data)))
     else:
         database = ase.db.connect(file, type=kind, serial=True)
         rows = (atoms_of_row(row, f"{file}, row {row.id}") for row in database.select())
-    wanted = string2index(index)
-    if isinstance(wanted, str):
-        raise DataError(f"{file}@{index}: give numbers, as in {file.name}@0:10")
     if isinstance(wanted, slice) and all(
         number is None or number >= 0 for number in (wanted.start, wanted.stop)
     ):
         return itertools.islice(rows, wanted.start, wanted.stop, wanted.step)
-    listed = list(rows)[wanted]
-    return iter(listed if isinstance(listed, list) else [listed])
+    listed = list(rows)
+    if isinstance(wanted, slice):
+        return iter(listed[wanted])
+    return iter([listed[wanted]] if -len(listed) <= wanted < len(listed) else [])
 
 
 def _with_parameters(atoms: Atoms) -> Atoms:

@@ -568,12 +568,11 @@ def _check_stress_weight(stage: Stage, model: AllScAIP, data: LabelledData) -> N
             f"stress weight {stage.stress_weight:g}: the model has no stress in the stage "
             f"{stage.name!r} (it needs conservative forces and stress=True)"
         )
-    if not any(
-        "stress" in data[int(index)].calc.results for index in evenly_spaced(len(data), 20_000)
-    ):
+    found = (data[int(index)] for index in evenly_spaced(len(data), 20_000))
+    if not any(atoms.pbc.any() and "stress" in atoms.calc.results for atoms in found):
         raise RunError(
-            f"stress weight {stage.stress_weight:g}, but no training structure has a stress: "
-            "leave --stress-weight out, or convert the data with their stresses or virials"
+            f"stress weight {stage.stress_weight:g}, but no training structure is periodic and has "
+            "a stress: leave --stress-weight out, or convert the data with stresses or virials"
         )
 
 

@@ -148,6 +148,11 @@ def test_load_as_another_dtype_keeps_the_references_exact(tmp_path: Path) -> Non
     path = save_model(model, tmp_path / "m.safetensors")
     double = load_model(str(path), device="cpu", dtype=torch.float64)
     assert double.dtype == torch.float64 and load_model(path).dtype == torch.float32
+    for kind in (torch.float16, torch.bfloat16, torch.int8, "float32"):
+        with pytest.raises(InputError, match=f"number type {kind}: .*need torch.float32"):
+            load_model(path, dtype=kind)
+    with pytest.raises(InputError, match=r"number type torch\.bfloat16"):
+        double.bfloat16().predict(molecule("H2O"))
     for loaded in (double, double.float()):
         assert torch.equal(loaded.element_references, model.element_references)
 

@@ -179,6 +179,25 @@ def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
         list(convert([tmp_path / "text.foo"], progress=False))
     with pytest.raises(FileNotFoundError, match="nowhere.xyz"):
         list(convert([tmp_path / "nowhere.xyz"], progress=False))
+    ase.io.write(tmp_path / "cut.extxyz", [labelled("H2O")] * 2)
+    lines = (tmp_path / "cut.extxyz").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.extxyz").write_text("".join(lines[:-1]))  # ASE's error does not name the file
+    with pytest.raises(DataError, match=r"cut.extxyz is not a file .* after structure 0"):
+        list(convert([tmp_path / "cut.extxyz"], progress=False))
+
+
+@pytest.mark.parametrize("suffix", ["extxyz", "db"])
+def test_a_part_of_a_file_is_named_by_its_place_in_the_file(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    ase.io.write(file, [labelled("H2O", seed) for seed in range(6)])
+    for index, numbers in (("1:6:2", [1, 3, 5]), ("4", [4]), (":2", [0, 1])):
+        sources = [atoms.info["source"] for atoms in convert([f"{file}@{index}"], progress=False)]
+        assert sources == [f"{file}, structure {number} (OH2)" for number in numbers]
+    last = next(convert([f"{file}@-1"], progress=False))
+    assert last.info["source"] == f"{file}@-1, structure 0 (OH2)"
+    for index, words in (("6", "@6 has no structures"), ("first", "give numbers")):
+        with pytest.raises(DataError, match=words):
+            list(convert([f"{file}@{index}"], progress=False))
 
 
 def bulk_with(**labels: object) -> Atoms:
@@ -229,6 +248,8 @@ def test_names_that_labels_came_from_are_said(tmp_path: Path) -> None:
         ({"energy": [-1.0, 2.0], "forces": FORCES}, r"energy has shape \(2,\)"),
         ({"energy": "low", "forces": FORCES}, "low.*, not numbers"),
         ({"energy": np.inf, "forces": FORCES}, "energy is not finite"),
+        ({"energy": True, "forces": FORCES}, "True.*, not numbers"),
+        ({"energy": -1.0, "forces": FORCES * 1j}, "not numbers"),
         ({"my_energy": -1.0, "forces": FORCES}, "no energy; what is there: .*forces, my_energy"),
         ({"energy": -1.0, "REF_energy": -2.0, "forces": FORCES}, "energy and REF_energy are diff"),
         ({"energy": -1.0, "forces": FORCES, "stress": np.arange(9.0)}, "stress is not symmetric"),
@@ -278,3 +299,6 @@ def test_atoms_without_element_or_place_are_named(tmp_path: Path) -> None:
             list(convert([tmp_path / "a.traj"], progress=False))
         with pytest.raises(DataError, match=f"structure 0: {words}"):
             write_aselmdb(tmp_path / "a.aselmdb", [atoms])
+    atoms.positions[1] = atoms.positions[2]
+    with pytest.raises(DataError, match="structure 0: atoms 1 and 2 stand on one spot"):
+        write_aselmdb(tmp_path / "a.aselmdb", [atoms])

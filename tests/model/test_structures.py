@@ -248,6 +248,9 @@ def periodic(cell: object, pbc: object = True) -> Atoms:
     [
         (Atoms(), "structure 0.*has no atoms"),
         (state(Atoms("X")), "(X|0) is outside this model's table of elements, H to Es"),
+        (state(Atoms([119])), "structure 0: 119 is outside this model's table of elements"),
+        (state(Atoms([-1])), "structure 0: -1 is outside this model's table of elements"),
+        (state(Atoms("He", [(1e15, 0, 0)])), "1e\\+15 Å from the origin"),
         (state(Atoms("Fm")), "Fm is outside this model's table of elements, H to Es"),
         (misplaced(float("nan"), 2), r"CH4.*positions of atoms \[2\] are not finite"),
         (misplaced(float("inf"), 0), r"positions of atoms \[0\] are not finite"),
@@ -302,8 +305,13 @@ def test_two_atoms_on_one_spot(case: str, small_config: AllScAIPConfig) -> None:
         atoms = Atoms("He3", np.vstack([[points[7]], points[:1], [points[7]]]))
         atoms += Atoms("He" * (len(points) - 8), points[8:])
     batch = structures_from_atoms(state(atoms))
-    with pytest.raises(StructureError, match="atoms 0 and 2 stand on one spot: move one"):
+    with pytest.raises(StructureError, match="^atoms 0 and 2 stand on one spot: move one"):
         build_graph(batch, small_config)
+    long = state(Atoms("He40", np.arange(120.0).reshape(40, 3)))
+    several = [long, *[state(molecule("CH4"))] * 50, state(atoms)]  # groups of different sizes
+    words = rf"system 51 of a batch \(He{len(atoms)}\): atoms 0 and 2 stand on one spot"
+    with pytest.raises(StructureError, match=words):
+        AllScAIP(small_config).eval().predict(several)
 
 
 @pytest.mark.parametrize(
