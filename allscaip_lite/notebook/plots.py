@@ -121,13 +121,14 @@ def show(alt: str) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, …; ticks that were set are the only ones."""
+    """Ticks at 1, 2, 5, 10, …, more within a decade; ticks that were set are the only ones."""
     ticker = import_extra("matplotlib.ticker", "show")
     low, high = axis.get_view_interval()
     if isinstance(axis.get_major_locator(), ticker.FixedLocator):
         axis.set_minor_locator(ticker.NullLocator())
     elif low >= 1e-3 and high <= 1e5 and high < 1e3 * low:
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+        axis.set_major_locator(ticker.LogLocator(subs=subs))
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.set_minor_locator(ticker.NullLocator())
 

@@ -409,7 +409,7 @@ def test_a_figure_is_shown_with_its_text(monkeypatch):
 
 @pytest.mark.parametrize(
     "values, numbers",
-    [([3, 150], "5 10 20 50 100"), ([700, 2100], "1,000 2,000"), ([1e-9, 1], None)],
+    [([3, 150], "5 10 20 50 100"), ([600, 2100], "700 1,000 1,500 2,000"), ([1e-9, 1], None)],
 )
 def test_numbers_on_logarithmic_axes_are_plain(monkeypatch, values, numbers):
     pytest.importorskip("IPython")
