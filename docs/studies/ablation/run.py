@@ -4,7 +4,7 @@ In: a data set, and a `Study`: which models, how long they train, what is measur
 (JSON) of all trainings, with the machine and the versions, which lesson 08 draws. The studies
 `ions`, `pairs` and `chain` ask what carries long range; `table` asks how errors on molecules that
 were never trained on depend on node attention, LAE, ERoPE, the amount of data and the size of the
-model (paper, arXiv 2603.06567, Figure 5).
+model (as the paper does, arXiv 2603.06567).
 
 A cell of the table is one training. Each is stored when it is done, so a study can run in pieces.
 """
