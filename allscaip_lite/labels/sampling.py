@@ -245,7 +245,7 @@ def assemble(
         turned.positions = Rotation.random(random_state=rng).apply(centred)
         direction = rng.normal(size=3)
         direction /= np.linalg.norm(direction)
-        for distance in np.arange(0.0, 30.0, 0.1):
+        for distance in np.arange(0.0, 30.0 + closest, 0.1):
             moved = turned.positions + distance * direction
             if np.linalg.norm(moved[:, None] - whole.positions, axis=-1).min() >= closest:
                 break

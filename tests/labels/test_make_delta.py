@@ -1,0 +1,144 @@
+"""The set `data/delta`: labels that are GFN2-xTB's and a difference, or Coulomb's law far apart."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+pytest.importorskip("tblite")
+pytest.importorskip("rdkit.Chem")
+
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.labels import xtb
+from allscaip_lite.labels.sampling import parse_system
+
+make = importlib.import_module("data.delta.make")
+
+
+class Shift:
+    """Corrections that are known: 0.5 eV for each atom, and no force."""
+
+    def knows(self, atoms: Atoms) -> bool:
+        return "Xe" not in atoms.symbols
+
+    def __call__(self, batch):
+        return [(0.5 * len(atoms), np.zeros((len(atoms), 3)), 0.0) for atoms in batch]
+
+
+@pytest.fixture(scope="module")
+def molecules():
+    return make.Molecules(Shift())
+
+
+def test_a_difference_and_xtb_make_the_label():
+    row = Dataset(make.OMOL_MINI / "val.aselmdb")[0]
+    difference = next(iter(make.differences("val")))
+    np.testing.assert_allclose(
+        difference.get_potential_energy() + row.info["xtb_energy"], row.get_potential_energy()
+    )
+    forces = difference.get_forces() + np.asarray(row.info["xtb_forces"])
+    np.testing.assert_allclose(forces, row.get_forces(), atol=1e-12)
+
+
+def test_forces_between_molecules_are_the_slope_of_the_energy():
+    rng = np.random.default_rng(0)
+    positions, charges = 3 * rng.normal(size=(7, 3)), rng.normal(size=7)
+    owner = np.array([0, 0, 0, 1, 1, 2, 2])
+    _, forces = make.coulomb(positions, charges, owner)
+    for atom, axis in ((0, 0), (4, 2), (6, 1)):
+        sides = []
+        for step in (1e-4, -1e-4):
+            moved = positions.copy()
+            moved[atom, axis] += step
+            sides.append(make.coulomb(moved, charges, owner)[0])
+        assert forces[atom, axis] == pytest.approx(-(sides[0] - sides[1]) / 2e-4, rel=1e-5)
+    np.testing.assert_allclose(forces.sum(0), 0, atol=1e-12)
+
+
+def test_two_ions_far_apart_follow_coulombs_law(molecules, monkeypatch):
+    monkeypatch.setattr(make, "SHARE_NEAR", 0.0)
+    system = parse_system("ionic_pairs", "[Na+].[Cl-]")
+    pair = make.meeting(system, molecules, np.random.default_rng(0))
+    distance = pair.get_distance(0, 1)
+    assert make.SEPARATE <= distance <= make.FARTHEST
+    alone = sum(one.energy + one.correction for part in system.parts for one in molecules[part])
+    assert pair.get_potential_energy() - alone == pytest.approx(-14.3996 / distance, rel=1e-4)
+    pull = pair.get_forces()[0] @ (pair.positions[1] - pair.positions[0]) / distance
+    assert pull == pytest.approx(14.3996 / distance**2, rel=1e-4)
+
+
+def test_forces_turn_with_a_molecule(monkeypatch):
+    """Far from any other, a molecule's forces are what GFN2-xTB gives where it stands."""
+    monkeypatch.setattr(make, "DISPLACEMENTS", (0.02,))
+    monkeypatch.setattr(make, "SHARE_NEAR", 0.0)
+    monkeypatch.setattr(make, "SEPARATE", 30.0)
+    system = parse_system("ionic_pairs", "NC=O.C=O")
+    pair = make.meeting(system, make.Molecules(Shift()), np.random.default_rng(3))
+    first = pair[:6]
+    first.info = {"charge": 0, "spin": 1}
+    expected = xtb.results_of(first)["forces"]
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(pair.get_forces()[:6], expected, atol=0.01)
+
+
+def test_near_each_other_the_label_is_xtb_and_the_differences(molecules, monkeypatch):
+    monkeypatch.setattr(make, "SHARE_NEAR", 1.0)
+    pair = make.meeting(
+        parse_system("ionic_pairs", "[NH4+].O"), molecules, np.random.default_rng(1)
+    )
+    found = xtb.results_of(pair)
+    assert pair.get_potential_energy() == pytest.approx(found["energy"] + 0.5 * len(pair))
+    np.testing.assert_allclose(pair.get_forces(), found["forces"], atol=1e-9)
+
+
+def test_what_the_models_did_not_see_or_disagree_on_is_left_out(monkeypatch):
+    atoms = Atoms("H2", [[0, 0, 0], [0, 0, 0.8]], info={"charge": 0, "spin": 1})
+    atoms.calc = SinglePointCalculator(atoms, energy=-30.0, forces=np.ones((2, 3)))
+    xenon = Atoms("Xe", info={"charge": 0, "spin": 1})
+    (kept,) = make.corrected([atoms, xenon], Shift())
+    assert kept.get_potential_energy() == pytest.approx(-29.0)
+    np.testing.assert_array_equal(kept.get_forces(), np.ones((2, 3)))
+    monkeypatch.setattr(make, "DISAGREEMENT", -1.0)
+    assert not list(make.corrected([atoms], Shift()))
+
+
+def test_the_mean_over_models_is_added():
+    atoms = next(iter(Dataset(make.OMOL_MINI / "val.aselmdb")))
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=atoms.info["xtb_energy"], forces=np.asarray(atoms.info["xtb_forces"])
+    )
+    corrections = make.Corrections([], ["lite", "lite-local"])
+    assert corrections.knows(atoms)
+    ((energy, forces, spread),) = corrections([atoms])
+    answers = [model.predict(atoms, outside_training="ignore") for model in corrections.directs]
+    assert energy + atoms.get_potential_energy() == pytest.approx(
+        np.mean([answer.energy for answer in answers])
+    )
+    expected = np.mean([answer.forces for answer in answers], 0)
+    np.testing.assert_allclose(forces + atoms.get_forces(), expected, atol=1e-6)
+    half = np.abs(answers[0].forces - answers[1].forces) / 2
+    assert spread == pytest.approx(float(np.sqrt((half**2).mean())), rel=1e-4)
+
+
+def test_a_command_without_its_models_says_what_is_missing(tmp_path, capsys):
+    assert make.main(["pairs", "--out", str(tmp_path / "pairs")]) != 0
+    assert "--delta" in capsys.readouterr().err
+
+
+def test_a_set_keeps_its_splits(tmp_path, monkeypatch):
+    rows = {split: list(Dataset(make.OMOL_MINI / f"{split}.aselmdb"))[:2] for split in make.SPLITS}
+    for split, structures in rows.items():
+        make.write_aselmdb(tmp_path / "xtb" / f"{split}.aselmdb", structures)
+    monkeypatch.setattr(make, "Corrections", lambda deltas, directs: Shift())
+    command = ["labels", "--delta", "any", "--data", str(tmp_path / "xtb")]
+    assert make.main([*command, "--out", str(tmp_path / "delta")]) == 0
+    for split, structures in rows.items():
+        made = Dataset(tmp_path / "delta" / f"{split}.aselmdb")
+        assert [len(atoms) for atoms in made] == [len(atoms) for atoms in structures]
+        for atoms, before in zip(made, structures, strict=True):
+            energy = before.get_potential_energy() + 0.5 * len(before)
+            assert atoms.get_potential_energy() == pytest.approx(energy)
