@@ -39,11 +39,11 @@ from allscaip_lite.files import locked, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.labels.queue import end_with_parent
 from allscaip_lite.machine import THREADS_OF_USER, processor_name
-from allscaip_lite.md.batched import side_by_side
 from allscaip_lite.md.dynamics import Explosion, Settings, read_log, run_md
 from allscaip_lite.md.observables import drift
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
+from docs.studies.stability.batched import side_by_side
 
 BONDED = 1.25  # closer than this times the sum of covalent radii at the start: a bond
 BROKEN = 1.5  # a bond longer than this times its first length: far beyond vibrations at 300 K
