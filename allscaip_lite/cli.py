@@ -265,7 +265,7 @@ def _explanation(error: Exception) -> str | None:
         return f"{missing} is missing here: pip install 'allscaip-lite[{EXTRA_OF[missing]}]'"
     if isinstance(error, OSError) and error.filename and error.strerror:
         # not the unfinished file, whose name the user did not choose
-        file = re.sub(r"\.([^/]+)\.partial(/.*)?$", r"\1", str(error.filename))
+        file = re.sub(r"\.([^/]+)\.(?:partial|lock)(/.*)?$", r"\1", str(error.filename))
         return f"{file}: {error.strerror}"
     return str(error) if isinstance(error, (InputError, OSError)) else None
 

@@ -13,11 +13,12 @@ import os
 import pickle
 import shutil
 import sys
+import time
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,6 +29,8 @@ from allscaip_lite.errors import InputError, RunError
 P = ParamSpec("P")
 Result = TypeVar("Result")
 FULL = 1 << 20  # bytes; a disk with less is full
+LOCK = ".lock"  # the name of the file that is locked in a folder
+WAIT = 5.0  # seconds, for another process that writes the same file
 
 
 @contextmanager
@@ -36,23 +39,27 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     That path has the name of `path`, in a hidden folder next to it: libraries that choose a format
     by its suffix see the right one, and whoever lists the folder sees no unfinished file. A process
-    that is killed leaves the hidden folder behind; the next writer of `path` removes it.
+    that is killed leaves the hidden folder behind; the next writer of `path` removes it. Raises
+    `RunError` where another process writes `path`, and does not end within some seconds.
     """
     path = Path(path)
     folder = unfinished_folder(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder / path.name
-        (folder / path.name).replace(path)
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # libraries say it in their own ways
-        if shutil.disk_usage(folder).free < FULL:
-            raise OSError(errno.ENOSPC, "the disk is full: free some space", str(path)) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with locked(folder, shown=path, wait=WAIT):
+        for left in folder.iterdir():
+            if left.name != LOCK:
+                left.unlink()
+        try:
+            yield folder / path.name
+            (folder / path.name).replace(path)
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # libraries say it in their own ways
+            if shutil.disk_usage(folder).free < FULL:
+                full = "the disk is full: free some space"
+                raise OSError(errno.ENOSPC, full, str(path)) from error
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def unfinished_folder(path: Path) -> Path:
@@ -79,9 +86,11 @@ def try_lock(path: str | os.PathLike[str]) -> Iterator[bool]:
         except (BlockingIOError, PermissionError):  # on Linux; on Windows
             yield False
             return
-        # the one that held it before may have removed the file meanwhile
-        now = Path(path)
-        yield now.exists() and os.path.samestat(os.fstat(file.fileno()), now.stat())
+        try:
+            mine = os.path.samestat(os.fstat(file.fileno()), Path(path).stat())
+        except FileNotFoundError:  # the one that held it before has removed it meanwhile
+            mine = False
+        yield mine
 
 
 def _lock(file: int) -> None:
@@ -96,27 +105,47 @@ def _lock(file: int) -> None:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike[str], name: str = ".lock") -> Iterator[None]:
+def locked(
+    folder: str | os.PathLike[str], name: str = LOCK, shown: object = None, wait: float = 0.0
+) -> Iterator[None]:
     """Work alone in a folder, which is made where it does not exist, or on a file in it.
 
-    name: of the file that is locked, which is gone afterwards.
+    Args:
+        folder: the folder.
+        name: of the file that is locked, which is gone afterwards.
+        shown: what the message says that another process works on, by default the folder.
+        wait: so many seconds for the other process.
 
     Raises `RunError` where another process does. Its lock ends with it, however that ends. Of
     several processes of one training run the first locks for all.
     """
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / name
-    with try_lock(path) as mine:
-        if not mine:
-            raise RunError(f"another process works in {folder}: wait for it, or choose another one")
+    path, until = Path(folder) / name, time.monotonic() + wait
+    with ExitStack() as stack:
+        while True:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # the one that held it has removed the folder
+                if stack.enter_context(try_lock(path)):
+                    break
+            stack.close()
+            if time.monotonic() >= until:
+                work = f"in {folder}" if shown is None else f"on {shown}"
+                raise RunError(f"another process works {work}: wait for it, or choose another one")
+            time.sleep(0.05)
         try:
             yield
         finally:
             with suppress(PermissionError):  # Windows keeps a file that is open
                 path.unlink(missing_ok=True)
+
+
+def locked_file(path: str | os.PathLike[str], wait: float = 0.0) -> AbstractContextManager[None]:
+    """`locked` while a file is made; its folder is made where it does not exist."""
+    path = Path(path)
+    return locked(path.resolve().parent, f".{path.name}.lock", path, wait)
 
 
 def alone(function: Callable[P, Result]) -> Callable[P, Result]:

@@ -33,7 +33,7 @@ SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is
 
 
 def check_atoms(atoms: Atoms, where: str) -> None:
-    """Raise `DataError`, naming it, for an atom without an element or a place of its own."""
+    """Raise `DataError`, naming it, for an atom without an element or a place."""
     for index, number in enumerate(atoms.numbers):
         if not 0 < number < len(chemical_symbols):
             raise DataError(f"{where}: atom {index} has the atomic number {number}, of no element")
@@ -41,6 +41,10 @@ def check_atoms(atoms: Atoms, where: str) -> None:
         if not np.isfinite(values).all():
             row = int(np.argmin(np.isfinite(values).all(1)))
             raise DataError(f"{where}: row {row} of its {name} is not finite")
+
+
+def check_apart(atoms: Atoms, where: str) -> None:
+    """Raise `DataError`, naming it, where two atoms stand on one spot."""
     if len(same := cKDTree(atoms.positions).query_pairs(COINCIDENT, output_type="ndarray")):
         first, second = same[0]
         raise DataError(

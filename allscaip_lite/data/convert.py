@@ -18,7 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
-from allscaip_lite.data.checks import labels_under_any_name
+from allscaip_lite.data.checks import check_apart, labels_under_any_name
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import (
     Assumptions,
@@ -80,6 +80,7 @@ def _converted(
     assumed: Assumptions,
     taken: Counter[str],
 ) -> Atoms:
+    check_apart(atoms, where)
     labels = labels_under_any_name(atoms, where, taken)
     try:
         charge, spin = charge_and_spin(atoms, where, charge, spin, assumed)

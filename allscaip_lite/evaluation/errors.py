@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +29,7 @@ from allscaip_lite.data.aselmdb import SLOW, Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import DataError, InputError
-from allscaip_lite.files import atomic_write
+from allscaip_lite.files import atomic_write, locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
@@ -531,6 +532,11 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.compare and (args.physics or args.unlabelled):
         raise InputError("--compare is for errors: leave out --physics and --unlabelled")
+    with locked_file(args.save) if args.save else nullcontext():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
 
     def load(name: str) -> AllScAIP:

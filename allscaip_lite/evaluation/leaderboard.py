@@ -41,7 +41,7 @@ from allscaip_lite.evaluation.omol_errors import (
     table,
 )
 from allscaip_lite.evaluation.omol_files import read
-from allscaip_lite.files import locked, sha256_of, store_text
+from allscaip_lite.files import locked_file, sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
@@ -363,7 +363,7 @@ def run(args: argparse.Namespace) -> None:
     reference = read(args.reference) if args.reference else None
     if reference is not None:  # before the work, not after
         check_systems(reference, [job.path for job in jobs(args.task, read(args.inputs))])
-    with locked(args.out.resolve().parent, f".{args.out.name}.lock"):
+    with locked_file(args.out):
         restless = predict(
             model,
             args.task,

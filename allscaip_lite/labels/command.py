@@ -125,10 +125,8 @@ def label_files(
         )
     distinct = list({job.file: job for job in jobs}.values())
     queue.run_jobs(store, distinct, label_structure, workers)
-    labelled = queue.collect(store, jobs, folder, ["labelled"])["labelled"]
-    if labelled:
-        (folder / "labelled.aselmdb").replace(result)
-    return len(labelled)
+    found = queue.collect(store, jobs, folder, ["labelled"], {"labelled": result})
+    return len(found["labelled"])
 
 
 def _job(atoms: Atoms, method: str) -> queue.Job:

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum, write_aselmdb
 from allscaip_lite.errors import RunError
-from allscaip_lite.files import store_text, try_lock, unfinished_folder
+from allscaip_lite.files import locked, store_text, try_lock, unfinished_folder
 from allscaip_lite.labels import LabelError
 
 Work = Callable[[Any], list[Atoms]]
+COLLECTING = 600.0  # seconds, for another run that writes the data set
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -173,23 +174,31 @@ def collect(
     jobs: Sequence[Job],
     out: str | os.PathLike[str],
     splits: Sequence[str] = SPLITS,
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, list[Atoms]]:
     """Write `{split}.aselmdb` of the jobs that are done so far, and print how many structures.
 
     Beside them: `failed.json`, the jobs that failed and why, and `checksums.json`, one for each
     split, by which two runs are compared. The order is that of the jobs, so the same results give
-    the same files.
+    the same files. Of several runs in one folder each waits for the one that collects.
 
     Args:
         folder: The queue's folder, as `run_jobs` had it.
         jobs: The jobs, those of the given splits and others.
         out: Folder of the data set.
         splits: Which splits are written.
+        files: What they are written to, where it is not `{split}.aselmdb` in `out`.
 
     Returns:
         The structures of each split; `info["entry"]` is the name of their job.
     """
-    folder, out = Path(folder), Path(out)
+    with locked(out, ".collect.lock", wait=COLLECTING):
+        return _collect(Path(folder), jobs, Path(out), splits, files)
+
+
+def _collect(
+    folder: Path, jobs: Sequence[Job], out: Path, splits: Sequence[str], files: Mapping[str, Path]
+) -> dict[str, list[Atoms]]:
     found: dict[str, list[Atoms]] = {split: [] for split in splits}
     labels: Counter[str] = Counter()
     failed, checksums = {}, {}
@@ -205,7 +214,8 @@ def collect(
                 found[job.split].append(atoms)
     for split, structures in found.items():
         if structures:
-            write_aselmdb(out / f"{split}.aselmdb", structures, overwrite=True)
+            file = files.get(split, out / f"{split}.aselmdb")
+            write_aselmdb(file, structures, overwrite=True)
             checksums[split] = checksum(structures)
         print(f"{split}: {len(structures)} structures")
     store_text(out / "failed.json", json.dumps(failed, indent=1))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
+from allscaip_lite.data.checks import check_apart
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import (
     charge_and_spin,
@@ -52,6 +53,7 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, Atoms]]:
                 args.spin if spin is None else spin,
             )
             check_structure(atoms, name)
+            check_apart(atoms, name)
             atoms.calc = None
             yield name, atoms
 

@@ -22,6 +22,7 @@ from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, LabelledData, Subset, evenly_spaced
 from allscaip_lite.data.batches import collate, fill_batches
 from allscaip_lite.errors import InputError
+from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
@@ -137,6 +138,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite calibrate`."""
     check_file_name(args.out, f"--out {args.out}")
+    with locked_file(args.out):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
     model = load_model(args.model, device=device, kernels=args.kernels).requires_grad_(False)
     held_out = Dataset(args.val) if args.val else None

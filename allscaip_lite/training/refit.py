@@ -24,7 +24,7 @@ from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import InputError
-from allscaip_lite.files import locked
+from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
@@ -228,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite refit`."""
     check_file_name(args.out, f"--out {args.out}")
-    with locked(args.out.resolve().parent, f".{args.out.name}.lock"):
+    with locked_file(args.out):
         _run(args)
 
 

@@ -302,3 +302,7 @@ def test_atoms_without_element_or_place_are_named(tmp_path: Path) -> None:
     atoms.positions[1] = atoms.positions[2]
     with pytest.raises(DataError, match="structure 0: atoms 1 and 2 stand on one spot"):
         write_aselmdb(tmp_path / "a.aselmdb", [atoms])
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.zeros((3, 3)))
+    ase.io.write(tmp_path / "a.traj", atoms)
+    with pytest.raises(DataError, match=r"a\.traj, structure 0 .*: atoms 1 and 2 stand on"):
+        list(convert([tmp_path / "a.traj"], progress=False))

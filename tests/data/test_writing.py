@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from allscaip_lite import files
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.errors import InputError, RunError
-from allscaip_lite.files import atomic_write, differing, locked, store_text, try_lock
+from allscaip_lite.files import (
+    atomic_write,
+    differing,
+    locked,
+    locked_file,
+    store_text,
+    try_lock,
+)
 from allscaip_lite.tables import MARKS, insert_table, markdown_table
 
 
@@ -51,6 +60,40 @@ def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
             assert other
     with try_lock(tmp_path / "lock") as again:
         assert again
+
+
+def test_two_that_write_one_file_spoil_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits, then says so; the first one's file is whole."""
+    file = tmp_path / "a.txt"
+    monkeypatch.setattr(files, "WAIT", 0.2)
+    with atomic_write(file) as partial:
+        partial.write_text("first, ")
+        with pytest.raises(RunError, match=f"another process works on {file}: wait for it"):
+            store_text(file, "second")
+        with partial.open("a") as stream:
+            stream.write("and whole")
+    assert file.read_text() == "first, and whole"
+    store_text(file, "third")
+    assert file.read_text() == "third" and list(tmp_path.iterdir()) == [file]
+
+
+def test_who_waits_for_a_lock_gets_it(tmp_path: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with locked_file(tmp_path / "a.txt", wait=60):
+            order.append("second")
+
+    with locked_file(tmp_path / "a.txt"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        with pytest.raises(RunError, match="works on .*a.txt"), locked_file(tmp_path / "a.txt"):
+            pass
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"] and not list(tmp_path.iterdir())
 
 
 def test_a_lock_without_fcntl_is_that_of_windows(

@@ -27,6 +27,7 @@ from allscaip_lite.evaluation.errors import (
     table,
     xtb_residuals,
 )
+from allscaip_lite.files import locked_file
 
 SMALL = AllScAIPConfig(
     hidden_size=16, num_layers=1, num_heads=2, angular_channels=(4, 4), num_distance_basis=16
@@ -99,12 +100,15 @@ def test_errors_of_the_stress(model: AllScAIP, tmp_path: Path) -> None:
 
 
 def test_the_command_puts_the_errors_into_the_card(
-    model: AllScAIP, labelled: Path, tmp_path: Path
+    model: AllScAIP, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(model, tmp_path / "model.safetensors", {"about": "a test"})
     command = ["evaluate", str(tmp_path / "model.safetensors"), str(labelled), "--device", "cpu"]
     for out, more in (("auto", []), ("plain", ["--kernels", "plain"])):
         save = ["--save", str(tmp_path / f"{out}.safetensors"), "--note", "how"]
+        with locked_file(tmp_path / f"{out}.safetensors"):
+            assert cli.main([*command, *more, *save]) == 2
+        assert "another process works on" in capsys.readouterr().err
         assert cli.main([*command, *more, *save]) == 0
         card = read_card(tmp_path / f"{out}.safetensors")
         assert card["about"] == "a test" and card["trained"] == "how"

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.data.aselmdb import Dataset, checksum
 from allscaip_lite.errors import RunError
-from allscaip_lite.files import unfinished_folder
+from allscaip_lite.files import locked, unfinished_folder
 from allscaip_lite.labels import LabelError, queue
 from allscaip_lite.labels.queue import Job, collect, run_jobs, stored, take_over
 
@@ -130,6 +131,23 @@ def test_collecting_writes_what_is_there_and_what_failed(tmp_path, capsys):
     sums = json.loads((tmp_path / "checksums.json").read_text())
     assert sums["train"] == checksum(Dataset(tmp_path / "train.aselmdb"))
     assert stored(store, JOBS[5]) == [] and len(stored(store, JOBS[0])) == 1
+
+
+def test_runs_in_one_folder_collect_one_after_the_other(tmp_path, monkeypatch):
+    store = tmp_path / "jobs"
+    run_jobs(store, JOBS[:2], label)
+    monkeypatch.setattr(queue, "COLLECTING", 0.1)
+    with locked(tmp_path, ".collect.lock"), pytest.raises(RunError, match="another process"):
+        collect(store, JOBS, tmp_path)
+    monkeypatch.undo()
+    others = [threading.Thread(target=collect, args=(store, JOBS, tmp_path)) for _ in range(4)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert lengths(tmp_path / "train.aselmdb") == [0.6, 0.7]
+    names = ["checksums.json", "failed.json", "jobs", "train.aselmdb"]
+    assert sorted(os.listdir(tmp_path)) == names, "a lock or a part of a file is left"
 
 
 def test_a_job_without_structures_has_failed(tmp_path):

@@ -14,6 +14,7 @@ from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model, save_model
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.batches import collate
 from allscaip_lite.errors import InputError
+from allscaip_lite.files import locked_file
 from allscaip_lite.training.calibrate import calibrate, energy_rows
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
@@ -102,7 +103,11 @@ def test_the_command_and_the_column_of_evaluate(
     more.write_text('{"elements": ["Xe"], "atoms": 77}')
     file, out = str(SAMPLE / "val.aselmdb"), str(tmp_path / "made.safetensors")
     command = ["calibrate", str(tmp_path / "plain.safetensors"), "--data", file, "--val", file]
-    assert cli.main([*command, "--out", out, "--also-seen", str(more), "--device", "cpu"]) == 0
+    command += ["--out", out, "--also-seen", str(more), "--device", "cpu"]
+    with locked_file(out):
+        assert cli.main(command) == 2
+    assert f"another process works on {out}" in capsys.readouterr().err
+    assert cli.main(command) == 0
     assert "atoms: 77" in capsys.readouterr().out
     made, plain = load_model(out), load_model(tmp_path / "plain.safetensors")
     assert made.seen is not None and {"Xe", "H"} <= (made.seen.elements or set())
