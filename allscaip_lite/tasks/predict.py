@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io.formats import UnknownFileTypeError
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
@@ -93,10 +93,24 @@ def calculator_of(args: argparse.Namespace, dtype: torch.dtype | None = None) ->
     )
 
 
+def check_format(file: Path, structures: int) -> None:
+    """Raise `InputError`, before any work, for a name whose format cannot hold the structures."""
+    try:
+        form = ioformats[filetype(str(file), read=False)]
+        writes = form.can_write and not (form.single and structures > 1)
+    except (KeyError, UnknownFileTypeError):
+        writes = False
+    if not writes:
+        raise InputError(
+            f"--out {file}: give a format in which ASE writes {structures} structures, such as "
+            ".extxyz"
+        )
+
+
 def write(file: Path, structures: list[Atoms]) -> None:
     """Write structures with their results, in ASE's format of the file's name.
 
-    Raises InputError for a name that tells no format, or one that has no writer.
+    Raises InputError for a format that cannot hold them.
     """
     try:
         with atomic_write(file) as partial:
@@ -144,8 +158,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite predict`."""
-    calculator = calculator_of(args)
     found = list(inputs(args))
+    if args.out:
+        check_format(args.out, len(found))
+    calculator = calculator_of(args)
     uncertain = calculator.model.posterior is not None
     done: list[Atoms] = []
     head = f"{'energy (eV)':>18} {'± (eV)':>9} {'largest force (eV/Å)':>21} {'pressure (bar)':>15}"

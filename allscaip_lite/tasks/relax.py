@@ -24,7 +24,13 @@ from tqdm import tqdm
 
 from allscaip_lite.data.reading import file_and_index
 from allscaip_lite.errors import InputError
-from allscaip_lite.tasks.predict import add_common_arguments, calculator_of, inputs, write
+from allscaip_lite.tasks.predict import (
+    add_common_arguments,
+    calculator_of,
+    check_format,
+    inputs,
+    write,
+)
 
 
 class NoTorque(FixConstraint):
@@ -119,9 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite relax`: the exit status is 2 where a structure did not come to rest."""
     out = args.out or file_beside(args.structures, "relaxed")
+    found = list(inputs(args))
+    check_format(out, len(found))
     calculator = calculator_of(args)
     done, restless = [], []
-    for name, atoms in inputs(args):
+    for name, atoms in found:
         still, converged = relax(atoms, calculator, args.fmax, args.steps, args.cell, True)
         moved = np.linalg.norm(still.positions - atoms.positions, axis=1).max()
         print(f"{still.get_potential_energy():.4f} eV, atoms moved by up to {moved:.2f} Å  {name}")

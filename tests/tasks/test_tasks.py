@@ -45,6 +45,20 @@ def test_predict_writes_a_line_a_structure_and_a_file(
     assert (atoms.info["charge"], atoms.info["spin"]) == (-1, 1)
 
 
+@pytest.mark.parametrize("command", ["predict", "relax"])
+def test_a_file_that_cannot_hold_the_results_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    ase.io.write(tmp_path / "a.extxyz", [water(), water()])
+    for name in ("a.foo", "POSCAR", "noname"):  # a POSCAR has one structure
+        words = [command, str(tmp_path / "a.extxyz"), "--out", str(tmp_path / name)]
+        assert cli.main([*words, "--device", "cpu"]) == 2
+        said = capsys.readouterr()
+        assert f"{name}: give a format in which ASE writes 2 structures" in said.err
+        assert "eV" not in said.out
+    assert [file.name for file in tmp_path.iterdir()] == ["a.extxyz"]
+
+
 @pytest.mark.filterwarnings("default")
 def test_what_is_outside_is_said_at_the_end_and_may_stop(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
