@@ -14,6 +14,7 @@ from allscaip_lite import AllScAIP, AllScAIPConfig, cli, load_model, save_model
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.batches import collate
 from allscaip_lite.errors import InputError
+from allscaip_lite.evaluation.errors import rank_correlation, residuals
 from allscaip_lite.files import locked_file
 from allscaip_lite.training.calibrate import calibrate, energy_rows
 
@@ -86,6 +87,15 @@ def test_an_unknown_element_is_less_certain_and_the_size_is_that_of_real_errors(
     strange.symbols[0] = "Te"
     known, unknown = made.predict([water, strange], outside_training="ignore", uncertainty=True)
     assert unknown.uncertainty > known.uncertainty
+
+
+@pytest.mark.parametrize("name", ["lite-water", "lite-water-local"])
+def test_deviations_of_the_water_models_have_the_size_of_their_errors(name: str) -> None:
+    """Of boxes, clusters and molecules that neither training nor calibration had."""
+    found = residuals(load_model(name), Dataset(SAMPLE.parent / "water" / "test.aselmdb"))
+    assert found.deviations is not None
+    scaled = (found.energies / found.deviations).square().mean().sqrt()
+    assert 0.5 < scaled < 2 and rank_correlation(found) > 0.2
 
 
 def test_too_few_structures_and_models_without(model: AllScAIP, data: Dataset) -> None:
