@@ -43,6 +43,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     `RunError` where another process writes `path`, and does not end within some seconds.
     """
     path = Path(path)
+    check_no_folder(path)
     folder = unfinished_folder(path)
     with locked(folder, shown=path, wait=WAIT):
         for left in folder.iterdir():
@@ -60,6 +61,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_no_folder(path: Path) -> None:
+    """Raise IsADirectoryError for a folder, in whose place a file cannot be written."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder: choose another name", str(path))
 
 
 def unfinished_folder(path: Path) -> Path:
@@ -127,11 +134,15 @@ def locked(
     with ExitStack() as stack:
         while True:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # the one that held it has removed the folder
+            late = time.monotonic() >= until
+            try:
                 if stack.enter_context(try_lock(path)):
                     break
+            except FileNotFoundError:  # the one that held it has removed the folder
+                if late:
+                    raise
             stack.close()
-            if time.monotonic() >= until:
+            if late:
                 work = f"in {folder}" if shown is None else f"on {shown}"
                 raise RunError(f"another process works {work}: wait for it, or choose another one")
             time.sleep(0.05)
@@ -143,8 +154,12 @@ def locked(
 
 
 def locked_file(path: str | os.PathLike[str], wait: float = 0.0) -> AbstractContextManager[None]:
-    """`locked` while a file is made; its folder is made where it does not exist."""
+    """`locked` while a file is made; its folder is made where it does not exist.
+
+    Raises IsADirectoryError, before any work, where a folder has the name of the file.
+    """
     path = Path(path)
+    check_no_folder(path)
     return locked(path.resolve().parent, f".{path.name}.lock", path, wait)
 
 

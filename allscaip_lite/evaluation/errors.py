@@ -29,7 +29,7 @@ from allscaip_lite.data.aselmdb import SLOW, Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import DataError, InputError
-from allscaip_lite.files import atomic_write, locked_file
+from allscaip_lite.files import atomic_write, check_no_folder, locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
@@ -526,6 +526,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{option} {file}: give a file {' or '.join(suffixes)} in a folder that exists"
             )
+        if file:
+            check_no_folder(file)
     if args.save and args.fit_references:
         raise InputError(
             "--save writes the errors of the model as it is: leave out --fit-references"

@@ -36,6 +36,13 @@ def test_a_write_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="it is a folder"), locked_file(tmp_path):
+        pytest.fail("the work began")
+    with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_write(tmp_path):
+        pytest.fail("the work began")
+
+
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
     file = tmp_path / "new" / "a.txt"
     program = (

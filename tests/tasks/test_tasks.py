@@ -57,6 +57,11 @@ def test_a_file_that_cannot_hold_the_results_is_refused_before_the_work(
         assert f"{name}: give a format in which ASE writes 2 structures" in said.err
         assert "eV" not in said.out
     assert [file.name for file in tmp_path.iterdir()] == ["a.extxyz"]
+    (tmp_path / "b.extxyz").mkdir()
+    words = [command, str(tmp_path / "a.extxyz"), "--out", str(tmp_path / "b.extxyz")]
+    assert cli.main([*words, "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert "b.extxyz: it is a folder" in said.err and "eV" not in said.out
 
 
 @pytest.mark.filterwarnings("default")
