@@ -485,6 +485,8 @@ def _calculator_fingerprint(calculator: Calculator) -> str:
 def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The state in the folder if it is of the same run; the folder is ours afterwards."""
     listing, state = folder / "settings.json", read_state(folder / "state.npz", _arrays)
+    if state is not None and not listing.exists():  # of which run it is, nothing else says
+        raise _not_as_written(listing)
     if listing.exists():
         known = read_settings(folder)
         # what a run of another version did not write down is not held against it

@@ -616,6 +616,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         ("trajectory.traj", None, "is gone"),
         ("log.csv", lambda content: content.replace(b"1", b"2", 1), "changed"),
         ("log.csv", None, "is gone"),
+        ("settings.json", None, "is gone"),
         ("settings.json", lambda content: content[:-20], "is damaged"),
         ("settings.json", lambda content: b"[]", "is damaged"),
     ],
