@@ -13,7 +13,7 @@ from ase.calculators.calculator import Calculator
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.errors import StructureError
-from docs.studies.stability.batched import side_by_side
+from docs.studies.stability.run import side_by_side
 
 NEUTRAL = {"charge": 0, "spin": 1}
 

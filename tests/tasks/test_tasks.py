@@ -19,7 +19,7 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from allscaip_lite import AllScAIPCalculator, cli, load_model
 from allscaip_lite.tasks.relax import NoTorque, relax
 from allscaip_lite.tasks.vibrations import vibrations
-from docs.studies.stability.batched import side_by_side
+from docs.studies.stability.run import side_by_side
 
 
 def water(charge: int = 0, spin: int = 1) -> Atoms:
