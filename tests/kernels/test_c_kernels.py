@@ -18,7 +18,7 @@ from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator
-from allscaip_lite.errors import KernelError
+from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.kernels import choose, compiled
 from allscaip_lite.kernels.compiled import load_kernels
 from allscaip_lite.operations import PLAIN
@@ -203,7 +203,7 @@ def test_a_compiler_that_fails_is_quoted(
 
 
 def test_half_precision_is_refused(make_model: ModelMaker) -> None:
-    with pytest.raises(KernelError, match="float32 and float64"):
+    with pytest.raises(InputError, match="float32 or torch.float64"):
         AllScAIPCalculator(make_model(), dtype=torch.bfloat16, kernels="c")
 
 

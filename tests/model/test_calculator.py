@@ -229,9 +229,10 @@ def test_by_path(make_model: ModelMaker, tmp_path: Path) -> None:
     atoms = water()
     for path in (tmp_path / "small.safetensors", str(tmp_path / "small.safetensors")):
         atoms.calc = AllScAIPCalculator(path, device="cpu")
-        assert atoms.get_potential_energy() == pytest.approx(model.predict(atoms).energy)
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert AllScAIPCalculator(path).model.device.type == expected
+        expected = pytest.approx(model.predict(atoms).energy, rel=1e-5)  # other kernels, float32
+        assert atoms.get_potential_energy() == expected
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert AllScAIPCalculator(path).model.device.type == device
 
 
 def test_unknown_name() -> None:
