@@ -4,6 +4,7 @@
     python data/delta/make.py judge --delta MODEL ... --direct MODEL ...
     python data/delta/make.py labels --delta MODEL ... --data FOLDER ... --out FOLDER
     python data/delta/make.py pairs --delta MODEL ... --out data/generated/delta-pairs
+    python data/delta/make.py interactions --direct MODEL ... --data data/generated/delta-pairs
 
 In: `data/omol-mini`, whose rows have both labels; sets that `data/xtb/make.py` made. Out:
 `{train,val,test}.aselmdb` with energies (eV) and forces (eV/Å).
@@ -11,6 +12,7 @@ In: `data/omol-mini`, whose rows have both labels; sets that `data/xtb/make.py` 
 - `differences`: the labels of wB97M-V less those of GFN2-xTB, for `allscaip-lite train` to learn
   (Δ-learning: Ramakrishnan et al., J. Chem. Theory Comput. 11, 2087 (2015)), and models to start
   from.
+- `interactions` prints how far models are from the interaction energies of `pairs`' test part.
 - `judge` prints how far GFN2-xTB and the models are from wB97M-V.
 - `labels`: structures with GFN2-xTB's labels, plus the difference that models predict. Those on
   whose forces the models disagree by more than `DISAGREEMENT` are left out.
@@ -46,6 +48,7 @@ from allscaip_lite.labels import LabelError, counts_of, xtb
 from allscaip_lite.labels.sampling import (
     System,
     assemble,
+    atom_count,
     embed,
     in_state,
     parse_system,
@@ -370,6 +373,72 @@ def pairs(structures: int, molecules: Molecules, seed: int) -> dict[str, list[At
     return found
 
 
+# --- How far a model is from them ------------------------------------------------------------
+
+GAPS = (3.0, SEPARATE, 8.0, np.inf)  # Å
+MEETING = {
+    (-1, 1): "cation and anion",
+    (0, 1): "ion and molecule",
+    (1, 1): "two ions of one sign",
+    (0, 0): "two molecules",
+}
+
+
+def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
+    """A table of interaction energies of `pairs`, by kind and gap: their mean size in the labels,
+    and the mean absolute error of each model (eV).
+
+    What a model says of the pair less what it says of each molecule alone, against GFN2-xTB's
+    difference for those near each other, and Coulomb's law for those apart.
+    """
+    alone: list[Atoms] = []
+    groups: dict[tuple[str, int], list[int]] = {}
+    expected = []
+    for index, atoms in enumerate(tqdm(structures, disable=not sys.stderr.isatty())):
+        states = [parse_system("", part) for part in atoms.info["molecule"].split(".")]
+        first = atom_count(states[0])
+        pieces = [
+            in_state(piece, state.charge, state.multiplicity)
+            for piece, state in zip((atoms[:first], atoms[first:]), states, strict=True)
+        ]
+        found = [xtb.results_of(piece) for piece in pieces]
+        if "near" in atoms.info["source"]:
+            energy = xtb.results_of(atoms)["energy"] - sum(one["energy"] for one in found)
+        else:
+            charges = np.concatenate([one["charges"] for one in found])
+            owner = np.repeat([0, 1], [first, len(atoms) - first])
+            energy, _ = coulomb(atoms.positions, charges, owner)
+        expected.append(energy)
+        alone += pieces
+        signs = np.sign([state.charge for state in states]).astype(int)
+        kind = (0, 0) if not signs.any() else tuple(sorted(signs * signs[np.abs(signs).argmax()]))
+        closest = np.linalg.norm(atoms.positions[:first, None] - atoms.positions[first:], axis=2)
+        place = int(np.searchsorted(GAPS, closest.min(), side="right"))
+        groups.setdefault((MEETING[kind], place), []).append(index)
+    off = []
+    for name in models:
+        model = load_model(name)
+        energies = [
+            result.energy
+            for batch in _batches([*structures, *alone])
+            for result in model.predict(batch, outside_training="ignore")
+        ]
+        whole, pieces_of = np.array(energies[: len(structures)]), energies[len(structures) :]
+        off.append(np.abs(whole - np.add(pieces_of[::2], pieces_of[1::2]) - expected))
+    rows = []
+    for kind in MEETING.values():
+        for place, gap in enumerate(GAPS):
+            members = groups.get((kind, place), [])
+            least = GAPS[place - 1] if place else 0.0
+            gaps = f"{least:g} to {gap:g}" if np.isfinite(gap) else f"above {least:g}"
+            if members:
+                columns = [np.abs(expected), *off]
+                values = [f"{column[members].mean():.2f}" for column in columns]
+                rows.append([kind, gaps, len(members), *values])
+    heads = ["pairs", "gap (Å)", "pairs", "size", *(f"`{Path(name).name}`" for name in models)]
+    return markdown_table(heads, rows, "ll" + "r" * (len(heads) - 2))
+
+
 def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -378,7 +447,7 @@ def _seed(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("differences", "judge", "labels", "pairs"))
+    parser.add_argument("what", choices=("differences", "interactions", "judge", "labels", "pairs"))
     parser.add_argument("--out", type=Path, help="folder of the data set")
     parser.add_argument("--delta", nargs="+", help="models trained on the differences")
     parser.add_argument("--direct", nargs="*", default=[], help="models trained on the labels")
@@ -389,6 +458,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.what == "interactions":
+        if not args.direct or not args.data:
+            raise LabelError("interactions needs --direct MODEL ... and --data FOLDER of pairs")
+        data = Dataset([folder / "test.aselmdb" for folder in args.data])
+        print(interactions([a for a in data if a.info["data_id"] == "ionic_pairs"], args.direct))
+        return
     if args.what != "differences" and not args.delta:
         raise LabelError(f"{args.what} needs models of the difference: --delta MODEL ...")
     if args.what == "labels" and not args.data:

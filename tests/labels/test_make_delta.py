@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,3 +143,22 @@ def test_a_set_keeps_its_splits(tmp_path, monkeypatch):
         for atoms, before in zip(made, structures, strict=True):
             energy = before.get_potential_energy() + 0.5 * len(before)
             assert atoms.get_potential_energy() == pytest.approx(energy)
+
+
+def test_a_model_that_sees_no_other_molecule_is_off_by_the_whole_interaction(
+    molecules, monkeypatch
+):
+    system = parse_system("ionic_pairs", "[Na+].[Cl-]")
+    monkeypatch.setattr(make, "SHARE_NEAR", 0.0)
+    pairs = [make.meeting(system, molecules, np.random.default_rng(seed)) for seed in range(4)]
+
+    class Blind:
+        def predict(self, batch, outside_training):
+            return [SimpleNamespace(energy=0.0) for _ in batch]
+
+    monkeypatch.setattr(make, "load_model", lambda name: Blind())
+    rows = [row.split("|")[1:-1] for row in make.interactions(pairs, ["blind"]).splitlines()[2:]]
+    assert sum(int(row[2]) for row in rows) == 4
+    for row in rows:
+        assert row[0].strip() == "cation and anion"
+        assert float(row[3]) == float(row[4]) > 0.3
