@@ -26,7 +26,7 @@ from allscaip_lite.errors import InputError
 from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.model import AllScAIP
 
-MUTATIONS = 20  # of each kind of file
+MUTATIONS = 60  # of each kind of file
 SECONDS = 20  # of the processor, for one file
 MEMORY = 1 << 30  # bytes more than the process has
 

@@ -602,18 +602,26 @@ def test_the_explorer_lives_in_jupyterlab(browser, lab, tiny):
         page.close()
 
 
-def test_a_lesson_runs_in_jupyterlab_and_lives_on_as_a_page(browser, lab, offline, tmp_path):
+# Notebooks with an explorer: what they may take in seconds, and how many explorers they show.
+LESSONS = [("00_tour.ipynb", 300.0, 1), ("07_attention_maps.ipynb", 300.0, 4)]
+
+
+@pytest.mark.parametrize("notebook, limit, explorers", LESSONS)
+def test_lessons_run_in_jupyterlab_and_live_on_as_pages(
+    browser, lab, offline, tmp_path, notebook, limit, explorers
+):
     nbconvert = pytest.importorskip("nbconvert")
-    page = run_in_lab(browser, lab, "00_tour.ipynb", limit=300)
+    page = run_in_lab(browser, lab, notebook, limit)
     try:
         touch(View(page))
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     finally:
         page.close()
-    text, _ = nbconvert.HTMLExporter().from_filename(str(lab.root / "00_tour.ipynb"))
+    text, _ = nbconvert.HTMLExporter().from_filename(str(lab.root / notebook))
     file = tmp_path / "lesson.html"
     file.write_text(text, encoding="utf-8")
     # the exporter's own page asks for the typesetter of formulas and for widgets; ours for nothing
     exported = offline(file, allowed="https://cdn")
-    assert exported.locator(".allscaip-view").count() == 1
-    touch(View(exported))
+    assert exported.locator(".allscaip-view").count() == explorers
+    for index in range(explorers):
+        touch(View(exported, index))
