@@ -414,10 +414,12 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
         kind = (0, 0) if not signs.any() else tuple(sorted(signs * signs[np.abs(signs).argmax()]))
         closest = np.linalg.norm(atoms.positions[:first, None] - atoms.positions[first:], axis=2)
         place = int(np.searchsorted(GAPS, closest.min(), side="right"))
-        groups.setdefault((MEETING[kind], place), []).append(index)
+        metal = any(len(piece) == 1 and piece.info["charge"] > 0 for piece in pieces)
+        name = MEETING[kind] + ", one a metal ion" * metal
+        groups.setdefault((name, place), []).append(index)
     off = []
-    for name in models:
-        model = load_model(name)
+    for model_name in models:
+        model = load_model(model_name)
         energies = [
             result.energy
             for batch in _batches([*structures, *alone])
@@ -426,16 +428,12 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
         whole, pieces_of = np.array(energies[: len(structures)]), energies[len(structures) :]
         off.append(np.abs(whole - np.add(pieces_of[::2], pieces_of[1::2]) - expected))
     rows = []
-    for kind in MEETING.values():
-        for place, gap in enumerate(GAPS):
-            members = groups.get((kind, place), [])
-            least = GAPS[place - 1] if place else 0.0
-            gaps = f"{least:g} to {gap:g}" if np.isfinite(gap) else f"above {least:g}"
-            if members:
-                columns = [np.abs(expected), *off]
-                values = [f"{column[members].mean():.2f}" for column in columns]
-                rows.append([kind, gaps, len(members), *values])
-    heads = ["pairs", "gap (Å)", "pairs", "size", *(f"`{Path(name).name}`" for name in models)]
+    for (kind, place), members in sorted(groups.items()):
+        least = GAPS[place - 1] if place else 0.0
+        gaps = f"{least:g} to {GAPS[place]:g}" if place < len(GAPS) - 1 else f"above {least:g}"
+        values = [f"{column[members].mean():.2f}" for column in (np.abs(expected), *off)]
+        rows.append([kind, gaps, len(members), *values])
+    heads = ["what", "gap (Å)", "pairs", "size", *(f"`{Path(name).name}`" for name in models)]
     return markdown_table(heads, rows, "ll" + "r" * (len(heads) - 2))
 
 

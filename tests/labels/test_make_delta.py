@@ -160,5 +160,5 @@ def test_a_model_that_sees_no_other_molecule_is_off_by_the_whole_interaction(
     rows = [row.split("|")[1:-1] for row in make.interactions(pairs, ["blind"]).splitlines()[2:]]
     assert sum(int(row[2]) for row in rows) == 4
     for row in rows:
-        assert row[0].strip() == "cation and anion"
+        assert row[0].strip() == "cation and anion, one a metal ion"
         assert float(row[3]) == float(row[4]) > 0.3
