@@ -203,14 +203,14 @@ MAX_FORCE = 15.0  # eV/Å
 
 @dataclass(frozen=True)
 class Molecule:
-    """One geometry of a molecule alone: GFN2-xTB's charges (e), and the corrected labels."""
+    """One geometry of a molecule alone: GFN2-xTB's charges (e) and labels, and what is added."""
 
     atoms: Atoms
     charges: np.ndarray
     energy: float
     forces: np.ndarray
     correction: float
-    corrected_forces: np.ndarray
+    force_corrections: np.ndarray
 
 
 class Molecules:
@@ -274,7 +274,7 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
     energy = sum(one.correction for one in chosen)
     turned = [
         _turned(
-            one.corrected_forces if near else one.corrected_forces + one.forces, one.atoms, moved
+            one.force_corrections if near else one.force_corrections + one.forces, one.atoms, moved
         )
         for one, moved in zip(chosen, _pieces(atoms, ends), strict=True)
     ]
@@ -368,7 +368,7 @@ def pairs(structures: int, molecules: Molecules, seed: int) -> dict[str, list[At
         for one in known:
             atoms = one.atoms.copy()
             atoms.info |= {"data_id": "alone", "molecule": smiles, "source": "delta/alone"}
-            energy, forces = one.energy + one.correction, one.forces + one.corrected_forces
+            energy, forces = one.energy + one.correction, one.forces + one.force_corrections
             found[split_of(alone)].append(_labelled(atoms, energy, forces, LABEL))
     return found
 
