@@ -35,7 +35,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms, units
+from ase import Atoms
 from ase.calculators.calculator import CalculatorError
 from ase.calculators.singlepoint import SinglePointCalculator
 from scipy.spatial.transform import Rotation
@@ -45,6 +45,7 @@ from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
 from allscaip_lite.labels import LabelError, counts_of, xtb
+from allscaip_lite.labels.point_charges import COULOMB
 from allscaip_lite.labels.sampling import (
     System,
     assemble,
@@ -59,7 +60,6 @@ from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
 
 OMOL_MINI = Path(__file__).parents[1] / "omol-mini"
-COULOMB = units.Hartree * units.Bohr  # e²/4πε₀ in eV Å
 DISAGREEMENT = 0.4  # eV/Å, root mean square over a structure
 STARTS, HEAD = ("lite-xtb", "lite-local-xtb"), 0.02
 AT_ONCE = 32  # structures in a batch
@@ -272,13 +272,11 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
     owner = np.repeat(np.arange(len(chosen)), np.diff(ends, prepend=0))
     charges = np.concatenate([one.charges for one in chosen])
     energy = sum(one.correction for one in chosen)
-    turned = [
-        _turned(
-            one.force_corrections if near else one.force_corrections + one.forces, one.atoms, moved
-        )
-        for one, moved in zip(chosen, _pieces(atoms, ends), strict=True)
-    ]
-    forces = np.concatenate(turned)
+    moved = np.split(atoms.positions, ends[:-1])
+    own = [one.force_corrections + (0 if near else one.forces) for one in chosen]
+    forces = np.concatenate(
+        [_turned(*parts) for parts in zip(own, (one.atoms for one in chosen), moved, strict=True)]
+    )
     if near:
         try:
             found = xtb.results_of(atoms)
@@ -326,10 +324,6 @@ def _turned(forces: np.ndarray, before: Atoms, after: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings(action="ignore"):  # a linear molecule's turn about its axis
         turn, _ = Rotation.align_vectors(there, here)
     return turn.apply(forces)
-
-
-def _pieces(atoms: Atoms, ends: np.ndarray) -> list[np.ndarray]:
-    return np.split(atoms.positions, ends[:-1])
 
 
 @cache
