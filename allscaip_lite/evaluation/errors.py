@@ -284,7 +284,20 @@ def _xtb_unfitted(described: Sequence[Description]) -> Residuals:
 
 
 ANOTHER_LEVEL = 1000.0  # meV/atom, the median error above which energies have another zero
+ABSURD = 5.0  # eV/atom, or of the model's own unit: twice the worst on labels of its own level
 MIN_STRUCTURES = 100  # below it, what a fit of references leaves says little
+
+
+def check_zero(missing: Tensor, model: AllScAIP) -> None:
+    """Raise `DataError` where labels minus a model's energies, (S,) eV/atom, are absurd."""
+    mean = float(missing.abs().mean())
+    if mean > ABSURD * max(1.0, float(model.energy_scale)):
+        raise DataError(
+            f"the labels are {mean:,.0f} eV/atom away from the model's energies, in the mean of "
+            f"{len(missing)} structures: are they of another level of theory, of several, or in "
+            "another unit? `allscaip-lite train --from MODEL` without --keep-references (in "
+            "Python, shift_references) moves a model to the level of theory of its data"
+        )
 
 
 def _on_one_zero(described: Sequence[Description], found: Residuals) -> tuple[Residuals, bool]:

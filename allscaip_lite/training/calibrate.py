@@ -22,6 +22,7 @@ from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, LabelledData, Subset, evenly_spaced
 from allscaip_lite.data.batches import collate, fill_batches
 from allscaip_lite.errors import InputError
+from allscaip_lite.evaluation.errors import check_zero
 from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
@@ -92,7 +93,8 @@ def calibrate(
         progress: whether to show progress bars.
 
     Raises:
-        InputError: for fewer structures than the layer has weights.
+        InputError: for fewer structures than the layer has weights, and for energies that are of
+            another level of theory than the model's.
     """
     made = copy.deepcopy(model).eval()
     seen = Seen()
@@ -109,6 +111,7 @@ def calibrate(
     if len(chosen) < size:
         raise InputError(f"{len(chosen)} structures are too few for {size} weights: give more")
     rows, missing = energy_rows(made, chosen, progress=progress)
+    check_zero(missing, model)
     others = None if held_out is None else energy_rows(made, held_out, progress=progress)
     made.posterior = posterior(rows, missing, others)
     return made

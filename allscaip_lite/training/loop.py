@@ -40,7 +40,7 @@ from allscaip_lite.data.aselmdb import (
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import DataError, InputError, RunError
-from allscaip_lite.evaluation.errors import evaluate
+from allscaip_lite.evaluation.errors import check_zero, evaluate
 from allscaip_lite.files import alone, differing, fingerprint, read_state, store_state, store_text
 from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.kernels import add_kernels_option, choose
@@ -128,6 +128,25 @@ def fit_units(
 
 
 @torch.no_grad()
+def missing_energies(model: AllScAIP, data: LabelledData, limit: int) -> tuple[Tensor, Tensor]:
+    """Labels minus the model's energies, (S,) eV, of at most `limit` structures, evenly spaced; and
+    what is in them, (S, max_num_elements + 1): atoms of each element, and last the charge.
+    """
+    indices = evenly_spaced(len(data), limit)
+    counts = torch.zeros(len(indices), model.config.max_num_elements + 1, dtype=torch.float64)
+    missing = torch.zeros(len(indices), dtype=torch.float64)
+    progress = tqdm(indices, desc="comparing energies with labels", delay=SLOW, leave=False)
+    for row, index in enumerate(progress):
+        batch = collate([data[int(index)]])
+        energy = model.atomic_energies(batch.structures).sum()  # needs no forces
+        missing[row] = float(batch.energy) - float(energy)
+        counts[row, :-1] = torch.bincount(
+            batch.structures.atomic_numbers, minlength=model.config.max_num_elements
+        )
+        counts[row, -1] = float(batch.structures.charge)
+    return missing, counts
+
+
 def shift_references(model: AllScAIP, data: LabelledData, limit: int = 2_000) -> Tensor:
     """Fit the model's energy references to data of another level of theory.
 
@@ -137,18 +156,7 @@ def shift_references(model: AllScAIP, data: LabelledData, limit: int = 2_000) ->
     what an electron costs, GFN2-xTB from density functionals by nearly 5 eV. Changes
     `model.element_references` and `model.charge_reference`; returns the shifts.
     """
-    indices = evenly_spaced(len(data), limit)
-    counts = torch.zeros(len(indices), model.config.max_num_elements + 1, dtype=torch.float64)
-    missing = torch.zeros(len(indices), dtype=torch.float64)
-    progress = tqdm(indices, desc="fitting the energies of atoms", delay=SLOW, leave=False)
-    for row, index in enumerate(progress):
-        batch = collate([data[int(index)]])
-        energy = model.atomic_energies(batch.structures).sum()  # needs no forces
-        missing[row] = float(batch.energy) - float(energy)
-        counts[row, :-1] = torch.bincount(
-            batch.structures.atomic_numbers, minlength=model.config.max_num_elements
-        )
-        counts[row, -1] = float(batch.structures.charge)
+    missing, counts = missing_energies(model, data, limit)
     gram = counts.T @ counts + 1e-6 * torch.eye(counts.shape[1], dtype=torch.float64)
     shifts = torch.linalg.solve(gram, counts.T @ missing)
     model.element_references += shifts[:-1].to(model.element_references)
@@ -415,6 +423,7 @@ def train(
         RunError: for a folder of another run, where another process works, or whose state is
             damaged, for a loss that is not finite, and for a weight of the stress where nothing is
             learned of it.
+        DataError: for energies that are of another level of theory than the model's.
     """
     whole_numbers = [
         *((f"steps of the {stage.name} stage", stage.steps, 1) for stage in stages),
@@ -460,6 +469,9 @@ def train(
             )
         if "log" in saved and fabric.global_rank == 0:  # without what came after the state
             store_text(log_file, saved["log"])
+    else:
+        missing, counts = missing_energies(model.eval(), training_data, 50)
+        check_zero(missing / counts[:, :-1].sum(1), model)
     seen = model.seen = model.seen or Seen()
     model.posterior = None  # of other weights
     for index, stage in enumerate(stages):

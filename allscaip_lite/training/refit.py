@@ -24,6 +24,7 @@ from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import InputError
+from allscaip_lite.evaluation.errors import check_zero
 from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.machine import usable_device
@@ -82,8 +83,8 @@ def refit(
         The changed model, and errors before and after.
 
     Raises:
-        InputError: for a direct model, for fewer structures than weights, and for a stress weight
-            where no structure has a stress.
+        InputError: for a direct model, for fewer structures than weights, for a stress weight
+            where no structure has a stress, and for energies of another level of theory.
     """
     if not model.config.conservative:
         raise InputError("a direct model's forces do not follow from its energy: train it")
@@ -91,6 +92,7 @@ def refit(
     if len(data) < size:
         raise InputError(f"{len(data)} structures are too few for {size} weights: give more")
     kinds = dict(zip(KINDS, measure(model, data, seed, kernels, progress), strict=True))
+    check_zero(torch.from_numpy(kinds["energy"].missing), model)
     kinds = {name: rows for name, rows in kinds.items() if len(rows.missing)}
     if stress_weight is not None and "pressure times volume" not in kinds:
         raise InputError(f"stress weight {stress_weight:g}, but no structure has a stress")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,8 @@ from allscaip_lite.errors import InputError
 from allscaip_lite.evaluation.errors import rank_correlation, residuals
 from allscaip_lite.files import locked_file
 from allscaip_lite.training.calibrate import calibrate, energy_rows
+from allscaip_lite.training.loop import shift_references
+from allscaip_lite.training.refit import refit
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
 SMALL = AllScAIPConfig(hidden_size=16, num_heads=1, num_layers=1, angular_channels=(8, 8))
@@ -28,9 +31,11 @@ def data() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def model() -> AllScAIP:
+def model(data: Dataset) -> AllScAIP:
     torch.manual_seed(0)
-    return AllScAIP(SMALL).double().eval()
+    model = AllScAIP(SMALL).double().eval()
+    shift_references(model, data)
+    return model
 
 
 def test_rows_are_derivatives_by_the_last_layer(model: AllScAIP, data: Dataset) -> None:
@@ -96,6 +101,14 @@ def test_deviations_of_the_water_models_have_the_size_of_their_errors(name: str)
     assert found.deviations is not None
     scaled = (found.energies / found.deviations).square().mean().sqrt()
     assert 0.5 < scaled < 2 and rank_correlation(found) > 0.2
+
+
+def test_labels_of_another_zero_are_refused(model: AllScAIP, data: Dataset) -> None:
+    other = copy.deepcopy(model)
+    other.element_references += 30.0
+    for work in (calibrate, refit):
+        with pytest.raises(InputError, match="labels are 30 eV/atom away from the model's energ"):
+            work(other, data, progress=False)
 
 
 def test_too_few_structures_and_models_without(model: AllScAIP, data: Dataset) -> None:

@@ -767,6 +767,24 @@ def test_fine_tuning_one_s_own_data_with_three_options(
     assert after["energy_mae"] < 0.01 * before["energy_mae"]
 
 
+def test_labels_of_another_zero_do_not_train_in_silence(
+    twenty: Path, data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Neither a whole set of them nor one among others; what was begun on them is not kept."""
+    moved_labels(twenty, tmp_path / "moved.aselmdb")
+    moved, stages = Dataset(tmp_path / "moved.aselmdb"), [conservative_stage(1)]
+    model = start_stage(small_model(data), stages[0])
+    for wrong in (moved, Dataset([SAMPLE / "val.aselmdb", tmp_path / "moved.aselmdb"])):
+        with pytest.raises(DataError, match=r"the labels are [\d,]+ eV/atom away from the model's"):
+            train(model, stages, wrong, data, tmp_path / "run", max_atoms=60)
+    shift_references(model, moved)
+    train(model, stages, moved, moved, tmp_path / "run", max_atoms=60)
+
+    kept = [*command(tmp_path / "moved.aselmdb", tmp_path / "command", 0, 1), "--keep-references"]
+    assert cli.main([*kept, "--from", "lite-xtb"]) == 2
+    assert "without --keep-references" in capsys.readouterr().err
+
+
 def test_a_part_can_be_taken_out_of_a_model_and_none_put_in(
     twenty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
