@@ -4,16 +4,10 @@ In: runs of water (atoms as O, H, H). Out: density, heat of vaporisation, radial
 functions, self-diffusion, energy drift and dielectric constant, each with an error bar from block
 averages. Radial distributions, mean squared displacements and dipole fluctuations are MDAnalysis'
 (Michaud-Agrawal et al., J. Comput. Chem. 32, 2319, 2011).
-
-`python -m allscaip_lite.md.observables RUN --out FILE.json` writes them all to one small file.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +19,8 @@ from ase.cell import Cell
 from ase.data import chemical_symbols
 from ase.io.trajectory import Trajectory
 
-from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
-from allscaip_lite.files import store_text
-from allscaip_lite.md.dynamics import progress_of, read_log, read_settings
+from allscaip_lite.md.dynamics import read_log, read_settings
 from allscaip_lite.spcfw import CHARGES, are_waters
 
 if TYPE_CHECKING:
@@ -236,13 +228,6 @@ def make_universe(
 
 
 # --- Thermodynamics --------------------------------------------------------------------------
-
-
-def density(run: Run, blocks: int = 5) -> Estimate:
-    """Mean density of an NPT run in g/cm³."""
-    if run.settings["ensemble"] != "npt":
-        raise RunError("a density is measured at constant pressure: give an npt run")
-    return block_average(run.log["density_g_cm3"], blocks)
 
 
 def heat_of_vaporization(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
@@ -525,118 +510,3 @@ def size_correction(temperature: float, edge: float, viscosity: float) -> float:
     correction = YEH_HUMMER * boltzmann * temperature
     correction /= 6 * np.pi * viscosity * 1e-3 * edge * 1e-10
     return correction * 1e9
-
-
-# --- All of it -------------------------------------------------------------------------------
-
-
-def summarise(
-    folder: str | Path,
-    skip: float = 0.0,
-    blocks: int = 5,
-    gas: str | Path | None = None,
-    viscosity: float = EXPERIMENT["viscosity_mPa_s"][0],
-    points: int = 400,
-) -> dict[str, Any]:
-    """Every observable that a run allows, ready for JSON: estimates as [value, error].
-
-    Args:
-        folder: of a run of `allscaip_lite.md.dynamics`.
-        skip: ps of equilibration that are left out.
-        blocks: for the errors.
-        gas: a run of one molecule, for the heat of vaporisation; without it that is left out.
-        viscosity: of the liquid, mPa s, for the size correction of the diffusion coefficient.
-        points: values kept of each series.
-
-    Raises:
-        FileNotFoundError: where there is no run.
-        RunError: for a run that is too short.
-    """
-    run = read_run(folder, skip)
-    temperature = run.settings["temperature"]
-    potential = run.log["potential_eV"] / run.molecules
-    found: dict[str, Any] = {
-        "settings": {key: value for key, value in run.settings.items() if key != "elements"},
-        "molecules": run.molecules,
-        "skipped_ps": skip,
-        "machine": platform.processor() or platform.machine(),
-        "temperature_K": block_average(run.log["temperature_K"], blocks),
-        "potential_eV": block_average(potential, blocks),
-        "correlation_steps": correlation_time(potential),
-    }
-    if np.isfinite(run.log["conserved_eV"]).all():
-        found["drift_meV_atom_ps"] = energy_drift(run)
-    if hours := progress_of(folder)[1]:
-        found["hours"] = round(hours, 3)
-    if np.isfinite(run.log["pressure_bar"]).all():
-        found["pressure_bar"] = block_average(run.log["pressure_bar"], blocks)
-    if gas is not None:
-        liquid = per_mole(block_average(potential, blocks))
-        vapour = per_mole(block_average(read_run(gas).log["potential_eV"], blocks))
-        for name, energy in (("", vapour), ("_unstrained", Estimate(0.0, 0.0))):
-            heat = heat_of_vaporization(liquid, energy, temperature)
-            found[f"vaporisation{name}_kJ_mol"] = heat
-    if run.universe.trajectory.ts.dimensions is not None:
-        for first, second in ("OO", "OH", "HH"):
-            pairs = radial_distribution(run.universe, first, second, blocks=blocks)
-            found[f"g_{first}{second}"] = {
-                name: np.round(column, 4).tolist() for name, column in pairs._asdict().items()
-            }
-            if first == second == "O":
-                found["OO_peak_A"], found["OO_height"] = first_peak(pairs)
-        found["dielectric"] = dielectric_constant(run, blocks)
-        if run.settings["ensemble"] == "npt":
-            found["density_g_cm3"] = density(run, blocks)
-        elif _moves_freely(run.settings):
-            edge = float(np.mean([frame.volume for frame in run.universe.trajectory])) ** (1 / 3)
-            length = len(run.universe.trajectory) // blocks * run.universe.trajectory.dt
-            window = (2.0, 10.0) if length > 15.1 else (length / 10, length / 2)
-            plain = self_diffusion(run.universe, window=window, blocks=blocks)
-            correction = size_correction(temperature, edge, viscosity)
-            found["diffusion_window_ps"] = list(window)
-            found["diffusion_box_1e-9_m2_s"] = plain
-            found["diffusion_1e-9_m2_s"] = Estimate(plain.value + correction, plain.error)
-    chosen = evenly_spaced(len(potential), points)
-    found["series"] = {
-        name: [float(f"{value:.7g}") for value in run.log[name][chosen]]
-        for name in ("time_ps", "potential_eV", "conserved_eV", "temperature_K", "density_g_cm3")
-        if np.isfinite(run.log[name]).all()
-    }
-    return found
-
-
-def _moves_freely(settings: Mapping[str, Any]) -> bool:
-    """Whether friction, if there is any, leaves diffusion as it is, to 2 %."""
-    noisy = settings["ensemble"] != "nve" and settings["thermostat"] == "langevin"
-    return not noisy or settings["thermostat_time"] >= 1000
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure a run: `python -m allscaip_lite.md.observables`; the exit status."""
-    name = "python -m allscaip_lite.md.observables"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__)
-    parser.add_argument("run", type=Path, help="a folder of allscaip-lite md")
-    parser.add_argument("--out", type=Path, required=True, help="the .json to write")
-    parser.add_argument("--skip", type=float, default=0.0, metavar="PS", help="equilibration")
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--gas", type=Path, help="run of one molecule at the same temperature")
-    parser.add_argument(
-        "--viscosity", type=float, default=EXPERIMENT["viscosity_mPa_s"][0], metavar="MPA_S"
-    )
-    args = parser.parse_args(argv)
-    try:
-        found = summarise(args.run, args.skip, args.blocks, args.gas, args.viscosity)
-    except (RunError, FileNotFoundError) as error:
-        print(f"observables: {error}", file=sys.stderr)
-        return 2
-    store_text(args.out, json.dumps(found, indent=1) + "\n")
-    for name, value in found.items():
-        if isinstance(value, Estimate):
-            known = EXPERIMENT.get(name)
-            measured = f"   experiment {known[0]:g}" if known else ""
-            print(f"{name:32s} {value.value:10.4g} ± {value.error:.2g}{measured}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

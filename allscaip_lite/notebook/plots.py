@@ -4,23 +4,17 @@ Input: `ase.Atoms`, and attention weights from `attention_maps`. Output: matplot
 the `notebooks` extra. `viewer` and `explorer` make interactive views. A lesson begins with
 `plt.rcParams.update(STYLE)`, takes colours from `PALETTE` or whole lines from `LINES`, and ends
 each figure with `show("what a reader who cannot see it has to know")` in place of `plt.show()`.
-
-`python -m allscaip_lite.notebook.plots molecule.xyz docs/tour.png` draws a molecule with the
-attention of one atom, and the matrix.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import importlib
 import io
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +24,7 @@ from ase.data.colors import jmol_colors
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
+from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,16 +195,6 @@ def seen_from_front(atoms: Atoms) -> np.ndarray:
 def ball_radii(atoms: Atoms) -> np.ndarray:
     """(N,) radii of the drawn atoms in Å."""
     return 0.16 + 0.3 * covalent_radii[atoms.numbers]
-
-
-def node_weights(maps: AttentionMaps, block: int, head: int | None) -> np.ndarray:
-    """(N, N) node attention of one head, or the mean over heads if `head` is None.
-
-    Raises:
-        ValueError: The model has no node attention.
-        IndexError: The model has no such block or head.
-    """
-    return attention_matrix(maps, "node", 0, block, head)
 
 
 def attention_matrix(
@@ -539,40 +523,3 @@ def arrow_scale(arrows: np.ndarray) -> float:
     """The factor that makes the longest arrow 1.5 Å long."""
     longest = np.linalg.norm(arrows, axis=1).max()
     return 1.5 / longest if longest > 0 else 0.0
-
-
-# --- the command --------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw a molecule with the node attention of one atom, and the whole attention matrix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m allscaip_lite.notebook.plots", description=main.__doc__
-    )
-    parser.add_argument("molecule", help="a file that ASE can read; the first frame is drawn")
-    parser.add_argument("picture", help="the file to write; its suffix sets the format")
-    parser.add_argument("--model", default="lite", help="name or path (default: lite)")
-    parser.add_argument("--query", type=int, default=0, help="the query atom (default: 0)")
-    parser.add_argument("--block", type=int, default=-1, help="default: the last")
-    parser.add_argument("--head", type=int, default=None, help="default: the mean over heads")
-    args = parser.parse_args(arguments)
-
-    import ase.io
-    from matplotlib.figure import Figure
-
-    from allscaip_lite.checkpoints.native import load_model
-
-    (atoms,) = ase.io.iread(args.molecule, index=0)
-    maps = attention_maps(load_model(args.model), atoms)
-    weights = node_weights(maps, args.block, args.head)
-    figure = Figure(figsize=(10.5, 4.3), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-    plot_molecule(atoms, links=(args.query, weights[args.query]), axes=left)
-    plot_attention(maps, args.block, args.head, axes=right)
-    Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.picture, dpi=120, bbox_inches="tight")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
@@ -13,7 +12,6 @@ from ase.io.trajectory import Trajectory
 pytest.importorskip("MDAnalysis")
 
 from allscaip_lite.errors import RunError
-from allscaip_lite.md import observables
 from allscaip_lite.md.dynamics import Settings, run_md
 from allscaip_lite.md.observables import (
     Estimate,
@@ -32,7 +30,6 @@ from allscaip_lite.md.observables import (
     read_run,
     self_diffusion,
     size_correction,
-    summarise,
     temperatures_by_motion,
 )
 from allscaip_lite.spcfw import SPCFw, molecules, water_box
@@ -316,13 +313,6 @@ def test_a_known_drift_is_found():
     assert 0 < found.error < 0.01
 
 
-def test_a_density_needs_constant_pressure():
-    with pytest.raises(RunError, match="npt"):
-        observables.density(run_of({"density_g_cm3": np.ones(10)}))
-    found = observables.density(run_of({"density_g_cm3": np.ones(10)}, ensemble="npt"))
-    assert found == Estimate(1.0, 0.0)
-
-
 def test_free_dipoles_have_the_dielectric_constant_of_their_density():
     """Molecules that turn at random do not know of each other: ε = 1 + 4π n μ² / (3 k T)."""
     rng = np.random.default_rng(0)
@@ -346,16 +336,13 @@ def test_free_dipoles_have_the_dielectric_constant_of_their_density():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Short runs of the teacher: a box at constant volume and pressure, and one molecule."""
+    """Short runs of the teacher: a box at constant volume and pressure."""
     root = tmp_path_factory.mktemp("runs")
     box = water_box(8, 0.9, seed=1)
-    single = Atoms("OH2", molecules(np.random.default_rng(0), 1)[0])
     base = {"timestep": 1.0, "save_every": 5.0, "log_every": 5.0, "relax": 50}
     for ensemble in ("nvt", "npt"):
         settings = Settings(ensemble=ensemble, duration=400.0, **base)
         run_md(box, SPCFw(), settings, root / ensemble, progress=False)
-    settings = Settings(thermostat="langevin", duration=400.0, **base)
-    run_md(single, SPCFw(), settings, root / "gas", progress=False)
     return root
 
 
@@ -387,42 +374,6 @@ def test_a_wrapped_box_is_the_same_liquid(folders, tmp_path):
         for folder in (folders / "nvt", tmp_path / "wrapped")
     )
     assert wrapped == pytest.approx(whole, rel=1e-4)
-
-
-def test_a_summary_of_a_run_with_noise_says_what_it_can(folders, tmp_path):
-    box = water_box(8, 0.9, seed=1)
-    for time, there in ((100.0, False), (1000.0, True)):
-        settings = Settings(
-            thermostat="langevin",
-            thermostat_time=time,
-            timestep=1.0,
-            duration=100.0,
-            save_every=2.0,
-            log_every=2.0,
-            relax=50,
-        )
-        run_md(box, SPCFw(), settings, tmp_path / str(time), progress=False)
-        found = summarise(tmp_path / str(time))
-        assert ("diffusion_1e-9_m2_s" in found) == there, "friction slows what it reports"
-        assert "drift_meV_atom_ps" not in found, "noise conserves nothing"
-
-
-def test_a_summary_has_every_observable_of_its_ensemble(folders):
-    constant_volume = summarise(folders / "nvt", skip=0.1, gas=folders / "gas")
-    constant_pressure = summarise(folders / "npt", skip=0.1)
-    for name in ("diffusion_1e-9_m2_s", "vaporisation_kJ_mol", "dielectric", "drift_meV_atom_ps"):
-        assert isinstance(constant_volume[name], Estimate)
-    assert {"g_OO", "g_OH", "g_HH"} <= set(constant_volume)
-    assert "density_g_cm3" not in constant_volume and "vaporisation_kJ_mol" not in constant_pressure
-    assert isinstance(constant_pressure["density_g_cm3"], Estimate)
-    strained, rigid = (
-        constant_volume[f"vaporisation_{name}kJ_mol"].value for name in ("", "unstrained_")
-    )
-    assert strained > rigid
-    apart = constant_volume["diffusion_1e-9_m2_s"].value
-    edge = read_run(folders / "nvt").universe.dimensions[0]
-    together = constant_volume["diffusion_box_1e-9_m2_s"].value
-    assert apart - together == pytest.approx(size_correction(300, edge, 0.89))
 
 
 def test_chains_leave_the_bonds_of_a_relaxed_start_cold_and_noise_does_not(tmp_path):
@@ -464,16 +415,3 @@ def test_temperatures_by_motion_are_those_of_known_velocities(tmp_path):
         centres, bonds = temperatures_by_motion(tmp_path / name, blocks=1)
         assert centres.value == pytest.approx(400, rel=0.25)
         assert bonds.value == pytest.approx(400 if name == "all" else 0, rel=0.25, abs=1e-9)
-
-
-def test_the_command_writes_one_small_file(folders, tmp_path, capsys):
-    out = tmp_path / "made" / "nvt.json"
-    options = [str(folders / "nvt"), "--skip", "0.1", "--out", str(out)]
-    assert observables.main(options) == 0
-    found = json.loads(out.read_text())
-    assert len(found["potential_eV"]) == 2 and found["molecules"] == 8
-    assert len(found["series"]["time_ps"]) == 61
-    assert out.stat().st_size < 50_000
-    assert "dielectric" in capsys.readouterr().out
-    assert observables.main([str(folders / "nvt"), "--skip", "7", "--out", str(out)]) == 2
-    assert "skip less" in capsys.readouterr().err
