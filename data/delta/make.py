@@ -34,7 +34,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +62,7 @@ from allscaip_lite.labels.sampling import (
 )
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
+from data.xtb.systems import ionic_systems, larger_systems, main_systems
 
 OMOL_MINI = Path(__file__).parents[1] / "omol-mini"
 STARTS, HEAD = ("lite-xtb", "lite-local-xtb"), 0.02
@@ -311,44 +311,7 @@ def _batches(structures: Iterable[Atoms]) -> Iterator[list[Atoms]]:
 
 
 # --- Larger molecules ------------------------------------------------------------------------
-# What drugs are like: a ring or chain, a linker, another ring. The first ends in the atom that is
-# bound, the last begins with it.
-
-BEGINNINGS = """
-c1ccc(cc1) Cc1ccc(cc1) COc1ccc(cc1) Clc1ccc(cc1) Fc1cccc(c1) FC(F)(F)c1ccc(cc1) Nc1ccc(cc1)
-OC(=O)c1ccc(cc1) c1ccnc(c1) c1cnc(nc1) Cc1nc(cs1) c1coc(c1) Cc1cc(no1) Cn1ccc(n1)
-c1ccc2c(c1)c(c[nH]2) c1ccc2nc([nH]c2c1) CN1CCN(CC1) C1COCCN1 C1CCCCN1 C1CCCC1 CC(C)C CCC CN(C)CC
-COCC OCC NC(=O)CC BrCC=C CS(=O)(=O)c1ccc(cc1) CP(C)(=O)C N#Cc1ccc(cc1)
-"""
-LINKERS = """
-C(=O)N NC(=O) C(=O)O S(=O)(=O)N CN OC CO C(=O)NC NC(=O)N C=C SC C(=O) CNC(=O)C N(C)C(=O) CC C#C
-C(O)C C=NO
-"""
-ENDS = """
-c1ccccc1 c1ccc(F)cc1 c1ccc(O)cc1 c1cccc(Cl)c1 c1ccncc1 c1cn(C)cn1 c1nc2ccccc2[nH]1 c1ccc2OCOc2c1
-C1CCN(C)CC1 C1CCOCC1 c1csc(N)n1 CC(=O)O c1ccc(S(N)(=O)=O)cc1 CCN(C)C c1ccc([N+](=O)[O-])cc1
-c1cc(OC)c(OC)c(OC)c1 c1ccc(Br)cc1 C(C)(C)C C1CCCC1 c1nnc(C)o1 Cc1ccccc1 CC(N)C(=O)O CCS(C)(=O)=O
-"""
-WATERS = 6
 CONFORMERS, MOST_DISPLACED = 4, 0.07  # Å
-LARGER_SHARES = {"druglike": 0.07, "peptides": 0.5}
-
-
-@cache
-def _larger_systems() -> list[System]:
-    """Drug-like molecules, dipeptides with capped ends, and amino acids among waters."""
-    acids = import_module("data.xtb.make").AMINO_ACIDS.split()
-    words = {
-        "druglike": map("".join, itertools.product(*map(str.split, (BEGINNINGS, LINKERS, ENDS)))),
-        "peptides": (f"CC(=O){a}{b}NC" for a, b in itertools.product(acids, acids)),
-    }
-    found = [
-        parse_system(domain, word)
-        for domain, every in words.items()
-        for word in every
-        if _seed(f"{domain}:{word}") < LARGER_SHARES[domain] * 2**64
-    ]
-    return found + [parse_system("solvated", f"CC(=O){acid}NC" + ".O" * WATERS) for acid in acids]
 
 
 def conformers(
@@ -542,8 +505,7 @@ def _systems() -> list[System]:
     """Those of the set `ionic`, those of single atoms `REPEATED` times: there are few of them, and
     none has a shape to learn from another.
     """
-    systems = list(import_module("data.xtb.make").ionic_systems())
-    return [one for one in systems for _ in range(REPEATED if _of_atoms(one) else 1)]
+    return [one for one in ionic_systems() for _ in range(REPEATED if _of_atoms(one) else 1)]
 
 
 def _of_atoms(system: System) -> bool:
@@ -699,8 +661,7 @@ def run(args: argparse.Namespace) -> None:
         for name in STARTS:
             write_start(name, args.out / f"{name}.safetensors")
     elif args.what in ("larger", "molecules"):
-        main_systems = import_module("data.xtb.make").systems
-        systems = _larger_systems() if args.what == "larger" else main_systems()
+        systems = larger_systems() if args.what == "larger" else main_systems()
         found = dict(conformers(systems, args.structures, Shifted(), args.seed))
     elif args.what == "pairs":
         molecules = Molecules(Teachers(args.delta, args.direct))

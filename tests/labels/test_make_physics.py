@@ -70,7 +70,7 @@ def test_distance_goes_from_the_minimum_outwards():
 
 def test_molecules_are_the_small_ones_that_data_xtb_tests_on():
     found = {"molecule": set(), "complex": set()}
-    for system in importlib.import_module("data.xtb.make").systems():
+    for system in importlib.import_module("data.xtb.systems").main_systems():
         if sampling.split_of(system) != "test" or system.multiplicity != 1:
             continue
         heavy = [Chem.MolFromSmiles(part).GetNumHeavyAtoms() for part in system.parts]

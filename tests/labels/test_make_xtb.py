@@ -21,6 +21,7 @@ from allscaip_lite.labels.sampling import Job, make_set
 from allscaip_lite.labels.xtb import GFN2xTB
 
 make = importlib.import_module("data.xtb.make")
+systems_of = importlib.import_module("data.xtb.systems")
 plan, sample = make.plan, make.sample
 
 
@@ -64,7 +65,7 @@ def test_the_plan_covers_what_the_card_says(jobs):
     assert {job.system.multiplicity for job in jobs} == {1, 2, 3, 4}
     assert {job.system.charge for job in jobs} == {-2, -1, 0, 1, 2}
     sizes = [sampling.atom_count(job.system) for job in jobs]
-    assert 30 < max(sizes) <= make.MOST_ATOMS
+    assert 30 < max(sizes) <= systems_of.MOST_ATOMS
     fewer = plan(1_000)
     assert [job.split for job in fewer] == [job.split for job in jobs]
 
@@ -231,7 +232,7 @@ def test_the_ionic_set_holds_ions_out_and_has_no_meeting_twice(jobs, ionic):
     met = [tuple(sorted(job.system.parts)) for job in ionic if job.system.reach]
     assert len(met) == len(set(met)) > 5_000
     split = {job.system.molecule: job.split for job in jobs if len(job.system.parts) == 1}
-    ions = [make.parse_system("", ion) for ion in make.ANIONS.split() + make.CATIONS.split()]
+    ions = [make.parse_system("", ion) for ion in systems_of.ANIONS.split() + systems_of.CATIONS.split()]
     held_out = {ion.molecule for ion in ions if sampling.split_of(ion) == "test"}
     assert {"[N-]=[N+]=[N-]", "O=P([O-])(O)O"} < held_out
     for job in ionic:
@@ -243,7 +244,7 @@ def test_the_ionic_set_holds_ions_out_and_has_no_meeting_twice(jobs, ionic):
 
 
 def pair(word: str, count: int) -> Job:
-    return Job(replace(make._system("ionic_pairs", word), reach=make.FARTHEST), count, "train")
+    return Job(replace(systems_of._system("ionic_pairs", word), reach=systems_of.FARTHEST), count, "train")
 
 
 def test_like_organic_ions_repel_as_coulomb_says_far_away():
@@ -280,7 +281,7 @@ def test_three_molecules_have_gaps_of_their_own(ionic):
     distances = atoms.get_all_distances()
     one = distances[np.ix_(first, second)].min()
     other = distances[np.ix_(np.r_[first, second], third)].min()
-    assert abs(one - other) > 0.3 and max(one, other) < make.FARTHEST + 1
+    assert abs(one - other) > 0.3 and max(one, other) < systems_of.FARTHEST + 1
 
 
 def test_two_atoms_have_a_wall_a_minimum_and_an_end():
@@ -335,12 +336,12 @@ def test_rotating_a_bond_moves_one_side_and_keeps_lengths(jobs):
 def few_jobs() -> list[Job]:
     words = ["N", "[OH]", "O.O", "[Li+].O", "CO", "[O][O]|0|3", "CCO", "C=C"]
     splits = ["train", "val", "train", "test", "train", "train", "train", "test"]
-    systems = [make._system("organic", word) for word in words]
+    systems = [systems_of._system("organic", word) for word in words]
     return [Job(system, 5, split, 3) for system, split in zip(systems, splits, strict=True)]
 
 
 def test_any_number_of_workers_makes_the_same_data(tmp_path):
-    impossible = make.SampledSystem("organic", ("C1#CC1",), charge=0, multiplicity=2)
+    impossible = systems_of.SampledSystem("organic", ("C1#CC1",), charge=0, multiplicity=2)
     jobs = [Job(impossible, 4, "train", 3), *few_jobs()]
     one, two = tmp_path / "one", tmp_path / "two"
     make_set(one, jobs, sample, workers=1)
