@@ -232,7 +232,9 @@ def test_the_ionic_set_holds_ions_out_and_has_no_meeting_twice(jobs, ionic):
     met = [tuple(sorted(job.system.parts)) for job in ionic if job.system.reach]
     assert len(met) == len(set(met)) > 5_000
     split = {job.system.molecule: job.split for job in jobs if len(job.system.parts) == 1}
-    ions = [make.parse_system("", ion) for ion in systems_of.ANIONS.split() + systems_of.CATIONS.split()]
+    ions = [
+        make.parse_system("", ion) for ion in systems_of.ANIONS.split() + systems_of.CATIONS.split()
+    ]
     held_out = {ion.molecule for ion in ions if sampling.split_of(ion) == "test"}
     assert {"[N-]=[N+]=[N-]", "O=P([O-])(O)O"} < held_out
     for job in ionic:
@@ -244,7 +246,9 @@ def test_the_ionic_set_holds_ions_out_and_has_no_meeting_twice(jobs, ionic):
 
 
 def pair(word: str, count: int) -> Job:
-    return Job(replace(systems_of._system("ionic_pairs", word), reach=systems_of.FARTHEST), count, "train")
+    return Job(
+        replace(systems_of._system("ionic_pairs", word), reach=systems_of.FARTHEST), count, "train"
+    )
 
 
 def test_like_organic_ions_repel_as_coulomb_says_far_away():

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from ase import Atoms, units
+from ase import units
 from ase.io.trajectory import Trajectory
 
 pytest.importorskip("MDAnalysis")
