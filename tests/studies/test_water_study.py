@@ -23,25 +23,22 @@ from allscaip_lite.md.observables import (
     average,
     jackknife,
 )
-from allscaip_lite.md.water_results import (
-    STAGE_OF,
-    TARGETS,
-    pool,
-    read_result,
-    read_results,
-    verdict,
-)
 from allscaip_lite.spcfw import SPCFw
-from allscaip_lite.tables import insert_table
 from docs.studies.water import run as water_study
 from docs.studies.water.run import (
+    STAGE_OF,
+    TARGETS,
     WaterBenchmark,
     collect,
     compare,
     main,
     on_own_frames,
+    pool,
+    read_result,
+    read_results,
     reweighted_difference,
     run_water_benchmark,
+    verdict,
     write_number,
 )
 
@@ -471,11 +468,11 @@ def test_the_bundled_weights_carry_their_errors_and_how_they_were_trained():
     assert theirs["force_mae"] > ours["force_mae"]
 
 
-def test_the_page_s_table_is_that_of_the_files_beside_it(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    written = root / "docs" / "studies" / "water" / "README.md"
-    files = sorted((written.parent / "results").glob("*.json"))
-    page = tmp_path / "water.md"
-    page.write_text(written.read_text())
-    insert_table(page, compare(read_results(files)))
-    assert page.read_text() == written.read_text()
+def test_the_page_and_what_the_lesson_reads_are_those_of_the_files_beside_them(tmp_path):
+    root = Path(__file__).resolve().parents[2] / "docs" / "studies" / "water"
+    files = map(str, sorted((root / "results").glob("*.json")))
+    (tmp_path / "water.md").write_text((root / "README.md").read_text())
+    out = ["--out", str(tmp_path / "water.md"), "--pooled", str(tmp_path / "pooled.json")]
+    assert main(["table", *files, *out]) == 0
+    for made, kept in (("water.md", "README.md"), ("pooled.json", "pooled.json")):
+        assert (tmp_path / made).read_text() == (root / kept).read_text()

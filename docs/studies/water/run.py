@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ from allscaip_lite.md.observables import (
     dielectric_constant,
     energy_drift,
     first_peak,
+    heat_of_vaporization,
     jackknife,
     make_universe,
     make_whole,
@@ -74,21 +75,14 @@ from allscaip_lite.md.observables import (
     size_correction,
     temperatures_by_motion,
 )
-from allscaip_lite.md.water_results import (
-    DIFFERENCES,
-    PRODUCTION,
-    TARGETS,
-    TEACHER,
-    add_vaporization,
-    read_results,
-    verdict,
-)
 from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from allscaip_lite.tables import insert_table, markdown_table
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
 
+TEACHER = "spcfw"
+PRODUCTION = ("gas", "npt", "nvt", "nve")  # the stages that are measured, in the order they run in
 DIFFUSION_WINDOW = (1.0, 3.0)  # ps, of lags: the same for short and for long runs
 DIFFUSION_BLOCK = 5.0  # ps
 POINTS = 300  # values kept of a series
@@ -678,6 +672,52 @@ def machine() -> dict[str, Any]:
 
 # --- Comparing -------------------------------------------------------------------------------
 
+STAGE_OF = {  # the stage that an observable is measured in; the others in nvt
+    "temperature_npt_K": "npt",
+    "temperature_nve_K": "nve",
+    "density_g_cm3": "npt",
+    "density_beside_g_cm3": "npt",
+    "density_asked_g_cm3": "npt",
+    "excess_pressure_bar": "npt",
+    "liquid_energy_kJ_mol": "npt",
+    "vaporisation_kJ_mol": "npt",
+    "vaporisation_unstrained_kJ_mol": "npt",
+    "gas_energy_kJ_mol": "gas",
+    "drift_meV_atom_ps": "nve",
+    "pressure_nve_bar": "nve",
+}
+
+
+class Target(NamedTuple):
+    """How far a model may be from its teacher: a share of the teacher's value, or an amount.
+
+    A drift is measured from zero.
+    """
+
+    amount: float
+    relative: bool
+
+
+TARGETS = {
+    "density_g_cm3": Target(0.02, True),
+    "density_beside_g_cm3": Target(0.02, True),
+    "density_asked_g_cm3": Target(0.02, True),
+    "vaporisation_kJ_mol": Target(0.03, True),
+    "OO_peak_A": Target(0.05, False),
+    "OO_height": Target(0.05, True),
+    "OO_height_beside": Target(0.05, True),
+    "OO_height_asked": Target(0.05, True),
+    "drift_meV_atom_ps": Target(0.05, False),
+}
+
+# Differences between a model and its teacher, and the observable that each is a difference of.
+DIFFERENCES = {
+    "density_beside_g_cm3": "density_g_cm3",
+    "density_asked_g_cm3": "density_g_cm3",
+    "OO_height_beside": "OO_height",
+    "OO_height_asked": "OO_height",
+}
+
 ROWS = {  # observable: what the table calls it, with its unit
     "density_g_cm3": "density, g/cm³",
     "density_beside_g_cm3": "density minus teacher's, own run reweighted, g/cm³",
@@ -707,6 +747,136 @@ ROWS = {  # observable: what the table calls it, with its unit
 }
 
 
+def read_results(files: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """Result files, those of one model pooled; in the order of the names, teacher last.
+
+    Raises RunError for files of different settings, which cannot be compared.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    results = [read_result(file) for file in files]
+    for file, result in zip(files, results, strict=True):
+        if changed := differing(result["protocol"], results[0]["protocol"], but=["seed"]):
+            raise RunError(
+                f"{file} was made with another {', '.join(changed)} than {files[0]}: "
+                "run one of them again, or leave it out"
+            )
+        found.setdefault(result["name"], []).append(result)
+    return [pool(found[name]) for name in sorted(found, key=lambda name: (name == TEACHER, name))]
+
+
+def read_result(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """A result file, its estimates as `Estimate`. Raises RunError for another file."""
+    found = json.loads(Path(file).read_text())
+    try:
+        found["observables"] = {
+            key: Estimate(*(math.nan if x is None else x for x in pair))
+            for key, pair in found["observables"].items()
+        }
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{file} is no result of the water benchmark") from error
+    return found
+
+
+def pool(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one model with different seeds as one result; lengths and hours are sums.
+
+    Estimates and distributions are means weighted by the lengths of the stage they are from, heats
+    of vaporization follow from such means, series are those of the longest run.
+
+    Raises:
+        RunError: for runs of different models or settings, or with the same seed, which
+            would count one run twice.
+    """
+    if len(results) == 1:
+        return results[0]
+    plans = [{"name": result["name"], **result["protocol"]} for result in results]
+    seeds = [plan.pop("seed") for plan in plans]
+    if any(plan != plans[0] for plan in plans) or len({*seeds}) < len(seeds):
+        raise RunError(
+            f"runs of {plans[0]['name']} with seeds {', '.join(map(str, seeds))} cannot be "
+            "pooled: they need the same settings and different seeds"
+        )
+
+    def weighted(having: Sequence[dict[str, Any]], stage: str, parts: Sequence[Any]) -> np.ndarray:
+        """Mean of what each result has; the last row of a part is its standard errors."""
+        lengths = np.array([result["lengths_ps"][stage] for result in having])
+        shares = (lengths / lengths.sum())[:, None, None]
+        values = np.array([np.reshape(part, (len(part), -1)) for part in parts])
+        mean = (shares * values).sum(0)
+        mean[-1] = np.sqrt(((shares * values)[:, -1] ** 2).sum(0))
+        return mean
+
+    pooled: dict[str, Any] = {**results[0], "observables": {}, "distributions": {}}
+    for name in ("lengths_ps", "hours"):
+        stages = [stage for stage in PRODUCTION if any(stage in result[name] for result in results)]
+        pooled[name] = {
+            stage: round(sum(result[name].get(stage, 0) for result in results), 6)
+            for stage in stages
+        }
+    for key in dict.fromkeys(key for result in results for key in result["observables"]):
+        having = [result for result in results if key in result["observables"]]
+        estimates = [result["observables"][key] for result in having]
+        mean = weighted(having, STAGE_OF.get(key, "nvt"), estimates)
+        pooled["observables"][key] = Estimate(*map(float, mean[:, 0]))
+    if "liquid_energy_kJ_mol" in pooled["observables"]:  # of all runs, as the energies are
+        add_vaporization(pooled["observables"], results[0]["protocol"]["temperature"])
+    for pair in ("OO", "OH", "HH"):
+        having = [result for result in results if pair in result["distributions"]]
+        if having:
+            tables = [result["distributions"][pair] for result in having]
+            mean = weighted(having, "nvt", [list(table.values()) for table in tables])
+            pooled["distributions"][pair] = dict(zip(tables[0], mean.tolist(), strict=True))
+    for name, stage_of in (
+        ("series", {**{stage: stage for stage in PRODUCTION}, "beside": "npt"}),
+        ("correlation_ps", {"density": "npt", "dipole": "nvt"}),
+    ):
+        pooled[name] = {}
+        for key, stage in stage_of.items():
+            having = [result for result in results if key in result[name]]
+            if having:
+                longest = max(having, key=lambda result: result["lengths_ps"][stage])
+                pooled[name][key] = longest[name][key]
+    pooled["exploded"] = sorted({stage for result in results for stage in result["exploded"]})
+    return pooled
+
+
+def verdict(key: str, model: Estimate, teacher: Estimate) -> tuple[float, float, str]:
+    """How far a model is from its teacher, the standard error of that, and a word.
+
+    Args:
+        key: an observable that has a target.
+        model: of the model; where `key` is one of `DIFFERENCES`, the difference itself.
+        teacher: of the teacher, for one of `DIFFERENCES` of the observable that it belongs to.
+
+    Returns:
+        Distance and error, as a share of the teacher's value or as an amount, whichever the target
+        is; and `met`, `missed`, or `open` where one standard error reaches across the target.
+    """
+    target = TARGETS[key]
+    if key.startswith("drift"):
+        teacher = Estimate(0.0, 0.0)
+    if key in DIFFERENCES:
+        distance, error = model
+    else:
+        distance, error = (model.value - teacher.value, math.hypot(model.error, teacher.error))
+    if target.relative:
+        distance, error = distance / teacher.value, error / abs(teacher.value)
+    if abs(abs(distance) - target.amount) < error:
+        return distance, error, "open"
+    return distance, error, "met" if abs(distance) <= target.amount else "missed"
+
+
+def add_vaporization(found: dict[str, Estimate], temperature: float) -> None:
+    """Add the heats of vaporization that follow from the energies in `found`."""
+    liquid, gas = (found.get(f"{state}_energy_kJ_mol") for state in ("liquid", "gas"))
+    if liquid and gas:
+        found["vaporisation_kJ_mol"] = heat_of_vaporization(liquid, gas, temperature)
+    if liquid:
+        found["vaporisation_unstrained_kJ_mol"] = heat_of_vaporization(
+            liquid, Estimate(0.0, 0.0), temperature
+        )
+
+
 def write_number(estimate: Estimate) -> str:
     """Value and error, to the digits that the error leaves: 0.997 ± 0.012."""
     value, error = estimate
@@ -733,7 +903,8 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
             lines.append([title, *cells, known])
     tables = [markdown_table(["", *names, "experiment"], lines)]
     if results[-1]["name"] == TEACHER and len(results) > 1:
-        lines = [_judged(key, results[:-1], results[-1]["observables"]) for key in TARGETS]
+        found = [_distances(model, results[-1]["observables"]) for model in results[:-1]]
+        lines = [_judged(key, found) for key in TARGETS]
         tables.append(markdown_table(["distance from the teacher", "target", *names[:-1]], lines))
     lines = [
         [
@@ -755,14 +926,33 @@ def compare(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def _judged(key: str, models: Sequence[dict[str, Any]], teacher: dict[str, Estimate]) -> list[str]:
+def pooled_file(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results, targets and the distances of each model, for lesson 10."""
+    *models, teacher = results
+    return {
+        "targets": {key: target._asdict() for key, target in TARGETS.items()},
+        "distances": {model["name"]: _distances(model, teacher["observables"]) for model in models},
+        "results": {result["name"]: result for result in results},
+    }
+
+
+def _distances(model: dict[str, Any], teacher: dict[str, Estimate]) -> dict[str, Any]:
+    """(distance, error, word) of each target that can be judged."""
+    return {
+        key: verdict(key, model["observables"][key], teacher[of])
+        for key in TARGETS
+        if key in model["observables"] and (of := DIFFERENCES.get(key, key)) in teacher
+    }
+
+
+def _judged(key: str, distances: Sequence[dict[str, Any]]) -> list[str]:
     """A row of the table of distances: observable, target, distance and verdict of each model."""
-    target, of = TARGETS[key], DIFFERENCES.get(key, key)
+    target = TARGETS[key]
     scale, unit = (100, " %") if target.relative else (1, "")
     cells = []
-    for model in models:
-        if key in model["observables"] and of in teacher:
-            away, error, word = verdict(key, model["observables"][key], teacher[of])
+    for found in distances:
+        if key in found:
+            away, error, word = found[key]
             number = write_number(Estimate(scale * away, scale * error))
             cells.append(f"{number}{unit}: {word}")
         else:
@@ -814,8 +1004,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    """`table`: compare results, in a page."""
-    insert_table(args.out, compare(read_results(args.files)))
+    """`table`: compare results, in a page, and write what is pooled where lesson 10 reads it."""
+    results = read_results(args.files)
+    insert_table(args.out, compare(results))
+    if args.pooled:
+        store_text(args.pooled, _compact(pooled_file(results)))
     return 0
 
 
@@ -870,6 +1063,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     table.set_defaults(command=_table)
     table.add_argument("files", type=Path, nargs="+", help="files that `run` wrote")
     table.add_argument("--out", type=Path, required=True, help="the page that has the table")
+    table.add_argument("--pooled", type=Path, metavar="FILE", help="write pooled results, a .json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
