@@ -33,7 +33,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +61,7 @@ from allscaip_lite.labels.sampling import (
 )
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
-from data.xtb.systems import ionic_systems, larger_systems, main_systems
+from data.xtb.systems import ionic_systems, larger_systems, main_systems, separated_systems
 
 OMOL_MINI = Path(__file__).parents[1] / "omol-mini"
 STARTS, HEAD = ("lite-xtb", "lite-local-xtb"), 0.02
@@ -500,21 +499,18 @@ def _turned(forces: np.ndarray, before: Atoms, after: np.ndarray) -> np.ndarray:
     return turn.apply(forces)
 
 
-@cache
-def _systems() -> list[System]:
-    """Those of the set `ionic`, those of single atoms `REPEATED` times: there are few of them, and
-    none has a shape to learn from another.
-    """
-    return [one for one in ionic_systems() for _ in range(REPEATED if _of_atoms(one) else 1)]
-
-
 def _of_atoms(system: System) -> bool:
     return all(atom_count(parse_system("", part)) == 1 for part in system.parts)
 
 
-def _meetings(molecules: Molecules, seed: int) -> Iterator[tuple[System, Atoms]]:
-    """Structures of the systems in turn, in an order drawn at random, without end."""
-    systems = _systems()
+def _meetings(
+    systems: Sequence[System], molecules: Molecules, seed: int
+) -> Iterator[tuple[System, Atoms]]:
+    """Structures of the systems in turn, in an order drawn at random, without end.
+
+    Those of single atoms come `REPEATED` times: there are few, and one tells nothing of another.
+    """
+    systems = [one for one in systems for _ in range(REPEATED if _of_atoms(one) else 1)]
     order = np.random.default_rng(seed).permutation(len(systems))
     for index in itertools.count():
         system = systems[order[index % len(systems)]]
@@ -526,15 +522,15 @@ def _meetings(molecules: Molecules, seed: int) -> Iterator[tuple[System, Atoms]]
             yield system, atoms
 
 
-def pairs(structures: int, molecules: Molecules, seed: int) -> dict[str, list[Atoms]]:
-    """That many structures by split: the systems of the set `ionic` of `data/xtb/make.py` in
-    turn, and every molecule of them alone.
-    """
+def pairs(
+    systems: Sequence[System], structures: int, molecules: Molecules, seed: int
+) -> dict[str, list[Atoms]]:
+    """That many structures of the systems by split, and every molecule of them alone."""
     found: dict[str, list[Atoms]] = {split: [] for split in SPLITS}
-    made = itertools.islice(_meetings(molecules, seed), structures)
+    made = itertools.islice(_meetings(systems, molecules, seed), structures)
     for system, atoms in tqdm(made, "pairs", structures, disable=not sys.stderr.isatty()):
         found[split_of(system)].append(atoms)
-    for smiles in sorted({part for system in _systems() for part in system.parts}):
+    for smiles in sorted({part for system in systems for part in system.parts}):
         alone = parse_system("alone", smiles)
         try:
             known = molecules[smiles]
@@ -630,6 +626,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direct", nargs="*", default=[], help="models trained on the labels")
     parser.add_argument("--data", nargs="+", type=Path, help="folders with GFN2-xTB's labels")
     parser.add_argument(
+        "--set", choices=("ionic", "apart"), default="ionic", help="of data/xtb: which pairs"
+    )
+    parser.add_argument(
         "--structures", type=int, default=15_380, help="of new structures, how many"
     )
     parser.add_argument(
@@ -665,7 +664,8 @@ def run(args: argparse.Namespace) -> None:
         found = dict(conformers(systems, args.structures, Shifted(), args.seed))
     elif args.what == "pairs":
         molecules = Molecules(Teachers(args.delta, args.direct))
-        found = dict(pairs(args.structures, molecules, args.seed))
+        systems = ionic_systems() if args.set == "ionic" else separated_systems()
+        found = dict(pairs(systems, args.structures, molecules, args.seed))
     else:
         teachers = Teachers(args.delta, args.direct)
         found = {split: corrected(_rows(args.data, split), teachers) for split in SPLITS}
