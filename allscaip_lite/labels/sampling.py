@@ -1,32 +1,25 @@
 """Molecules from SMILES: what the makers of several data sets sample structures with.
 
 In: SMILES. Out: a `System` with charge and multiplicity, the split that it belongs to, and
-`ase.Atoms`: conformers, complexes of several molecules, relaxed structures, Langevin runs, the last
-two by GFN2-xTB. Which systems a data set holds is said beside it, in `data/<set>/make.py`.
+`ase.Atoms`: conformers, complexes of several molecules, structures relaxed by GFN2-xTB. Which
+systems a data set holds is said beside it, in `data/<set>`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ase import Atoms, units
-from ase.data import atomic_numbers
-from ase.md.langevin import Langevin
+from ase import Atoms
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data.aselmdb import SPLITS, split_by_molecule
-from allscaip_lite.files import store_text
-from allscaip_lite.labels import LabelError, queue
-from allscaip_lite.labels.xtb import GFN2xTB, free_atom_energies
+from allscaip_lite.labels import LabelError
+from allscaip_lite.labels.xtb import GFN2xTB
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -88,40 +81,6 @@ def with_hydrogens(smiles: str) -> Mol:
 def atom_count(system: System) -> int:
     """Atoms of a system, hydrogens included."""
     return sum(with_hydrogens(part).GetNumAtoms() for part in system.parts)
-
-
-# Sites that take a proton, and sites that give one: SMARTS of the atom, change of its charge.
-PROTON_SITES = (
-    ("[NX3;H2,H1,H0;!$(N[C,S]=[O,S,N]);!$(N-a);!$(N[!#6;!#1]);!$(NC#*)]", 1),
-    ("[NX1]#[#6]", 1),
-    ("[OX1]=[#6]", 1),
-    ("[nX2]", 1),
-    ("[OX2H][#6,P]", -1),
-    ("[SX2H]", -1),
-    ("[nX3;H1]", -1),
-)
-
-
-def protomers(smiles: str) -> list[tuple[str, int]]:
-    """Ions of a molecule with a proton more (+1) or less (−1), one of each kind of
-    `PROTON_SITES`: SMILES and charge.
-    """
-    from rdkit import Chem
-
-    found = []
-    for pattern, change in PROTON_SITES:
-        molecule = Chem.MolFromSmiles(smiles)
-        matches = molecule.GetSubstructMatches(Chem.MolFromSmarts(pattern))
-        if not matches:
-            continue
-        site = molecule.GetAtomWithIdx(matches[0][0])
-        hydrogens = site.GetTotalNumHs() + change
-        site.SetFormalCharge(site.GetFormalCharge() + change)
-        site.SetNoImplicit(True)
-        site.SetNumExplicitHs(hydrogens)
-        Chem.SanitizeMol(molecule)
-        found.append((Chem.MolToSmiles(molecule), change))
-    return found
 
 
 # --- Splits ----------------------------------------------------------------------------------
@@ -268,85 +227,3 @@ def relax(atoms: Atoms, steps: int) -> Atoms:
     BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.02, steps=steps)
     atoms.calc = None
     return atoms
-
-
-def langevin(start: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:
-    """Dynamics of a copy of `start` at `temperature` (K) by GFN2-xTB, in steps of 1 fs."""
-    atoms = start.copy()
-    atoms.calc = GFN2xTB()
-    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)  # Maxwell–Boltzmann, (N,)
-    atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * spread[:, None])
-    return Langevin(
-        atoms,
-        1.0 * units.fs,
-        temperature_K=temperature,
-        friction=0.02 / units.fs,
-        fixcm=False,
-        rng=rng,
-    )
-
-
-# --- A data set labelled by GFN2-xTB ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """Structures of one system.
-
-    Attributes:
-        system: What is sampled.
-        count: How many structures are wanted.
-        split: The split they go to.
-        seed: Another seed, other structures.
-    """
-
-    system: System
-    count: int
-    split: str
-    seed: int = 0
-
-
-def take_share(jobs: Sequence[Job], share: float) -> list[Job]:
-    """The jobs of some of the systems, by a hash of their names: a larger share holds a smaller
-    one. Raises LabelError for a share that no system belongs to.
-    """
-    taken = [
-        job
-        for job in jobs
-        if int(hashlib.sha256(job.system.name.encode()).hexdigest()[:8], 16) < share * 16**8
-    ]
-    if not taken:
-        raise LabelError(f"no system is in a share of {share}: a number above 0, up to 1")
-    return taken
-
-
-def make_set(
-    folder: str | os.PathLike[str],
-    jobs: Sequence[Job],
-    sample: Callable[[Job], list[Atoms]],
-    workers: int = 1,
-) -> None:
-    """Sample all jobs, or go on with it, and write the data set and the energies of free atoms.
-
-    The number of workers changes nothing but the time.
-
-    Args:
-        folder: Folder of the data set; `folder/jobs` keeps the result of each job.
-        jobs: What is sampled, all with one seed.
-        sample: Makes the structures of a job, labelled by GFN2-xTB.
-        workers: Processes, one core each.
-
-    Raises:
-        LabelError: `folder` holds the results of other jobs or another seed.
-    """
-    folder = Path(folder)
-    listed = [[job.system.name, job.count, job.split] for job in jobs]
-    queue.store_plan(folder, {"seed": jobs[0].seed, "jobs": listed})
-    queued = [
-        queue.Job(job.system.name, f"{index:05d}", job.split, job) for index, job in enumerate(jobs)
-    ]
-    queue.run_jobs(folder / "jobs", queued, sample, workers)
-    found = queue.collect(folder / "jobs", queued, folder)
-    elements = {symbol for split in found.values() for atoms in split for symbol in atoms.symbols}
-    references = free_atom_energies(sorted(elements, key=lambda element: atomic_numbers[element]))
-    store_text(folder / "references.json", json.dumps(references, indent=1))

@@ -1,4 +1,4 @@
-"""GFN2-xTB, spin-polarised: an ASE calculator, labels, and the energies of free atoms.
+"""GFN2-xTB, spin-polarised: an ASE calculator, and labels.
 
 In: `ase.Atoms` with charge and spin multiplicity in `atoms.info`. Out: the same with energy (eV),
 forces (eV/Å), the stress (eV/Å³) of a periodic system, and metadata as OMol25 has them
@@ -10,7 +10,7 @@ et al., J. Comput. Chem. 44, 2120 (2023). Computed by the tblite library.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, CalculatorError, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.data import atomic_numbers
 
 from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
 from allscaip_lite.labels import LabelError, counts_of
@@ -167,18 +166,3 @@ def label(atoms: Atoms, max_force: float = np.inf) -> Atoms:
     labels = {name: results[name] for name in names}
     labelled.calc = SinglePointCalculator(labelled, **labels)
     return labelled
-
-
-def free_atom_energies(elements: Iterable[str]) -> dict[str, float]:
-    """GFN2-xTB energy in eV of each free neutral atom, in its lowest multiplicity state."""
-    energies = {}
-    for element in elements:
-        number = atomic_numbers[element]
-        tried = []
-        for spin in range(1 + number % 2, 6, 2):
-            try:
-                tried.append(results_of(Atoms(element, info={"charge": 0, "spin": spin}))["energy"])
-            except LabelError:
-                continue  # too many unpaired electrons for the shell
-        energies[element] = min(tried)
-    return energies

@@ -43,20 +43,17 @@ from allscaip_lite.data.aselmdb import SPLITS
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, queue, xtb
 from allscaip_lite.labels.sampling import (
-    Job,
     System,
     in_state,
-    langevin,
-    make_set,
     parse_system,
     relax,
     split_of,
-    take_share,
     with_hydrogens,
 )
 from allscaip_lite.labels.xtb import GFN2xTB
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
+from data.xtb.sets import Job, langevin, make_set, take_share
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES

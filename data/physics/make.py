@@ -29,8 +29,13 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import checksum, write_aselmdb
 from allscaip_lite.evaluation.physics import CUTOFF
 from allscaip_lite.labels import LabelError, queue, xtb
-from allscaip_lite.labels.sampling import assemble, embed, in_state, protomers
+from allscaip_lite.labels.sampling import (
+    assemble,
+    embed,
+    in_state,
+)
 from allscaip_lite.labels.xtb import GFN2xTB
+from data.xtb.systems import protomers
 
 MOLECULES = Path(__file__).parent / "molecules.txt"
 GROUPS = 12  # of a task

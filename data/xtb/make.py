@@ -28,19 +28,16 @@ from scipy.spatial.transform import Rotation
 from allscaip_lite.cli import run_script
 from allscaip_lite.labels import LabelError, xtb
 from allscaip_lite.labels.sampling import (
-    Job,
     System,
     assemble,
     atom_count,
     embed,
-    langevin,
-    make_set,
     parse_system,
     relax,
     split_of,
-    take_share,
     with_hydrogens,
 )
+from data.xtb.sets import Job, langevin, make_set, take_share
 from data.xtb.systems import (
     RUN_SPLITS,
     RUN_START,

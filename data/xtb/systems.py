@@ -17,7 +17,6 @@ from allscaip_lite.labels.sampling import (
     System,
     atom_count,
     parse_system,
-    protomers,
 )
 
 # --- Species ---------------------------------------------------------------------------------
@@ -519,3 +518,39 @@ def _system(domain: str, word: str, weight: float = 1.0) -> SampledSystem:
     if len(system.parts) == 1 and (system.parts[0] in KEPT_IN_TRAIN or system.parts[0] == CAFFEINE):
         weight = 3.0
     return SampledSystem(domain, system.parts, system.charge, system.multiplicity, weight)
+
+
+# --- Ions of a molecule ------------------------------------------------------------------------
+
+# Sites that take a proton, and sites that give one: SMARTS of the atom, change of its charge.
+PROTON_SITES = (
+    ("[NX3;H2,H1,H0;!$(N[C,S]=[O,S,N]);!$(N-a);!$(N[!#6;!#1]);!$(NC#*)]", 1),
+    ("[NX1]#[#6]", 1),
+    ("[OX1]=[#6]", 1),
+    ("[nX2]", 1),
+    ("[OX2H][#6,P]", -1),
+    ("[SX2H]", -1),
+    ("[nX3;H1]", -1),
+)
+
+
+def protomers(smiles: str) -> list[tuple[str, int]]:
+    """Ions of a molecule with a proton more (+1) or less (−1), one of each kind of
+    `PROTON_SITES`: SMILES and charge.
+    """
+    from rdkit import Chem
+
+    found = []
+    for pattern, change in PROTON_SITES:
+        molecule = Chem.MolFromSmiles(smiles)
+        matches = molecule.GetSubstructMatches(Chem.MolFromSmarts(pattern))
+        if not matches:
+            continue
+        site = molecule.GetAtomWithIdx(matches[0][0])
+        hydrogens = site.GetTotalNumHs() + change
+        site.SetFormalCharge(site.GetFormalCharge() + change)
+        site.SetNoImplicit(True)
+        site.SetNumExplicitHs(hydrogens)
+        Chem.SanitizeMol(molecule)
+        found.append((Chem.MolToSmiles(molecule), change))
+    return found

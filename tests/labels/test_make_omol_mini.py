@@ -218,4 +218,4 @@ def test_an_ion_of_two_parts_is_whole(items):
 def test_a_system_of_which_nothing_is_usable_is_a_failed_job(items, monkeypatch):
     monkeypatch.setattr(Item, "structures", lambda item: [])
     with pytest.raises(LabelError, match="no usable structure"):
-        make.sample_reactive(sampling.Job(items[0].system, 2, "train"))
+        make.sample_reactive(make.Job(items[0].system, 2, "train"))

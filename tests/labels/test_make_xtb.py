@@ -17,11 +17,12 @@ Chem = pytest.importorskip("rdkit.Chem")
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset
 from allscaip_lite.labels import sampling
-from allscaip_lite.labels.sampling import Job, make_set
 from allscaip_lite.labels.xtb import GFN2xTB
 
 make = importlib.import_module("data.xtb.make")
 systems_of = importlib.import_module("data.xtb.systems")
+sets = importlib.import_module("data.xtb.sets")
+Job, make_set = sets.Job, sets.make_set
 plan, sample = make.plan, make.sample
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -10,7 +12,10 @@ pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
 from allscaip_lite.labels import LabelError, sampling
-from allscaip_lite.labels.sampling import Job, parse_system
+from allscaip_lite.labels.sampling import parse_system
+
+sets = importlib.import_module("data.xtb.sets")
+systems = importlib.import_module("data.xtb.systems")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +29,7 @@ from allscaip_lite.labels.sampling import Job, parse_system
 )
 def test_protomers_are_those_a_chemist_writes(molecule, ions):
     canonical = {(Chem.CanonSmiles(smiles), charge) for smiles, charge in ions}
-    assert set(sampling.protomers(molecule)) == canonical
+    assert set(systems.protomers(molecule)) == canonical
 
 
 def test_a_word_may_say_its_charge_and_multiplicity():
@@ -57,9 +62,9 @@ def test_relaxing_lowers_the_forces_and_leaves_no_calculator():
 
 
 def test_a_share_is_part_of_a_larger_one_and_never_empty():
-    jobs = [Job(parse_system("a", "C" * n), 1, "train") for n in range(1, 200)]
-    tenth, third, whole = (sampling.take_share(jobs, share) for share in (0.1, 0.3, 1.0))
+    jobs = [sets.Job(parse_system("a", "C" * n), 1, "train") for n in range(1, 200)]
+    tenth, third, whole = (sets.take_share(jobs, share) for share in (0.1, 0.3, 1.0))
     assert set(tenth) < set(third) < set(whole) == set(jobs)
     assert len(third) == pytest.approx(60, abs=15)
     with pytest.raises(LabelError, match="a number above 0"):
-        sampling.take_share(jobs, 0.0)
+        sets.take_share(jobs, 0.0)

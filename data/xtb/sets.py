@@ -1,0 +1,118 @@
+"""Sets of molecules that are sampled and labelled by GFN2-xTB, each system a job of a queue.
+
+In: systems with the structures wanted of each, and a function that samples one. Out: the folder of
+a data set, `{train,val,test}.aselmdb` and `references.json` with the energies of the free atoms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.data import atomic_numbers
+from ase.md.langevin import Langevin
+
+from allscaip_lite.files import store_text
+from allscaip_lite.labels import LabelError, queue
+from allscaip_lite.labels.sampling import System
+from allscaip_lite.labels.xtb import GFN2xTB, results_of
+
+
+def langevin(start: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:
+    """Dynamics of a copy of `start` at `temperature` (K) by GFN2-xTB, in steps of 1 fs."""
+    atoms = start.copy()
+    atoms.calc = GFN2xTB()
+    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)  # Maxwell–Boltzmann, (N,)
+    atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * spread[:, None])
+    return Langevin(
+        atoms,
+        1.0 * units.fs,
+        temperature_K=temperature,
+        friction=0.02 / units.fs,
+        fixcm=False,
+        rng=rng,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Structures of one system.
+
+    Attributes:
+        system: What is sampled.
+        count: How many structures are wanted.
+        split: The split they go to.
+        seed: Another seed, other structures.
+    """
+
+    system: System
+    count: int
+    split: str
+    seed: int = 0
+
+
+def take_share(jobs: Sequence[Job], share: float) -> list[Job]:
+    """The jobs of some of the systems, by a hash of their names: a larger share holds a smaller
+    one. Raises LabelError for a share that no system belongs to.
+    """
+    taken = [
+        job
+        for job in jobs
+        if int(hashlib.sha256(job.system.name.encode()).hexdigest()[:8], 16) < share * 16**8
+    ]
+    if not taken:
+        raise LabelError(f"no system is in a share of {share}: a number above 0, up to 1")
+    return taken
+
+
+def make_set(
+    folder: str | os.PathLike[str],
+    jobs: Sequence[Job],
+    sample: Callable[[Job], list[Atoms]],
+    workers: int = 1,
+) -> None:
+    """Sample all jobs, or go on with it, and write the data set and the energies of free atoms.
+
+    The number of workers changes nothing but the time.
+
+    Args:
+        folder: Folder of the data set; `folder/jobs` keeps the result of each job.
+        jobs: What is sampled, all with one seed.
+        sample: Makes the structures of a job, labelled by GFN2-xTB.
+        workers: Processes, one core each.
+
+    Raises:
+        LabelError: `folder` holds the results of other jobs or another seed.
+    """
+    folder = Path(folder)
+    listed = [[job.system.name, job.count, job.split] for job in jobs]
+    queue.store_plan(folder, {"seed": jobs[0].seed, "jobs": listed})
+    queued = [
+        queue.Job(job.system.name, f"{index:05d}", job.split, job) for index, job in enumerate(jobs)
+    ]
+    queue.run_jobs(folder / "jobs", queued, sample, workers)
+    found = queue.collect(folder / "jobs", queued, folder)
+    elements = {symbol for split in found.values() for atoms in split for symbol in atoms.symbols}
+    references = free_atom_energies(sorted(elements, key=lambda element: atomic_numbers[element]))
+    store_text(folder / "references.json", json.dumps(references, indent=1))
+
+
+def free_atom_energies(elements: Iterable[str]) -> dict[str, float]:
+    """GFN2-xTB energy in eV of each free neutral atom, in its lowest multiplicity state."""
+    energies = {}
+    for element in elements:
+        number = atomic_numbers[element]
+        tried = []
+        for spin in range(1 + number % 2, 6, 2):
+            try:
+                tried.append(results_of(Atoms(element, info={"charge": 0, "spin": spin}))["energy"])
+            except LabelError:
+                continue  # too many unpaired electrons for the shell
+        energies[element] = min(tried)
+    return energies
