@@ -222,8 +222,9 @@ class Teachers:
         """Whether any of them knows a structure."""
         return any(teacher.knows(atoms) for teacher in self.teachers)
 
-    def __call__(self, batch: Sequence[Atoms]) -> list[Answer | None]:
-        """The label of each structure, None where its teacher's networks do not agree on it.
+    def __call__(self, batch: Sequence[Atoms], agreed: bool = True) -> list[Answer | None]:
+        """The label of each structure, None where no teacher knows it or, if asked for `agreed`
+        labels, where its teacher's networks differ.
 
         GFN2-xTB's labels have to be with the structures that AIMNet2 was not made for.
         """
@@ -234,7 +235,8 @@ class Teachers:
             left = [index for index in left if index not in own]
             found = teacher([batch[index] for index in own]) if own else []
             for index, answer in zip(own, found, strict=True):
-                answers[index] = answer if answer.spread <= teacher.agreement else None
+                if not agreed or answer.spread <= teacher.agreement:
+                    answers[index] = answer
         return answers
 
 
@@ -560,9 +562,11 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
     """A table of interaction energies of `pairs`, by kind and gap: their mean size in the labels,
     and the mean absolute error of each model (eV).
 
-    What a model says of the pair less what it says of each molecule alone, against GFN2-xTB's
-    difference for those near each other, and Coulomb's law for those apart.
+    What a model says of the pair less what it says of each molecule alone, against the same of
+    AIMNet2 (of what that does not know, of GFN2-xTB) for those near each other, and Coulomb's law
+    for those apart.
     """
+    teachers = Teachers([])
     alone: list[Atoms] = []
     groups: dict[tuple[str, int], list[int]] = {}
     expected = []
@@ -574,7 +578,10 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
             for piece, state in zip((atoms[:first], atoms[first:]), states, strict=True)
         ]
         found = [xtb.results_of(piece) for piece in pieces]
-        if "near" in atoms.info["source"]:
+        if "near" in atoms.info["source"] and all(map(teachers.knows, [atoms, *pieces])):
+            answers = teachers(pieces, agreed=False)
+            energy = atoms.get_potential_energy() - sum(one.energy for one in answers if one)
+        elif "near" in atoms.info["source"]:
             energy = xtb.results_of(atoms)["energy"] - sum(one["energy"] for one in found)
         else:
             charges = np.concatenate([one["charges"] for one in found])
