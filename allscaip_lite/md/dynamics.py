@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ase.io
 import numpy as np
@@ -650,37 +650,21 @@ def read_log(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 # --- The command -----------------------------------------------------------------------------
 
-_UNITS = {"fs": 1.0, "ps": 1e3, "ns": 1e6}
-_TIMES = {  # option: setting
-    "time": "duration",
-    "timestep": "timestep",
-    "save_every": "save_every",
-    "log_every": "log_every",
-    "thermostat_time": "thermostat_time",
-    "barostat_time": "barostat_time",
-}
-_PLAIN: dict[str, type[Any]] = {
-    "ensemble": str,
-    "temperature": float,
-    "pressure": float,
-    "thermostat": str,
-    "relax": int,
-    "seed": int,
-    "hottest": float,
-}
-_OTHERS = ("structure", "model", "out", "device", "kernels", "charge", "spin", "outside_training")
+TIMES = ("duration", "timestep", "save_every", "log_every", "thermostat_time", "barostat_time")
 
 
 def femtoseconds(text: str) -> float:
-    """A time such as "10ps", "0.5 fs" or "1ns" in fs; RunError for one without its unit."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(fs|ps|ns)\s*", str(text))
+    """A time such as "10ps", "0.5 fs" or "1ns" in fs, as a `type` of argparse."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(fs|ps|ns)\s*", text)
     if not match:
-        raise RunError(f"{text!r} is not a time: write a number and fs, ps or ns, such as 10ps")
-    return float(match[1]) * _UNITS[match[2]]
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time: write a number and fs, ps or ns, such as 10ps"
+        )
+    return float(match[1]) * {"fs": 1.0, "ps": 1e3, "ns": 1e6}[match[2]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `allscaip-lite md`."""
+    """Arguments of `allscaip-lite md`; those that are not given stay None."""
     defaults = Settings()
     parser.description = (
         "Molecular dynamics. The same command continues a run that was stopped, or prolongs it "
@@ -694,11 +678,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ensemble", choices=ENSEMBLES, help=f"default: {defaults.ensemble}")
     parser.add_argument("--temperature", type=float, metavar="K", help="default: 300")
     parser.add_argument("--pressure", type=float, metavar="BAR", help="default: 1")
-    for option, setting in _TIMES.items():
+    for name in TIMES:
         parser.add_argument(
-            "--" + option.replace("_", "-"),
+            "--time" if name == "duration" else f"--{name.replace('_', '-')}",
+            dest=name,
+            type=femtoseconds,
             metavar="TIME",
-            help=f"such as 10ps or 0.5fs (default: {getattr(defaults, setting):g}fs)",
+            help=f"such as 10ps or 0.5fs (default: {getattr(defaults, name):g}fs)",
         )
     parser.add_argument("--thermostat", choices=THERMOSTATS, help="default: nose-hoover")
     parser.add_argument("--relax", type=int, metavar="STEPS", help="minimise first, up to so many")
@@ -715,60 +701,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kernels_option(parser, default=None)
 
 
-def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Settings, and what else an input says (structure, model, out, device, kernels, charge, spin).
+class _InputParser(argparse.ArgumentParser):
+    """Reads options from a file; a mistake is a RunError."""
 
-    Raises RunError for a key that does not exist or a value of the wrong kind.
+    def error(self, message: str) -> NoReturn:
+        raise RunError(f"{self.prog}: {message}")
+
+
+def read_input(file: Path) -> dict[str, Any]:
+    """The options in an input file (TOML), as on the command line; the structure may be missing.
+
+    Raises RunError for a key that does not exist and a value that is not one.
     """
-    chosen: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    for key, value in options.items():
-        name = key.replace("-", "_")
-        try:
-            if name in _TIMES:
-                chosen[_TIMES[name]] = femtoseconds(value)
-            elif name in _PLAIN:
-                chosen[name] = _of_kind(value, _PLAIN[name])
-            elif name in _OTHERS:
-                others[name] = _of_kind(value, int if name in ("charge", "spin") else str)
-            else:
-                known = ", ".join(sorted([*_TIMES, *_PLAIN, *_OTHERS]))
-                raise RunError(f"{key!r} is not an option; there are {known}")
-        except (TypeError, ValueError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{key} = {value!r} is not {error}") from error
-    return Settings(**chosen), others
+    try:
+        content = tomllib.loads(file.read_bytes().decode())
+    except ValueError as error:  # TOML's, or bytes that are no text
+        raise RunError(f"{file} is not an input in TOML: {error}") from error
+    structure = content.pop("structure", None)
+    where = "" if structure is None else str(file.parent / str(structure))
+    parser = _InputParser(prog=str(file), add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in content.items()]
+    return _given(parser.parse_args([where, *options]))
 
 
-def _of_kind(value: Any, kind: type[Any]) -> Any:
-    """The value; TypeError with the name of the kind, for one of another."""
-    kinds: tuple[type[Any], ...] = {str: (str, Path), float: (int, float)}.get(kind, (kind,))
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError({str: "a text", int: "a whole number", float: "a number"}[kind])
-    return float(value) if kind is float else value
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if value is not None}
 
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite md`: start a run or continue it; the exit status."""
-    names = [*_TIMES, *_PLAIN, *_OTHERS]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    start_folder = Path()
-    if str(args.structure).endswith(".toml"):
-        start_folder = Path(args.structure).parent
-        with Path(args.structure).open("rb") as stream:
-            try:
-                given = tomllib.load(stream) | {k: v for k, v in given.items() if k != "structure"}
-            except ValueError as error:  # TOML's, or bytes that are no text
-                raise RunError(f"{args.structure} is not an input in TOML: {error}") from error
-    settings, others = read_options(given)
-    if "structure" not in others:
+    given = _given(args)
+    if args.structure.endswith(".toml"):
+        del given["structure"]
+        given = read_input(Path(args.structure)) | given
+    names = [field.name for field in dataclasses.fields(Settings) if field.name in given]
+    settings = Settings(**{name: given[name] for name in names})
+    where = given["structure"]
+    if not where:
         raise RunError(f'{args.structure} names no structure: add structure = "box.extxyz"')
-    atoms = read_structure(start_folder / others["structure"])
-    charge, spin = stated_charge_and_spin(atoms, others["structure"])
-    state_charge_and_spin(atoms, others.get("charge", charge), others.get("spin", spin))
-    check_structure(atoms, others["structure"])
-    model = str(others.get("model", "lite"))
+    atoms = read_structure(where)
+    charge, spin = stated_charge_and_spin(atoms, where)
+    state_charge_and_spin(atoms, given.get("charge", charge), given.get("spin", spin))
+    check_structure(atoms, where)
+    model = given.get("model", "lite")
     if model == "spcfw":
         from allscaip_lite.spcfw import SPCFw
 
@@ -776,12 +752,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         from allscaip_lite.calculator import AllScAIPCalculator
 
-        kernels = others.get("kernels") or "auto"
-        outside = str(others.get("outside_training", "warn"))
-        calculator = AllScAIPCalculator(
-            model, others.get("device"), kernels=kernels, outside_training=outside
-        )
-    folder = Path(others.get("out", "runs/md"))
+        options = {name: given[name] for name in ("kernels", "outside_training") if name in given}
+        calculator = AllScAIPCalculator(model, given.get("device"), **options)
+    folder = given.get("out", Path("runs/md"))
     final = run_md(atoms, calculator, settings, folder, label=model)
     print(
         f"{settings.duration / 1000:g} ps of {final.get_chemical_formula()} in {folder}: "
