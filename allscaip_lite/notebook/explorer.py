@@ -174,25 +174,24 @@ def explore_attention(
     for index, maps in enumerate(each):
         if index == 0:
             kind = kind or ("source" if maps.node is None else "node")
-            packed = _Packed.empty(maps, _kinds(maps, kinds, kind), len(frames))
+            packed = _Packed(maps, _kinds(maps, kinds, kind), len(frames))
         packed.add(maps)
         packed.check(limit, index + 1, len(frames))
         if index == frame:
             selected = maps
-    kind = str(kind)
-    choice: dict[str, Any] = {
-        "kind": kind,
-        "query": query,
-        "edge": edge,
-        "block": block,
-        "head": head,
-    }
+    kind, first = str(kind), frames[0]
     attention_matrix(selected, kind, query, block, head)  # raises IndexError
     slots = int((selected.neighbor[query] >= 0).sum())
     if kind != "node" and not -slots <= edge < slots:
         raise IndexError(f"edge {edge}: atom {query} has edges 0 to {slots - 1} in this frame")
 
-    first = frames[0]
+    choice = {
+        "kind": kind,
+        "query": query % len(first),
+        "edge": edge % slots if kind != "node" else 0,
+        "block": block % selected.num_blocks,
+        "head": None if head is None else head % selected.num_heads,
+    }
     formula = first.get_chemical_formula()
     title = f"Attention explorer of {formula}"
     counts = f"{len(first)} atoms, " + (f"{len(frames)} frames, " if len(frames) > 1 else "")
@@ -206,11 +205,8 @@ def explore_attention(
         "kinds": packed.kinds,
         "blocks": selected.num_blocks,
         "heads": selected.num_heads,
-        "kind": kind,
-        "query": query % len(first),
-        "edge": edge % slots if kind != "node" else 0,
-        "block": block % selected.num_blocks,
-        "head": -1 if head is None else head % selected.num_heads,
+        **choice,
+        "head": -1 if head is None else choice["head"],
         "frame": frame,
         "threshold": threshold,
         "scale": scale,
@@ -241,19 +237,7 @@ def show_attention(
 
     Links go from the query atom to the atoms that it attends to. Their width and colour show the
     weight, on a scale up to the widest link of this atom. The ring around the query is its weight
-    on itself.
-
-    Args:
-        model_or_maps: A model, or the maps of this structure.
-        atoms: The structure.
-        query: The query atom at the start.
-        block: The block at the start.
-        head: The head at the start; None is the mean over heads.
-        size: Width and height in pixels.
-
-    Raises:
-        ValueError: The maps belong to another structure; and all errors of `attention_maps` and
-            `attention_matrix`.
+    on itself. Arguments and errors are those of `explore_attention`.
     """
     return explore_attention(
         model_or_maps,
@@ -333,7 +317,6 @@ def _base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
-@dataclass
 class _Packed:
     """Weights of all frames, stored as small integers to save memory.
 
@@ -341,22 +324,17 @@ class _Packed:
     frame, else 8. compression: for each kind, compressed / uncompressed size of the first frame.
     """
 
-    kinds: list[str]
-    frames: int
-    bits: int
-    weights: dict[str, list[np.ndarray]]
-    graphs: list[dict[str, str]]
-    energies: list[float]
-    compression: dict[str, float]
-
-    @classmethod
-    def empty(cls, maps: AttentionMaps, kinds: list[str], frames: int) -> _Packed:
+    def __init__(self, maps: AttentionMaps, kinds: list[str], frames: int) -> None:
         slots = (maps.neighbor >= 0).sum(1)
         cells = {kind: int((slots**2).sum()) for kind in KINDS}
         cells["node"] = len(slots) ** 2
         count = frames * maps.num_blocks * maps.num_heads * sum(cells[kind] for kind in kinds)
-        bits = 16 if count * 2 * 4 / 3 < SIXTEEN_BIT_LIMIT else 8
-        return cls(kinds, frames, bits, {kind: [] for kind in kinds}, [], [], {})
+        self.kinds = kinds
+        self.bits = 16 if count * 2 * 4 / 3 < SIXTEEN_BIT_LIMIT else 8
+        self.weights: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+        self.graphs: list[dict[str, str]] = []
+        self.energies: list[float] = []
+        self.compression: dict[str, float] = {}
 
     def add(self, maps: AttentionMaps) -> None:
         largest = 2**self.bits - 1

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from allscaip_lite.checkpoints.native import load_model
-from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.errors import DataError
 from allscaip_lite.model import AllScAIP
@@ -57,7 +56,7 @@ def open_model(
     place = device or os.environ.get("ALLSCAIP_DEVICE")
     place = place or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(name, device=place, dtype=dtype)
-    lacking = _lacking(model.config, needs)
+    lacking = [NEEDS[need][0] for need in needs if not NEEDS[need][1](model.config)]
     if lacking:
         print(f"{Path(name).stem} has no {' and no '.join(lacking)}: {default} is used instead")
         name = default
@@ -68,10 +67,6 @@ def open_model(
         f"{config.num_heads} heads, {config.hidden_size} channels, on {model.device}"
     )
     return model
-
-
-def _lacking(config: AllScAIPConfig, needs: tuple[str, ...]) -> list[str]:
-    return [NEEDS[need][0] for need in needs if not NEEDS[need][1](config)]
 
 
 def open_data(split: str = "test", part: str | None = None) -> Dataset:
@@ -93,11 +88,8 @@ def open_data(split: str = "test", part: str | None = None) -> Dataset:
     if not named and not path.exists():
         raise DataError(
             "the sample data come with the source of the package, not with an installed package: "
-            + (
-                "run the lesson in a copy of the repository"
-                if part
-                else "set ALLSCAIP_DATA to a file or folder of .aselmdb"
-            )
+            "run the lesson in a copy of the repository"
+            + ("" if part else ", or set ALLSCAIP_DATA to a file or folder of .aselmdb")
         )
     for place in (path / f"{split}.aselmdb", path / split):
         if place.exists():

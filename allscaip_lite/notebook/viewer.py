@@ -201,15 +201,14 @@ def frames_scene(frames: Sequence[Atoms]) -> dict[str, Any]:
     middle = (points.min(0) + points.max(0)) / 2
     points, radii = points - middle, ball_radii(first)
     border = IMAGE_BORDER if first.pbc.any() else 0.0
-    drawn = []
-    for index, atoms in enumerate(frames):
-        drawn.append(
-            {
-                "positions": (placed[index] - middle).round(3).tolist(),
-                "bonds": sorted(set(bonds(atoms)) - shared),
-                "lines": (corners[index] - middle).round(3).reshape(-1, 2, 3).tolist(),
-            }
-        )
+    drawn = [
+        {
+            "positions": (positions - middle).round(3).tolist(),
+            "bonds": sorted(set(bonds(atoms)) - shared),
+            "lines": (ends - middle).round(3).reshape(-1, 2, 3).tolist(),
+        }
+        for atoms, positions, ends in zip(frames, placed, corners, strict=True)
+    ]
     reach = max(1.5, float(np.linalg.norm(points, axis=1).max() + radii.max()))
     nearer = 6 * reach / (6 * reach - points[:, 2:])  # viewer of molecule_view.js: at 6 reach
     across = (np.abs(points[:, :2]) * nearer).max(0) + radii.max() + border
