@@ -138,44 +138,24 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"  # eight bytes of length, then JSON
 
 
-def download_official(
-    name: str, endpoint: str | None = None, cache_dir: str | Path | None = None
-) -> Path:
-    """Fetch a released checkpoint into the hub's cache, with progress, and return its path.
-
-    Args:
-        name: one of `OFFICIAL_FILES`.
-        endpoint: another address of the hub.
-        cache_dir: another folder for the cache.
-
-    Raises:
-        InputError: without token, access or network; the message says what to do.
-    """
-    return download_from_hub(OFFICIAL_REPOSITORY, OFFICIAL_FILES[name], name, endpoint, cache_dir)
+def download_official(name: str) -> Path:
+    """Fetch a released checkpoint, one of `OFFICIAL_FILES`, with `download_from_hub`."""
+    return download_from_hub(OFFICIAL_REPOSITORY, OFFICIAL_FILES[name], name)
 
 
 def download_from_hub(
-    repository: str,
-    file: str,
-    name: str | None = None,
-    endpoint: str | None = None,
-    cache_dir: str | Path | None = None,
-    kind: str = "model",
+    repository: str, file: str, name: str | None = None, kind: str = "model"
 ) -> Path:
     """Fetch a file of the model hub into the hub's cache, with progress, and return its path.
 
-    Files that are there already are not fetched again, and need no network.
+    Files that are there already are not fetched again, and need no network. The hub and its cache
+    are those of `HF_ENDPOINT` and `HF_HOME`.
 
     Args:
         repository: OWNER/NAME on the hub.
         file: its path in the repository.
         name: what messages call it.
-        endpoint: another address of the hub.
-        cache_dir: another folder for the cache.
         kind: "model", or "dataset" for a repository of that kind.
-
-    Returns:
-        The path of the file in the cache.
 
     Raises:
         InputError: without token, access or network; the message says what to do.
@@ -190,11 +170,7 @@ def download_from_hub(
         "or set HF_TOKEN"
     )
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository, file, repo_type=kind, endpoint=endpoint, cache_dir=cache_dir
-            )
-        )
+        return Path(huggingface_hub.hf_hub_download(repository, file, repo_type=kind))
     except errors.GatedRepoError as error:
         if huggingface_hub.get_token() is None:
             raise InputError(

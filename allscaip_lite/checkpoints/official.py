@@ -213,12 +213,12 @@ _INERT = frozenset(
 )
 _BACKBONES = ("AllScAIPBackbone", "AllScAIP_backbone")
 _HEADS = {
-    "AllScAIPEnergyHead": ("energy",),
-    "AllScAIP_energy_head": ("energy",),
-    "AllScAIPGradientEnergyForceStressHead": ("energy",),
-    "AllScAIP_grad_energy_force_stress_head": ("energy",),
-    "AllScAIPDirectForceHead": ("forces",),
-    "AllScAIP_direct_force_head": ("forces",),
+    "AllScAIPEnergyHead": "energy",
+    "AllScAIP_energy_head": "energy",
+    "AllScAIPGradientEnergyForceStressHead": "energy",
+    "AllScAIP_grad_energy_force_stress_head": "energy",
+    "AllScAIPDirectForceHead": "forces",
+    "AllScAIP_direct_force_head": "forces",
 }
 _WRAPPERS = ("DatasetSpecificSingleHeadWrapper",)
 
@@ -299,10 +299,9 @@ def _head_prefixes(heads: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             kind, prefix = str(head["head_cls"]).rpartition(".")[2], f"{prefix}.head"
         if kind not in _HEADS:
             raise CheckpointError(f"its head {name} is a {kind or '?'}: not known here")
-        for output in _HEADS[kind]:
-            if output in prefixes:
-                raise CheckpointError(f"it has two heads for {output}: not known here")
-            prefixes[output] = prefix
+        if _HEADS[kind] in prefixes:
+            raise CheckpointError(f"it has two heads for {_HEADS[kind]}: not known here")
+        prefixes[_HEADS[kind]] = prefix
     if "energy" not in prefixes:
         raise CheckpointError("it has no energy head")
     return prefixes

@@ -46,7 +46,6 @@ class Source:
     structures: int
     gigabytes: float
     about: str
-    sha256: str | None = None  # none is published for OMol25
 
 
 SOURCES = {
@@ -73,7 +72,6 @@ def fetch(
     *,
     server: str = SERVER,
     sha256: str | None = None,
-    keep_archive: bool = False,
     progress: bool = True,
 ) -> list[Path]:
     """Fetch a data set into `folder`.
@@ -88,7 +86,6 @@ def fetch(
         folder: where the data set goes.
         server: the address in front of the paths of `SOURCES`; give a mirror that is closer.
         sha256: the checksum of the file.
-        keep_archive: whether the archive stays after it is unpacked.
         progress: whether to show progress bars.
 
     Returns:
@@ -103,7 +100,6 @@ def fetch(
     source = SOURCES.get(name)
     if source:
         address = server.rstrip("/") + "/" + source.path
-        sha256 = sha256 or source.sha256
     elif name.startswith(HUB) or urlsplit(name).scheme in ("http", "https"):
         address = name
     else:
@@ -146,7 +142,7 @@ def fetch(
         archive.replace(done)
         return _data_folders(done)
     _unpack(archive, done, progress)
-    if not (keep_archive or name.startswith(HUB)):
+    if not name.startswith(HUB):  # the hub's cache is another's
         archive.unlink()
     return _data_folders(done)
 
@@ -337,18 +333,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/fetched"), help="folder")
     parser.add_argument("--server", default=SERVER, help="a mirror of the public files")
     parser.add_argument("--sha256", help="checksum of the file, if you know one")
-    parser.add_argument("--keep-archive", action="store_true", help="do not remove it afterwards")
 
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite data fetch`: fetch, and say where the data are; the exit status."""
-    found = fetch(
-        args.name,
-        args.out,
-        server=args.server,
-        sha256=args.sha256,
-        keep_archive=args.keep_archive,
-    )
-    for folder in found:
+    for folder in fetch(args.name, args.out, server=args.server, sha256=args.sha256):
         print(folder)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import functools
 import http.server
 import importlib
 import io
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -794,10 +796,18 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def ask(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
+    """The hub's client asks there, and keeps files here."""
+    place = {"endpoint": endpoint, "cache_dir": cache}
+    asked = functools.partial(huggingface_hub.hf_hub_download, **place)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     content = save_official(random_model(), tmp_path / "hub.pt").read_bytes()
     server = Hub(content)
+    ask(monkeypatch, server.endpoint, tmp_path / "cache")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -816,16 +826,16 @@ def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_download_is_cached(hub: Hub, tmp_path: Path) -> None:
-    path = download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
+def test_download_is_cached(hub: Hub) -> None:
+    path = download_official(CONSERVING)
     assert path.read_bytes() == hub.content
     assert_same_model(random_model(), load_model(path))
     fetched = [command for command, _ in hub.requests].count("GET")
     assert fetched == 1
-    assert download_official(CONSERVING, hub.endpoint, tmp_path / "cache") == path
+    assert download_official(CONSERVING) == path
     assert [command for command, _ in hub.requests].count("GET") == fetched
     hub.mood = "broken"  # what is in the cache needs no hub
-    assert download_official(CONSERVING, hub.endpoint, tmp_path / "cache") == path
+    assert download_official(CONSERVING) == path
 
 
 @pytest.mark.parametrize(
@@ -838,13 +848,13 @@ def test_download_is_cached(hub: Hub, tmp_path: Path) -> None:
     ],
 )
 def test_refusals_say_what_to_do(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mood: str, token: str, advice: str
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, mood: str, token: str, advice: str
 ) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     hub.mood = mood
     with pytest.raises(InputError, match=advice):
-        download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
+        download_official(CONSERVING)
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -852,15 +862,16 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:  # nobody listens there
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        ask(monkeypatch, endpoint, tmp_path / "cache")
         with pytest.raises(InputError, match="cannot be reached.*OMol102M-md-cons.pt"):
-            download_official(CONSERVING, endpoint, tmp_path / "cache")
+            download_official(CONSERVING)
 
 
-def test_connection_breaks_off(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_breaks_off(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.mood = "hangs up"
     with pytest.raises(InputError, match="Check the network"):
-        download_official(CONSERVING, hub.endpoint, tmp_path / "cache")
+        download_official(CONSERVING)
 
 
 @pytest.mark.slow

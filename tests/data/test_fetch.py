@@ -149,14 +149,11 @@ def test_a_stopped_download_goes_on_in_the_next_run(server: Server, tmp_path: Pa
     assert server.ranges == [None, "bytes=500-"]
 
 
-def test_a_file_that_was_replaced_meanwhile_is_begun_again(
-    server: Server, tmp_path: Path, published: bytes
-) -> None:
+def test_a_file_that_was_replaced_meanwhile_is_begun_again(server: Server, tmp_path: Path) -> None:
     part = tmp_path / "neutral_val.tar.gz.part"
     part.write_bytes(b"x" * 500)
     (tmp_path / "neutral_val.tar.gz.tag").write_text('"another"')
-    assert energies(get(server, tmp_path, keep_archive=True)) == [0.0, 1.0]
-    assert (tmp_path / "neutral_val.tar.gz").read_bytes() == published
+    assert energies(get(server, tmp_path)) == [0.0, 1.0]
     assert not part.exists()
 
 
@@ -167,8 +164,7 @@ def test_a_part_that_was_not_asked_for_is_not_taken(
     (tmp_path / "neutral_val.tar.gz.part").write_bytes(published[:500])
     (tmp_path / "neutral_val.tar.gz.tag").write_text(server.tag)
     server.place, server.lie = ("", '"changed"') if lie == "tag" else (lie, "")
-    get(server, tmp_path, keep_archive=True)
-    assert (tmp_path / "neutral_val.tar.gz").read_bytes() == published
+    assert energies(get(server, tmp_path)) == [0.0, 1.0]
     assert server.ranges == ["bytes=500-", None]
 
 
