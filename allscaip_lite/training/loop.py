@@ -91,14 +91,7 @@ def conservative_stage(
     weights: tuple[float, float] = (40, 20),
     stress_weight: float = 0.0,
 ) -> Stage:
-    """The reference's second stage.
-
-    Args:
-        steps: how many.
-        learning_rate: the highest, after the warm-up.
-        weights: of energy and forces in the loss.
-        stress_weight: of the stress, for data that have it.
-    """
+    """The reference's second stage; `weights` are those of energy and forces in the loss."""
     return Stage("conservative", steps, learning_rate, *weights, stress_weight=stress_weight)
 
 
@@ -182,15 +175,9 @@ def fresh_model(config: AllScAIPConfig, data: LabelledData, seed: int | None = N
 
 
 def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
-    """A training and a validation part of one data set, drawn at random.
+    """A training and a validation part of one data set, the latter a share of it drawn at random.
 
-    Args:
-        data: at least two structures.
-        seed: of the draw.
-        share: of the structures that validate.
-
-    Raises:
-        InputError: for a single structure.
+    Raises InputError for a single structure.
     """
     if len(data) < 2:
         raise InputError("one structure cannot both train and validate a model: give more")
@@ -245,9 +232,7 @@ def make_optimizers(model: AllScAIP, stage: Stage) -> list[torch.optim.Optimizer
     steps turn a matrix alike in all its directions, sized as AdamW's are (arXiv:2502.16982).
     """
     blocks = {id(parameter) for parameter in model.blocks.parameters()}
-    decayed: list[Tensor] = []
-    kept: list[Tensor] = []
-    turned: list[Tensor] = []
+    decayed, kept, turned = list[Tensor](), list[Tensor](), list[Tensor]()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
@@ -425,12 +410,11 @@ def train(
             learned of it.
         DataError: for energies that are of another level of theory than the model's.
     """
-    whole_numbers = [
+    for name, number, least in (
         *((f"steps of the {stage.name} stage", stage.steps, 1) for stage in stages),
         *(("max_atoms", max_atoms, 1), ("validate_every", validate_every, 1)),
         *(("save_every", save_every, 1), ("workers", workers, 0), ("seed", seed, 0)),
-    ]
-    for name, number, least in whole_numbers:
+    ):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise InputError(f"{name} {number!r}: give a whole number, {least} or more")
     for stage in stages:
@@ -511,15 +495,8 @@ def train(
                 with store_state(state_file) as partial:
                     torch.save(state, partial)
 
-        batches = Batches(
-            training_data,
-            max_atoms,
-            seed + index,
-            first,
-            stage.steps - first,
-            fabric.global_rank,
-            fabric.world_size,
-        )
+        place = (first, stage.steps - first, fabric.global_rank, fabric.world_size)
+        batches = Batches(training_data, max_atoms, seed + index, *place)
         recorded = None
         if kernels in ("auto", "cuda-graphs") and can_record(model, training_data, fabric):
             batches.size = batch_size(training_data.natoms, max_atoms, model.config)
@@ -782,13 +759,10 @@ def run(args: argparse.Namespace) -> None:
     if args.tf32 and fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
-    direct, conservative, rate = args.direct_steps, args.conservative_steps, args.conservative_rate
+    direct, conservative, rate = 20_000, 5_000, 4e-4
     if args.start:
         model = reconfigured(load_model(args.start, device="cpu"), args.changes)
-        if direct is None:
-            direct = 0 if model.config.conservative else 20_000
-        conservative = 2_000 if conservative is None else conservative
-        rate = rate or 2e-4
+        direct, conservative, rate = 0 if model.config.conservative else 20_000, 2_000, 2e-4
         if not args.keep_references:
             shifts = shift_references(model, training_data)
             names = [*chemical_symbols[: len(shifts) - 1], "a unit of charge"]
@@ -798,10 +772,9 @@ def run(args: argparse.Namespace) -> None:
                 if abs(shift) > 1e-6
             ]
             fabric.print(f"energy of an atom, moved to fit the data (eV): {', '.join(moved)}")
-    else:
-        direct = 20_000 if direct is None else direct
-        conservative = 5_000 if conservative is None else conservative
-        rate = rate or 4e-4
+    direct = direct if args.direct_steps is None else args.direct_steps
+    conservative = conservative if args.conservative_steps is None else args.conservative_steps
+    if not args.start:
         config = changed(PRESETS[args.preset], args.changes)
         model = fresh_model(config.replace(conservative=direct == 0), training_data)
     stages = []
@@ -809,6 +782,7 @@ def run(args: argparse.Namespace) -> None:
         stages.append(direct_stage(direct, args.direct_rate))
     if conservative:
         weights = tuple(args.conservative_weights)
+        rate = args.conservative_rate or rate
         stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
     stages = [replace(stage, muon=args.muon) for stage in stages]
     if not stages:
