@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 LAB_EXTRAS := notebooks,labels-xtb,md
-TEST_EXTRAS := notebooks,labels-xtb,md,labels,torch-sim,site,parity,test
+TEST_EXTRAS := notebooks,labels-xtb,md,labels,torch-sim,cluster,site,parity,test
 
 # The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 lab` overrules.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \

@@ -115,6 +115,7 @@ EXTRA_OF = {
     "pymatgen": "labels-crystals",
     "MDAnalysis": "md",
     "torch_sim": "torch-sim",
+    "distributed": "cluster",
     "fairchem": "parity",
     "matplotlib": "notebooks",
 }

@@ -103,7 +103,7 @@ def label_files(
     files: Sequence[str | os.PathLike[str]],
     method: str,
     out: str | os.PathLike[str],
-    workers: int = 1,
+    workers: queue.Workers = 1,
 ) -> int:
     """Label the structures of files, or go on with it, and write them to one `.aselmdb` file.
 
@@ -112,7 +112,7 @@ def label_files(
         method: One of `METHODS`.
         out: The `.aselmdb` file to write, with the result of each structure in a folder beside it,
             or a folder for both (`labelled.aselmdb`, `jobs`).
-        workers: Processes, one core each.
+        workers: Processes of this machine, or the scheduler of a Dask cluster.
 
     Returns:
         How many structures are labelled. Those that failed are in `failed.json`.
@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an .aselmdb file (results so far are in a folder of that name with .jobs), or a "
         "folder for both",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    queue.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:

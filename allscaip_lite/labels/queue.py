@@ -5,11 +5,14 @@ each job in the queue's folder, and `collect` writes the data set from them: `tr
 `failed.json` and `checksums.json`.
 
 A job that is done is not done again. A process that is killed loses the job it was working on and
-nothing else. Several runs may share one folder of one machine.
+nothing else. Several runs may share one folder of one machine. The workers are processes of this
+machine, or those of a Dask cluster, which need not see the folder: results come back from there.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,8 +20,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -34,6 +40,8 @@ from allscaip_lite.files import locked, store_text, try_lock, unfinished_folder
 from allscaip_lite.labels import LabelError
 
 Work = Callable[[Any], list[Atoms]]
+Notes = Generator[str, None, None]
+Workers = int | str  # processes here, or the scheduler of a Dask cluster: its address or its file
 COLLECTING = 600.0  # seconds, for another run that writes the data set
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -55,8 +63,24 @@ class Job:
     task: Any
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The options `--workers` and `--scheduler`, either of which is `args.workers`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--workers", type=int, default=1, help="processes of this machine, one core each"
+    )
+    group.add_argument(
+        "--scheduler",
+        dest="workers",
+        default=argparse.SUPPRESS,
+        metavar="ADDRESS",
+        help="instead, the workers of a Dask cluster: the address of its scheduler, such as "
+        "tcp://HOST:8786, or its scheduler file",
+    )
+
+
 def run_jobs(
-    folder: str | os.PathLike[str], jobs: Sequence[Job], work: Work, workers: int = 1
+    folder: str | os.PathLike[str], jobs: Sequence[Job], work: Work, workers: Workers = 1
 ) -> None:
     """Do all jobs that are not done yet, and show how many are.
 
@@ -64,57 +88,129 @@ def run_jobs(
     fails leaves `{job.file}.failed` with the reason, and is not tried again until that file is
     deleted. Ctrl-C ends the run; the same call goes on from there.
 
-    The workers are new processes of one thread each, since sums over threads come out in any order
-    and the same job shall give the same numbers. A script that calls this needs the usual
-    `if __name__ == "__main__"`.
+    The workers have one thread each, since sums over threads come out in any order and the same job
+    shall give the same numbers. Those of this machine are new processes, and a script that calls
+    this needs the usual `if __name__ == "__main__"`. Those of a Dask cluster come and go while the
+    run lasts; when one dies, another does its job again.
 
     Args:
         folder: Where the results are kept; several runs may use it at once.
         jobs: What there is to do.
         work: Makes the structures of one job; a function of a module, so that it pickles.
-        workers: Number of processes.
+        workers: Number of processes, or the address of a Dask scheduler, or its scheduler file.
 
     Raises:
-        RunError: A worker died, or there is none.
+        RunError: A worker died, there is none, or no scheduler answers.
     """
-    if workers < 1:
+    if isinstance(workers, int) and workers < 1:
         raise RunError(f"{workers} workers do no job: give 1 or more")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    every = 1 if sys.stderr.isatty() else 30  # seconds
+    layout = "{n_fmt} of {total_fmt} jobs{postfix} {bar:20} {elapsed}, {remaining} left"
+    done = _count(folder, jobs)[0]
+    if isinstance(workers, int):
+        progress = _by_processes(folder, jobs, work, workers)
+    else:
+        progress = _by_dask(folder, jobs, work, workers)
+    with (
+        tqdm(total=len(jobs), initial=done, bar_format=layout, mininterval=every) as bar,
+        closing(progress),
+    ):
+        for note in progress:
+            done, failed = _count(folder, jobs)
+            notes = [f"{failed} failed" if failed else "", note]
+            bar.set_postfix_str(", ".join(filter(None, notes)), refresh=False)
+            bar.update(done - bar.n)
+        bar.refresh()
+    for job in jobs:
+        stem = folder / job.file
+        if _is_done(stem):
+            _path(stem, "claim").unlink(missing_ok=True)
+            shutil.rmtree(unfinished_folder(_path(stem, "aselmdb")), ignore_errors=True)
+
+
+def _by_processes(folder: Path, jobs: Sequence[Job], work: Work, workers: int) -> Notes:
+    """Do the jobs in processes of this machine; now and then, an empty note."""
     # for the processes that start from here on: numerical libraries read it at import
     os.environ |= dict.fromkeys(THREADS, "1")
     context = multiprocessing.get_context("spawn")
     arguments = (folder, list(jobs), work)
     crew = [context.Process(target=_do_all, args=arguments, daemon=True) for _ in range(workers)]
-    every = 1 if sys.stderr.isatty() else 30  # seconds
-    layout = "{n_fmt} of {total_fmt} jobs{postfix} {bar:20} {elapsed}, {remaining} left"
-    done = _count(folder, jobs)[0]
-    with tqdm(total=len(jobs), initial=done, bar_format=layout, mininterval=every) as bar:
-        try:
-            for process in crew:
-                process.start()
-            while any(process.is_alive() for process in crew):
-                wait([process.sentinel for process in crew if process.is_alive()], timeout=1)
-                done, failed = _count(folder, jobs)
-                bar.set_postfix_str(f"{failed} failed" if failed else "", refresh=False)
-                bar.update(done - bar.n)
-            bar.refresh()
-        finally:
-            for process in crew:
-                if process.is_alive():
-                    process.terminate()
-                    process.join()
+    try:
+        for process in crew:
+            process.start()
+        while any(process.is_alive() for process in crew):
+            wait([process.sentinel for process in crew if process.is_alive()], timeout=1)
+            yield ""
+    finally:
+        for process in crew:
+            if process.is_alive():
+                process.terminate()
+                process.join()
     if any(process.exitcode for process in crew):
         codes = ", ".join(str(process.exitcode) for process in crew)
         raise RunError(
             f"a worker died (exit status {codes}; -9 is often too little memory); "
             "the same command goes on from here"
         )
-    for job in jobs:
-        stem = folder / job.file
-        if _is_done(stem):
-            _path(stem, "claim").unlink(missing_ok=True)
-            shutil.rmtree(unfinished_folder(_path(stem, "aselmdb")), ignore_errors=True)
+
+
+def _by_dask(folder: Path, jobs: Sequence[Job], work: Work, scheduler: str) -> Notes:
+    """Have the workers of a Dask cluster do the jobs; now and then, a note how many there are.
+
+    This process claims a job before it sends it, and stores what comes back. It sends few more jobs
+    than there are workers: these keep none of them busy, but tell an adaptive cluster to grow.
+    """
+    import distributed
+    from distributed.comm.core import CommClosedError
+
+    place = "scheduler_file" if Path(scheduler).is_file() else "address"
+    try:
+        client = distributed.Client(**{place: scheduler})
+    except (OSError, ValueError) as error:
+        raise RunError(f"no Dask scheduler answers at {scheduler}: {error}") from error
+    sent: dict[distributed.Future[Any], tuple[Job, ExitStack]] = {}
+    left, killed, noted = _claimed(folder, jobs), [], 0.0
+    with client:
+        try:
+            while True:
+                threads = client.nthreads().values()
+                if (most := max(threads, default=1)) > 1:
+                    raise RunError(
+                        f"a Dask worker at {scheduler} has {most} threads, and each job needs a "
+                        "process: start workers with --nthreads 1, and --nworkers for more"
+                    )
+                room = len(threads) + len(threads) // 4 + 1 - len(sent)
+                for job, claim in itertools.islice(left, max(0, room)):
+                    sent[client.submit(work, job.task, pure=False)] = job, claim
+                if not sent:
+                    break
+                with suppress(TimeoutError):
+                    distributed.wait(list(sent), timeout=1, return_when="FIRST_COMPLETED")
+                for future in [future for future in sent if future.done()]:
+                    job, claim = sent.pop(future)
+                    with claim:
+                        try:
+                            _do(job, folder / job.file, lambda _: future.result())
+                        except distributed.KilledWorker:
+                            killed.append(job.name)
+                    future.release()  # or a worker that dies with it has it computed again
+                if not sent or time.monotonic() > noted + 1:  # to count takes as long as to store
+                    yield f"{len(threads)} workers"
+                    noted = time.monotonic()
+        except (CancelledError, CommClosedError) as error:
+            raise RunError(
+                f"the Dask scheduler at {scheduler} has ended; the same command goes on from here"
+            ) from error
+        finally:
+            for _, claim in sent.values():
+                claim.close()
+    if killed:
+        raise RunError(
+            f"every worker that tried {', '.join(killed)} died, often of too little memory; "
+            "the same command tries again"
+        )
 
 
 def _path(stem: Path, kind: str) -> Path:
@@ -136,13 +232,20 @@ def _count(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
 def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+    for job, claim in _claimed(folder, jobs):
+        with claim:
+            _do(job, folder / job.file, work)
+
+
+def _claimed(folder: Path, jobs: Sequence[Job]) -> Iterator[tuple[Job, ExitStack]]:
+    """The jobs that are not done and that nobody works on, each with its lock, to be closed."""
     for job in jobs:
         stem = folder / job.file
         if _is_done(stem):
             continue
-        with try_lock(_path(stem, "claim")) as mine:
-            if mine and not _is_done(stem):
-                _do(job, stem, work)
+        with ExitStack() as claim:
+            if claim.enter_context(try_lock(_path(stem, "claim"))) and not _is_done(stem):
+                yield job, claim.pop_all()
 
 
 def end_with_parent() -> None:

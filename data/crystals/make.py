@@ -439,7 +439,7 @@ def sample(crystal: Crystal, number: int = 0, seed: int = 0) -> list[Atoms]:
 # --- The command -----------------------------------------------------------------------------
 
 
-def make(folder: Path, rounds: int, seed: int = 0, workers: int = 1) -> None:
+def make(folder: Path, rounds: int, seed: int = 0, workers: queue.Workers = 1) -> None:
     """Make and label the structures of so many rounds, or go on with it, and write the data set.
 
     In a round the crystals of the tables come first, elements in other structures last. The number
@@ -476,7 +476,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=2, help="each makes up to 20 structures of every crystal"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    queue.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> None:

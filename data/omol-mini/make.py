@@ -752,13 +752,15 @@ class Published:
         return [in_state(theirs, *state)]
 
 
-def compare(folder: Path, published: Path, workers: int = 1, collect_only: bool = False) -> str:
+def compare(
+    folder: Path, published: Path, workers: queue.Workers = 1, collect_only: bool = False
+) -> str:
     """Label structures of OMol25, or go on with it, the smallest first; a table of what is done.
 
     Args:
         folder: Where the results are kept, in `folder/jobs`.
         published: Folder of `Published` files, named `*.xyz`.
-        workers: Processes, one core each.
+        workers: As `run_jobs` has it.
         collect_only: Label nothing.
 
     Raises:
@@ -802,7 +804,7 @@ def compare(folder: Path, published: Path, workers: int = 1, collect_only: bool 
 def make(
     folder: Path,
     entries: Sequence[Item | FreeAtom],
-    workers: int = 1,
+    workers: queue.Workers = 1,
     known: Path | None = None,
     collect_only: bool = False,
 ) -> None:
@@ -811,7 +813,7 @@ def make(
     Args:
         folder: Folder of the data set; `folder/jobs` keeps the result of each entry.
         entries: What is labelled.
-        workers: Processes, one core each.
+        workers: As `run_jobs` has it.
         known: Folder of a set that this command made, whose labels are taken.
         collect_only: Label nothing.
     """
@@ -858,7 +860,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with wb97m-v: thermal is pieces of drugs, peptides, electrolytes and reagents at 300 "
         "to 600 K, and ions with ions and water",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    queue.add_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
     parser.add_argument(
         "--structures", type=int, default=60_000, help="with gfn2-xtb: about how many"

@@ -245,7 +245,7 @@ def _labelled(atoms: Atoms, group: Group, task: str) -> Atoms:
 def make_dft(
     folder: Path,
     groups: Sequence[Group],
-    workers: int = 1,
+    workers: queue.Workers = 1,
     known: Path | None = None,
     collect_only: bool = False,
 ) -> None:
@@ -254,7 +254,7 @@ def make_dft(
     Args:
         folder: Folder of the data set; `folder/jobs` keeps the result of each group.
         groups: What is labelled.
-        workers: Processes, one core each.
+        workers: As `run_jobs` has it.
         known: Folder of a set that this command made, whose labels are taken.
         collect_only: Label nothing.
     """
@@ -281,7 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="label by wB97M-V/def2-TZVPD: hours; a run that was stopped goes on",
     )
-    parser.add_argument("--workers", type=int, default=1, help="with --dft: processes")
+    queue.add_workers(parser)
     parser.add_argument(
         "--known", type=Path, help="with --dft: folder of a set it made: its labels are taken"
     )

@@ -355,7 +355,9 @@ def missing_pressure(atoms: Atoms) -> float:
 # --- The command -----------------------------------------------------------------------------
 
 
-def make(folder: Path, trajectories: Sequence[Trajectory], seed: int = 0, workers: int = 1) -> None:
+def make(
+    folder: Path, trajectories: Sequence[Trajectory], seed: int = 0, workers: queue.Workers = 1
+) -> None:
     """Sample and label all trajectories, or go on with it, and write the data set into `folder`.
 
     The number of workers changes nothing but the time. Raises LabelError where `folder` holds
@@ -385,7 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--structures", type=int, default=4600, help="about how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    queue.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> None:

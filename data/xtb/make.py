@@ -26,7 +26,7 @@ from ase.data import covalent_radii
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.cli import run_script
-from allscaip_lite.labels import LabelError, xtb
+from allscaip_lite.labels import LabelError, queue, xtb
 from allscaip_lite.labels.sampling import (
     System,
     assemble,
@@ -395,7 +395,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make only this share of the systems: a part of the same set",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    queue.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> None:

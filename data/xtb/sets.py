@@ -75,7 +75,7 @@ def make_set(
     folder: str | os.PathLike[str],
     jobs: Sequence[Job],
     sample: Callable[[Job], list[Atoms]],
-    workers: int = 1,
+    workers: queue.Workers = 1,
 ) -> None:
     """Sample all jobs, or go on with it, and write the data set and the energies of free atoms.
 
@@ -85,7 +85,7 @@ def make_set(
         folder: Folder of the data set; `folder/jobs` keeps the result of each job.
         jobs: What is sampled, all with one seed.
         sample: Makes the structures of a job, labelled by GFN2-xTB.
-        workers: Processes, one core each.
+        workers: As `run_jobs` has it.
 
     Raises:
         LabelError: `folder` holds the results of other jobs or another seed.

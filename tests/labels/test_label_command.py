@@ -75,6 +75,16 @@ def test_water_boxes_are_labelled_into_a_file_that_another_method_does_not_repla
     assert "choose another --out" in capsys.readouterr().err
 
 
+def test_the_workers_of_a_dask_cluster_label_too(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    ase.io.write(tmp_path / "boxes.extxyz", [water_box(4), water_box(5)])
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with distributed.LocalCluster(**options) as cluster:
+        arguments = ["--scheduler", cluster.scheduler_address]
+        assert main([*command("spc-fw", tmp_path, tmp_path / "boxes.extxyz"), *arguments]) == 0
+    assert [len(atoms) for atoms in Dataset(tmp_path / "labelled.aselmdb")] == [12, 15]
+
+
 def test_dft_has_gfn2_xtb_s_energies_in_its_metadata(tmp_path):
     pytest.importorskip("pyscf")
     pytest.importorskip("numba")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -10,7 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +40,14 @@ from test_queue import JOBS, slow
 from allscaip_lite.labels.queue import run_jobs
 if __name__ == "__main__":
     run_jobs(sys.argv[1], JOBS, slow, workers=int(sys.argv[2]))
+"""
+NOTED_SCRIPT = """
+import sys
+from pathlib import Path
+from test_queue import noted, noted_jobs
+from allscaip_lite.labels.queue import run_jobs
+if __name__ == "__main__":
+    run_jobs(sys.argv[1], noted_jobs(Path(sys.argv[1])), noted, workers=sys.argv[2])
 """
 
 
@@ -63,12 +75,40 @@ def no_disk(length: float) -> list[Atoms]:
     raise OSError("no space left on device")
 
 
+def noted_jobs(folder: Path) -> list[Job]:
+    return [Job(f"H2 {i}", f"noted{i}", "train", (folder, 0.5 + i / 100)) for i in range(8)]
+
+
+def noted(task: tuple[Path, float]) -> list[Atoms]:
+    folder, length = task
+    with folder.with_suffix(".log").open("a") as log:
+        log.write(f"{length}\n")
+    time.sleep(0.3)
+    return label(length)
+
+
+def noted_with_a_kill(task: tuple[Path, float]) -> list[Atoms]:
+    """The worker that has the third job first is killed when those before it are stored."""
+    folder, length = task
+    structures = noted(task)
+    if length == 0.52 and begun(folder)["0.52"] == 1:
+        while not all((folder / f"noted{i}.aselmdb").exists() for i in range(2)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return structures
+
+
+def begun(folder: Path) -> Counter[str]:
+    """How many times each job was begun."""
+    return Counter(folder.with_suffix(".log").read_text().split())
+
+
 def nothing(length: float) -> list[Atoms]:
     return []
 
 
-def start(folder: Path, workers: int = 1) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", SCRIPT, str(folder), str(workers)]
+def start(folder: Path, workers: int | str = 1, script: str = SCRIPT) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", script, str(folder), str(workers)]
     path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         arguments,
@@ -253,3 +293,100 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     raise AssertionError("the worker outlived its parent")
+
+
+# --- A Dask cluster -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two workers, each a process of one thread; a new one takes the place of one that dies."""
+    distributed = pytest.importorskip("distributed")
+    options = {"threads_per_worker": 1, "dashboard_address": ":0"}
+    with distributed.LocalCluster(n_workers=2, **options) as cluster:
+        yield cluster
+
+
+def test_a_dask_cluster_makes_the_same_files(tmp_path, cluster, capsys):
+    for folder, workers in (("here", 1), ("there", cluster.scheduler_address)):
+        run_jobs(tmp_path / folder / "jobs", JOBS, label, workers)
+        collect(tmp_path / folder / "jobs", JOBS, tmp_path / folder)
+    assert "7 of 7 jobs, 1 failed, 2 workers" in capsys.readouterr().err
+    for name in ("checksums.json", "failed.json"):
+        here, there = (json.loads((tmp_path / f / name).read_text()) for f in ("here", "there"))
+        assert here and here == there
+    names = [sorted(os.listdir(tmp_path / folder / "jobs")) for folder in ("here", "there")]
+    assert names[0] == names[1], "a lock is left"
+
+
+def test_a_dask_worker_that_is_killed_loses_one_job(tmp_path, cluster):
+    folder = tmp_path / "jobs"
+    run_jobs(folder, noted_jobs(folder), noted_with_a_kill, cluster.scheduler_address)
+    assert len(list(folder.glob("*.aselmdb"))) == 8
+    twice = [length for length, times in begun(folder).items() if times > 1]
+    assert twice == ["0.52"] and begun(folder).total() == 9
+
+
+def test_a_job_that_kills_every_dask_worker_is_named_and_the_others_done(tmp_path, cluster):
+    with pytest.raises(RunError, match="every worker that tried H2 0.8 died"):
+        run_jobs(tmp_path, JOBS, kill_itself, cluster.scheduler_address)
+    assert len(list(tmp_path.glob("*.aselmdb"))) == 5
+    assert {path.stem for path in tmp_path.glob("*.failed")} == {"job0"}
+
+
+def test_runs_share_a_dask_cluster_and_go_on_there(tmp_path, cluster):
+    """Two at once; before them one that Ctrl-C stopped: it may lose what the two workers did."""
+    folder, file = tmp_path / "jobs", tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": cluster.scheduler_address}))
+    run = start(folder, str(file), NOTED_SCRIPT)
+    while not list(folder.glob("*.aselmdb")):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    run.communicate()
+    first = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.aselmdb")}
+    assert 0 < len(first) < 8
+
+    runs = [start(folder, str(file), NOTED_SCRIPT) for _ in range(2)]
+    for run in runs:
+        words = run.communicate()[1].decode()
+        assert run.returncode == 0, words
+    assert len(list(folder.glob("*.aselmdb"))) == 8
+    for name, written in first.items():
+        assert (folder / name).stat().st_mtime_ns == written, "a job was done twice"
+    counts = begun(folder)
+    assert len(counts) == 8 and counts.total() <= 8 + 2
+
+
+def test_an_error_that_is_no_job_s_own_ends_a_run_on_dask(tmp_path, cluster):
+    with pytest.raises(OSError, match="no space left"):
+        run_jobs(tmp_path, JOBS, no_disk, cluster.scheduler_address)
+    assert not list(tmp_path.glob("*.failed"))
+    run_jobs(tmp_path, JOBS, label, cluster.scheduler_address)  # no claim is left
+
+
+def test_a_dask_scheduler_that_ends_or_has_workers_of_many_threads_or_is_none(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 1, "dashboard_address": ":0"}
+    with (
+        distributed.LocalCluster(threads_per_worker=2, **options) as cluster,
+        pytest.raises(RunError, match="has 2 threads.*--nthreads 1"),
+    ):
+        run_jobs(tmp_path, JOBS, label, cluster.scheduler_address)
+    with pytest.raises(RunError, match="no Dask scheduler answers at nowhere: missing port"):
+        run_jobs(tmp_path, JOBS, label, "nowhere")
+    cluster = distributed.LocalCluster(threads_per_worker=1, **options)
+    threading.Timer(1.0, cluster.close).start()
+    with pytest.raises(RunError, match="has ended; the same command goes on"):
+        run_jobs(tmp_path / "jobs", noted_jobs(tmp_path), noted, cluster.scheduler_address)
+    assert 0 < len(list((tmp_path / "jobs").glob("*.aselmdb"))) < 8
+
+
+def test_one_option_or_the_other_says_who_works():
+    parser = argparse.ArgumentParser()
+    queue.add_workers(parser)
+    assert parser.parse_args([]).workers == 1
+    assert parser.parse_args(["--workers", "3"]).workers == 3
+    assert parser.parse_args(["--scheduler", "tcp://host:8786"]).workers == "tcp://host:8786"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--workers", "3", "--scheduler", "tcp://host:8786"])
