@@ -24,9 +24,10 @@ from allscaip_lite.errors import DataError
 
 LABELS = ("energy", "forces", "stress")
 Labels = dict[str, Any]  # by names of LABELS: a float, arrays (N, 3) and (6,)
-# REF_energy, dft_force, energy_ref, virials …, and what is before and after the quantity
+# REF_energy, DFT-forces, energy_ref, total_energy (eV), virials …: the quantity, and words beside it
+_WORD = r"(?:reference|ref|dft|qm|target|label|total|tot|potential|ev|ang(?:strom)?|a)"
 _SPELLING = re.compile(
-    r"(?:(?:ref|reference|dft|qm|target)_)?(energy|forces?|stress|virials?)(?:_(?:ref|dft))?"
+    rf"(?:{_WORD}[^a-z0-9]*)*(energy|forces?|stress|virials?)[^a-z0-9]*(?:{_WORD}[^a-z0-9]*)*"
 )
 COINCIDENT = 1e-4  # Å, as for the model's neighbours
 SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
@@ -86,8 +87,8 @@ def checked_labels(
 def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> Labels:
     """`checked_labels` of a structure that another program wrote.
 
-    Names such as REF_energy or dft_forces count, in the calculator, `info` and `arrays`, and a
-    virial (3, 3) in eV, which is -stress · volume.
+    Names such as REF_energy, total_energy or forces_dft count, in the calculator, `info` and
+    `arrays`, and a virial (3, 3) in eV, which is -stress · volume.
 
     Args:
         atoms: the structure; its calculator is not asked to compute.
@@ -101,12 +102,14 @@ def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> L
     results = held_results(atoms)
     keys: dict[str, Any] = {**atoms.info, **atoms.arrays, **results}
     candidates: dict[str, dict[str, Any]] = {}
-    for place in (results, atoms.info, atoms.arrays):
-        for key, value in place.items():
-            match = _SPELLING.fullmatch(str(key).strip().lower().replace(" ", "_"))
-            if match and value is not None:
-                kind = {"force": "forces", "virials": "virial"}.get(match[1], match[1])
-                candidates.setdefault(kind, {}).setdefault(str(key), value)
+    moving = bool(atoms.get_momenta().any())  # a total energy may have the kinetic one in it
+    pairs = [(str(k), v) for p in (results, atoms.info, atoms.arrays) for k, v in p.items()]
+    for key, value in sorted(pairs, key=lambda pair: "tot" in pair[0].lower()):
+        match = _SPELLING.fullmatch(key.strip().lower())
+        if match and value is not None:
+            kind = {"force": "forces", "virials": "virial"}.get(match[1], match[1])
+            if "tot" not in key.lower() or not (moving or kind in candidates):
+                candidates.setdefault(kind, {}).setdefault(key, value)
     _virial_as_stress(atoms, where, candidates, taken)
     found: Labels = {}
     for kind, spellings in candidates.items():

@@ -218,6 +218,9 @@ def test_labels_under_other_names_and_in_other_shapes() -> None:
         bulk_with(REF_energy=[-1.5], REF_forces=FORCES, REF_stress=SYMMETRIC),
         bulk_with(dft_energy=-1.5, dft_force=FORCES, virial=SYMMETRIC),
         bulk_with(energy_ref=-1.5, forces=FORCES.reshape(1, 2, 3), virials=SYMMETRIC.ravel()),
+        bulk_with(**{"REF-energy": -1.5, "Forces (eV/Å)": FORCES, "REF_stress": SYMMETRIC}),
+        bulk_with(total_energy=-1.2, energy=-1.5, forces=FORCES, REF_stress=SYMMETRIC),
+        bulk_with(TotalEnergy=-1.5, DFT_forces_ev_ang=FORCES, virial_dft=SYMMETRIC),
     ):
         labels = labels_under_any_name(atoms, "here", Counter())
         assert type(labels["energy"]) is float and labels["energy"] == -1.5
@@ -250,6 +253,9 @@ def test_names_that_labels_came_from_are_said(tmp_path: Path) -> None:
         ({"energy": np.inf, "forces": FORCES}, "energy is not finite"),
         ({"energy": True, "forces": FORCES}, "True.*, not numbers"),
         ({"energy": -1.0, "forces": FORCES * 1j}, "not numbers"),
+        ({"energy_hartree": -1.0, "forces": FORCES}, "no energy; what .* energy_hartree, forces"),
+        ({"formation_energy": -1.0, "forces": FORCES}, "no energy"),
+        ({"total_energy": -1.0, "forces": FORCES, "momenta": FORCES}, "no energy; .*total_energy"),
         ({"my_energy": -1.0, "forces": FORCES}, "no energy; what is there: .*forces, my_energy"),
         ({"energy": -1.0, "REF_energy": -2.0, "forces": FORCES}, "energy and REF_energy are diff"),
         ({"energy": -1.0, "forces": FORCES, "stress": np.arange(9.0)}, "stress is not symmetric"),
