@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from allscaip_lite.errors import InputError
 
-DISTANCE_BASES = ("gaussian", "sigmoid", "linear_sigmoid")
+DISTANCE_BASES = ("gaussian", "sigmoid", "linear_sigmoid", "silu")
 NORMALIZATIONS = ("rms", "layer", "none")
 SIGMOID_REACH = 40.0  # a sigmoid is 0 or 1 in double precision this many widths away
 ACTIVATIONS = ("gelu", "squared_relu", "leaky_relu", "relu", "smelu", "star_relu")
@@ -68,7 +68,7 @@ class AllScAIPConfig:
     max_neighbors: int | None = None  # fixed number of slots a row (self-edge included)
 
     # the encodings
-    distance_basis: Literal["gaussian", "sigmoid", "linear_sigmoid"] = "gaussian"
+    distance_basis: Literal["gaussian", "sigmoid", "linear_sigmoid", "silu"] = "gaussian"
     num_distance_basis: int = 512
     direction_degree: int = 5  # Y_lm(direction) up to this degree goes into the edges
     bond_order_degree: int = 9  # Steinhardt orders up to this degree go into the nodes

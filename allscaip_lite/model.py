@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from ase import Atoms
 from torch import Tensor, nn
 
@@ -103,6 +104,8 @@ class Input(nn.Module):
         self.node = Linear(2 * size, size)
         self.edge_attributes = Linear(config.num_distance_basis + directions, size)
         self.edge = Linear(2 * size, size)
+        if config.distance_basis == "silu":
+            self.distance_basis = Linear(2, config.num_distance_basis)
 
     def forward(
         self,
@@ -148,6 +151,9 @@ class Input(nn.Module):
         """(E,) Å → (E, 512)."""
         kind, cutoff = self.config.distance_basis, self.config.cutoff
         size = self.config.num_distance_basis
+        if kind == "silu":
+            ones = torch.ones_like(distances)
+            return F.silu(self.distance_basis(torch.stack([distances, ones], dim=1), ops))
         if kind == "gaussian":
             return ops.gaussian_basis(distances, *encodings.radial_centers(cutoff, size, distances))
         return encodings.radial_basis(distances, kind, cutoff, size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allscaip_lite.checkpoints.unpickler import (
     CHECKPOINT_CLASS,
@@ -120,7 +121,7 @@ OFFICIAL_NAMES = {
 def official_names(model: AllScAIP, heads: Mapping[str, str]) -> dict[str, str]:
     """Our state-dict names → official ones. `heads` are the prefixes of "energy" and "forces".
 
-    Left out is what an official file does not hold as weights: the units.
+    Left out is what an official file does not hold as weights: the units, and the SiLU basis.
     """
     names = {}
     for ours in model.state_dict():
@@ -131,7 +132,7 @@ def official_names(model: AllScAIP, heads: Mapping[str, str]) -> dict[str, str]:
             official = OFFICIAL_NAMES[general]
         elif parent in OFFICIAL_NAMES:
             official = f"{OFFICIAL_NAMES[parent]}.{leaf}"
-        elif ours in UNITS:
+        elif ours in UNITS or parent == "input.distance_basis":
             continue
         else:
             raise KeyError(f"no official name for {ours}")
@@ -444,6 +445,17 @@ def _from_record(checkpoint: Record, source: str) -> tuple[AllScAIPConfig, dict[
     check_weights({official: expected[ours] for ours, official in names.items()}, weights, source)
     state = {ours: weights[official] for ours, official in names.items()}
     state |= _units_from_tasks(tasks, config)
+    if config.distance_basis == "silu":
+        warnings.warn(
+            "the reference draws the weights of its SiLU distance basis anew at every call and "
+            "stores none: this model has drawn its own, once",
+            stacklevel=4,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            basis = nn.Linear(2, config.num_distance_basis)
+        dtype = state["input.atom_embedding.weight"].dtype
+        state |= {f"input.distance_basis.{k}": v.to(dtype) for k, v in basis.state_dict().items()}
     return config, state
 
 
@@ -451,11 +463,15 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
     """Write a model as fairchem writes its checkpoints for inference; fairchem is not needed.
 
     `FAIRChemCalculator.from_model_checkpoint(path, task_name="omol")` loads the file and gives the
-    same numbers; so do fairchem's multi-GPU inference and LAMMPS. Raises `InputError` for the
-    energy of a unit of charge and for the smooth bond-orientational order, which the reference does
-    not know.
+    same numbers; so do fairchem's multi-GPU inference and LAMMPS. Raises `InputError` for the SiLU
+    distance basis, whose weights the official format has no place for, and for the smooth
+    bond-orientational order, which the reference does not know.
     """
     config = model.config
+    if config.distance_basis == "silu":
+        raise InputError(
+            "the official format has no place for the weights of the SiLU distance basis"
+        )
     if model.charge_reference != 0:
         raise InputError(
             "the official format has no place for the energy of a unit of charge, "

@@ -134,6 +134,11 @@ def test_safetensors_there_and_back(tmp_path: Path, variant: str) -> None:
     assert read_card(path) == card
 
 
+def test_silu_basis_is_kept(tmp_path: Path) -> None:
+    model = random_model(TINY.replace(distance_basis="silu"))
+    assert_same_model(model, load_model(save_model(model, tmp_path / "m.safetensors")))
+
+
 def test_energy_of_charge_is_kept(tmp_path: Path) -> None:
     model = random_model()
     model.charge_reference.fill_(-4.7)
@@ -337,10 +342,6 @@ WRONG_OFFICIAL = {
     "another model": (lambda f: _backbone(f, model="a.b.eSCNMDBackbone"), "eSCNMDBackbone"),
     "unknown option": (lambda f: _backbone(f, use_wings=True), "does not know: use_wings"),
     "missing option": (lambda f: f["model_config"]["backbone"].pop("knn_k"), "lacks knn_k"),
-    "basis without weights": (
-        lambda f: f["model_config"]["backbone"].update(distance_function="silu"),
-        "distance_basis 'silu' is not one of",
-    ),
     "unsupported value": (lambda f: _backbone(f, energy_reduce="mean"), "energy_reduce"),
     "unknown value": (lambda f: _backbone(f, activation="mish"), "mish"),
     "unknown norm": (lambda f: _backbone(f, normalization="batch"), "batch"),
@@ -420,6 +421,11 @@ def test_energy_of_charge_cannot_be_official(tmp_path: Path) -> None:
         save_official(model, tmp_path / "m.pt")
     model.charge_reference.zero_()
     assert_same_model(model, load_model(save_official(model, tmp_path / "m.pt")))
+
+
+def test_silu_basis_cannot_be_official(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="SiLU"):
+        save_official(random_model(TINY.replace(distance_basis="silu")), tmp_path / "m.pt")
 
 
 def test_smooth_bond_order_cannot_be_official(tmp_path: Path) -> None:

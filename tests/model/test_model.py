@@ -643,6 +643,7 @@ OPTIONS = {
     "full ranking": {"truncated_rank": False},
     "sigmoid": {"distance_basis": "sigmoid"},
     "linear sigmoid": {"distance_basis": "linear_sigmoid"},
+    "silu": {"distance_basis": "silu"},
     "layer norm": {"normalization": "layer"},
     "no norm": {"normalization": "none"},
     "squared relu": {"activation": "squared_relu"},

@@ -286,6 +286,28 @@ def _computing_in(dtype: torch.dtype) -> Iterator[None]:
             module.torch = torch
 
 
+@contextlib.contextmanager
+def fixed_silu_basis(weight: torch.Tensor, bias: torch.Tensor) -> Iterator[None]:
+    """Give the reference's SiLU distance basis these weights (K, 2) and (K,).
+
+    The reference draws them at random at every call, so by itself it is no function at all.
+    """
+    smearing = reference_preprocess.SiLUSmearing
+
+    def fixed(*arguments: object, **options: object) -> torch.nn.Module:
+        basis = smearing(*arguments, **options)
+        with torch.no_grad():
+            basis.fc1.weight.copy_(weight)
+            basis.fc1.bias.copy_(bias)
+        return basis.requires_grad_(False)
+
+    reference_preprocess.SiLUSmearing = fixed
+    try:
+        yield
+    finally:
+        reference_preprocess.SiLUSmearing = smearing
+
+
 def predict(unit: MLIPPredictUnit, systems: Sequence[ase.Atoms]) -> Reference:
     """fairchem's answer for a batch of structures, in the dtype of the predict unit."""
     dtype = unit.inference_settings.base_precision_dtype

@@ -248,6 +248,23 @@ def test_options(checkpoint, options: str, dtype: torch.dtype) -> None:
     compare(checkpoint(**OPTIONS[options]), systems, dtype)
 
 
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+def test_silu_basis(checkpoint, dtype: torch.dtype) -> None:
+    """The reference draws this basis at every call, so here it is lent ours."""
+    path = checkpoint(distance_function="silu")
+    with pytest.warns(UserWarning, match="SiLU"):
+        model = load_model(path, dtype=dtype)
+    basis = model.input.distance_basis
+    systems = molecules()[5:7]
+    with reference.fixed_silu_basis(basis.weight, basis.bias):
+        theirs = reference.predict(unit(path, dtype), systems)
+    for index, result in enumerate(model.predict(systems)):
+        assert abs(result.energy - theirs.energies[index]) < 12 * ENERGY_TOLERANCE[dtype]
+        forces = theirs.forces[index]
+        error = np.abs(result.forces - forces).max()
+        assert error < FORCE_TOLERANCE[dtype] * np.abs(forces).max()
+
+
 @pytest.mark.filterwarnings("ignore:.*neighbors")
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 @pytest.mark.parametrize("direct", [True, False])
