@@ -40,27 +40,26 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 @dataclass(frozen=True)
 class Source:
-    """One archive: its place below `SERVER`, structures in it, about how many GB it has."""
+    """One archive: its place below `SERVER`, about how many GB it has, what it holds."""
 
     path: str
-    structures: int
     gigabytes: float
     about: str
 
 
 SOURCES = {
     "omol25-neutral-val": Source(
-        "omol/250514/neutral_val.tar.gz", 27_697, 0.119, "validation set, neutral singlets: small"
+        "omol/250514/neutral_val.tar.gz", 0.119, "validation set, neutral singlets: small"
     ),
-    "omol25-val": Source("omol/250514/val.tar.gz", 2_762_021, 20, "validation set"),
-    "omol25-test": Source("omol/250514/test.tar.gz", 2_805_046, 8, "test set, without labels"),
-    "omol25-train-4m": Source("omol/250514/train_4M.tar.gz", 3_986_754, 19, "4M training set"),
+    "omol25-val": Source("omol/250514/val.tar.gz", 20, "validation set"),
+    "omol25-test": Source("omol/250514/test.tar.gz", 8, "test set, without labels"),
+    "omol25-train-4m": Source("omol/250514/train_4M.tar.gz", 19, "4M training set"),
     "omol25-neutral-train": Source(
-        "omol/250514/neutral_train.tar.gz", 34_335_828, 101, "training set, neutral"
+        "omol/250514/neutral_train.tar.gz", 101, "training set, neutral"
     ),
-    "omol25-train": Source("omol/250514/train.tar.gz", 101_666_280, 456, "whole training set"),
+    "omol25-train": Source("omol/250514/train.tar.gz", 456, "whole training set"),
     "omol25-evaluations": Source(
-        "omol/250915/omol25_evaluation_inputs_250915.tar.gz", 0, 0, "inputs of the evaluations"
+        "omol/250915/omol25_evaluation_inputs_250915.tar.gz", 0, "inputs of the evaluations"
     ),
 }
 

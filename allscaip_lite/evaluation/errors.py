@@ -54,21 +54,12 @@ class Residuals(NamedTuple):
 
 
 @torch.no_grad()
-def residuals(
-    model: AllScAIP, data: LabelledData, max_atoms: int = 400, progress: bool = False
-) -> Residuals:
-    """Errors of every structure of a data set, in its order.
-
-    Args:
-        model: in evaluation mode afterwards.
-        data: labelled structures.
-        max_atoms: atoms of a batch; a larger structure is a batch of its own.
-        progress: whether to show a progress bar.
-    """
+def residuals(model: AllScAIP, data: LabelledData, progress: bool = False) -> Residuals:
+    """Errors of every structure of a data set, in its order; the model evaluates afterwards."""
     model.eval()
     energies, forces, stresses, deviations = [], [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
-        for batch in in_order(data, max_atoms):
+        for batch in in_order(data, 400):
             hidden: list[Tensor] = []
             with model.operations.threads(len(batch.structures.positions)):
                 energy, force, stress = model(batch.structures, False, hidden=hidden)
@@ -410,23 +401,15 @@ def _parity(axes: Any, truth: np.ndarray, predicted: np.ndarray, name: str) -> N
 
 
 @torch.no_grad()
-def write_predictions(
-    model: AllScAIP, data: Dataset, file: Path, max_atoms: int = 400, progress: bool = False
-) -> None:
+def write_predictions(model: AllScAIP, data: Dataset, file: Path) -> None:
     """Predictions as OMol25's leaderboard takes them: a `.npz` with `ids` (each structure's
-    `source`), `energy` (S,) eV, `forces` (all atoms, 3) eV/Å and `natoms` (S,).
-
-    Args:
-        model: in evaluation mode afterwards.
-        data: structures, with or without labels: `Dataset(..., labelled=False)`.
-        file: the `.npz` to write.
-        max_atoms: atoms of a batch.
-        progress: whether to show a progress bar.
+    `source`), `energy` (S,) eV, `forces` (all atoms, 3) eV/Å and `natoms` (S,); of structures with
+    or without labels (`Dataset(..., labelled=False)`).
     """
     model.eval()
     ids, energies, forces = [], [], []
-    with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
-        for members in fill_batches(data.natoms, max_atoms):
+    with tqdm(total=len(data), unit="structures") as bar:
+        for members in fill_batches(data.natoms, 400):
             atoms = [data[index] for index in members]
             structures = structures_from_atoms(atoms, device=model.device)
             energy, force, _ = model(structures, create_graph=False)
@@ -562,7 +545,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.unlabelled:
         if not args.predictions:
             raise InputError("--unlabelled: say where to, with --predictions FILE.npz")
-        write_predictions(model, Dataset(args.data, labelled=False), args.predictions, 400, True)
+        write_predictions(model, Dataset(args.data, labelled=False), args.predictions)
         print(f"written: {args.predictions}")
         return
     data = Dataset(args.data)
@@ -613,7 +596,7 @@ def _run(args: argparse.Namespace) -> None:
         plot_errors(described, found).savefig(args.plots, dpi=150)
         print(f"written: {args.plots}")
     if args.predictions:
-        write_predictions(model, data, args.predictions, progress=True)
+        write_predictions(model, data, args.predictions)
         print(f"written: {args.predictions}")
     if args.save:
         card: dict[str, Any] = {

@@ -52,16 +52,12 @@ def _network() -> Any:
     return network.requires_grad_(False)  # a tenth faster than with gradients of the weights
 
 
-def results_of(structures: Sequence[Atoms], at_once: int = 4) -> list[dict[str, Any]]:
+def results_of(structures: Sequence[Atoms]) -> list[dict[str, Any]]:
     """What CHGNet gives for each structure, by the names of ASE.
 
-    Args:
-        structures: neutral and periodic. Along a direction that is not periodic there has to be a
-            vacuum of more than `REACH`.
-        at_once: how many structures are computed together; more take memory, 2 GB for 100 atoms.
-
-    Raises:
-        LabelError: for what is charged, not periodic, or too close to its image.
+    They are neutral and periodic. Along a direction that is not periodic there has to be a vacuum
+    of more than `REACH`. Raises LabelError for what is charged, not periodic, or too close to its
+    image.
     """
     from pymatgen.core import Lattice, Structure
 
@@ -74,7 +70,7 @@ def results_of(structures: Sequence[Atoms], at_once: int = 4) -> list[dict[str, 
                 lattice, atoms.get_chemical_symbols(), atoms.positions, coords_are_cartesian=True
             )
         )
-    found = _network().predict_structure(crystals, task="efs", batch_size=at_once)
+    found = _network().predict_structure(crystals, task="efs", batch_size=4)
     results = []
     for atoms, values in zip(
         structures, [found] if isinstance(found, dict) else found, strict=True

@@ -313,6 +313,6 @@ def label_entry(entry: Entry) -> list[Atoms]:
     return [label(atoms) for atoms in entry.structures()]
 
 
-def job_file(name: str, level: Level = OMOL25) -> str:
-    """The file name of a result in a queue: another name or level of theory, another file."""
-    return hashlib.sha256(json.dumps([name, asdict(level)]).encode()).hexdigest()[:20]
+def job_file(name: str) -> str:
+    """The file name of a result in a queue: another name or default level, another file."""
+    return hashlib.sha256(json.dumps([name, asdict(OMOL25)]).encode()).hexdigest()[:20]

@@ -433,15 +433,14 @@ def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:
 
 
 def mean_squared_displacement(
-    universe: Universe, element: str = "O", frames: np.ndarray | None = None
+    universe: Universe, frames: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean squared displacements of an element's atoms, over all origins in time.
+    """Mean squared displacements of oxygens, over all origins in time.
 
     The drift of all atoms together is taken away first.
 
     Args:
         universe: the run, see `make_universe`.
-        element: of the atoms.
         frames: indices of the structures that are used, evenly spaced; by default all.
 
     Returns:
@@ -451,7 +450,7 @@ def mean_squared_displacement(
     from MDAnalysis.analysis.msd import EinsteinMSD
 
     frames = np.arange(len(universe.trajectory)) if frames is None else frames
-    group = universe.select_atoms(f"name {element}")
+    group = universe.select_atoms("name O")
     everything = universe.trajectory.timeseries(order="fac")[frames]  # (T, N, 3)
     positions = everything[:, group.indices] - everything.mean(axis=1, keepdims=True)
     still = MDAnalysis.Universe.empty(len(group), trajectory=False)
@@ -462,18 +461,16 @@ def mean_squared_displacement(
 
 def self_diffusion(
     universe: Universe,
-    element: str = "O",
     window: tuple[float, float] = (2.0, 10.0),
     blocks: int = 5,
 ) -> Estimate:
-    """Self-diffusion coefficient in 1e-9 m²/s, a sixth of the slope of the displacement.
+    """Self-diffusion coefficient of oxygens in 1e-9 m²/s, a sixth of the slope of the displacement.
 
     Take NVE or NVT runs: a barostat rescales paths. Langevin's friction slows molecules down: with
     a time constant of 1 ps those of water by 2 %, of 0.1 ps by 15 %. See `size_correction`.
 
     Args:
         universe: the run, see `make_universe`.
-        element: of the atoms that are followed.
         window: lags in ps over which the line is fitted, past the ballistic start.
         blocks: of the run, from whose scatter the error is; each one and a half times as long as
             the longest lag at least.
@@ -489,7 +486,7 @@ def self_diffusion(
                 f"a block of {length:g} ps is too short for lags up to {window[1]:g} ps: run "
                 "longer, or take fewer blocks or an earlier window"
             )
-        lags, squares = mean_squared_displacement(universe, element, part)
+        lags, squares = mean_squared_displacement(universe, part)
         inside = (lags >= window[0]) & (lags <= window[1])
         values.append(np.polyfit(lags[inside], squares[inside], 1)[0] / 6)
     return _scatter([10 * value for value in values])  # 1 Å²/ps = 1e-8 m²/s

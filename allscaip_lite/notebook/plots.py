@@ -480,20 +480,16 @@ def plot_table(values: np.ndarray, texts: Sequence[Sequence[str]], axes: Axes) -
     return axes
 
 
-def plot_harmonics(
-    harmonics: Callable[[np.ndarray], np.ndarray], degree: int, figure: Figure | None = None
-) -> Figure:
+def plot_harmonics(harmonics: Callable[[np.ndarray], np.ndarray], degree: int) -> Figure:
     """Real spherical harmonics as colours on spheres: a row for each l, in it m = -l … l.
 
     Args:
         harmonics: From unit vectors (E, 3) to their harmonics (E, (degree + 1)²), in the order of
             l and m, with Σ_m Y_lm² = 2l + 1.
         degree: The largest l.
-        figure: Where to draw; None makes a new figure.
     """
-    if figure is None:
-        pyplot = import_extra("matplotlib.pyplot", "plot_harmonics")
-        figure = pyplot.figure(figsize=(1.25 * (2 * degree + 1), 1.35 * (degree + 1)))
+    pyplot = import_extra("matplotlib.pyplot", "plot_harmonics")
+    figure: Figure = pyplot.figure(figsize=(1.25 * (2 * degree + 1), 1.35 * (degree + 1)))
     figure.set_layout_engine("none")
     colors = import_extra("matplotlib", "plot_harmonics").colormaps[DIVERGING]
     theta, phi = np.mgrid[0 : np.pi : 25j, 0 : 2 * np.pi : 49j]

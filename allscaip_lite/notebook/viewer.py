@@ -23,8 +23,6 @@ from ase import Atoms
 from ase.data.colors import jmol_colors
 
 from allscaip_lite.notebook.plots import (
-    LINK_COLOR,
-    arrow_scale,
     atom_labels,
     ball_radii,
     bonds,
@@ -62,29 +60,20 @@ class Page:
         return path
 
 
-def view_molecule(
-    atoms: Atoms, arrows: np.ndarray | None = None, size: tuple[int, int] = (600, 400)
-) -> Page:
+def view_molecule(atoms: Atoms) -> Page:
     """The molecule as balls and sticks in py3Dmol, which can be rotated, moved and zoomed.
 
     `make` puts 3Dmol.js at `VIEWER_SCRIPT` where it can. It then goes into the page, which needs no
     network. Without that file the browser downloads it.
 
-    Args:
-        atoms: The structure.
-        arrows: (N, 3) vectors drawn from the atoms, for example forces; the longest arrow is
-            1.5 Å long.
-        size: Width and height in pixels.
-
-    Raises:
-        ImportError: py3Dmol is not installed.
+    Raises ImportError where py3Dmol is not installed.
     """
     py3dmol = import_extra("py3Dmol", "view_molecule")
     options = {}
     if VIEWER_SCRIPT.is_file():
         script = base64.b64encode(VIEWER_SCRIPT.read_bytes()).decode()
         options["js"] = f"data:text/javascript;base64,{script}"
-    view = py3dmol.view(width=size[0], height=size[1], **options)
+    view = py3dmol.view(width=600, height=400, **options)
     positions = seen_from_front(atoms)
     lines = [
         f"{symbol} {x:.4f} {y:.4f} {z:.4f}"
@@ -92,26 +81,15 @@ def view_molecule(
     ]
     view.addModel("\n".join([str(len(atoms)), "", *lines]), "xyz")
     view.setStyle({"stick": {"radius": 0.12}, "sphere": {"scale": 0.25}})
-    if arrows is not None:
-        ends = positions + np.asarray(arrows) @ front(atoms) * arrow_scale(arrows)
-        for start, end in zip(positions.tolist(), ends.tolist(), strict=True):
-            spec = {"start": dict(zip("xyz", start, strict=True))}
-            spec |= {"end": dict(zip("xyz", end, strict=True))}
-            view.addArrow({**spec, "radius": 0.07, "color": LINK_COLOR})
     view.zoomTo()
     return Page(view.write_html(), f"Molecule {atoms.get_chemical_formula()}")
 
 
-def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400)) -> Any:
+def view_trajectory(frames: Sequence[Atoms]) -> Any:
     """A trajectory as a movie in nglview, which needs a running kernel.
 
-    Args:
-        frames: Structures with the same atoms in the same order.
-        size: Width and height in pixels.
-
-    Raises:
-        ImportError: nglview is not installed.
-        ValueError: There are no frames, or they have different atoms.
+    Raises ImportError where nglview is not installed, ValueError where there are no frames, or
+    where they have different atoms.
     """
     check_frames(frames)
     with warnings.catch_warnings():
@@ -120,7 +98,7 @@ def view_trajectory(frames: Sequence[Atoms], size: tuple[int, int] = (600, 400))
     view = nglview.show_asetraj(list(frames))
     view.clear_representations()
     view.add_representation("ball+stick")
-    view.layout.width, view.layout.height = f"{size[0]}px", f"{size[1]}px"
+    view.layout.width, view.layout.height = "600px", "400px"
     view.center()
     return view
 

@@ -33,7 +33,7 @@ RIDGE = 1e-6  # of the mean diagonal, for directions that no structure of the da
 
 @torch.no_grad()
 def energy_rows(
-    model: AllScAIP, data: LabelledData, max_atoms: int = 400, progress: bool = False
+    model: AllScAIP, data: LabelledData, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What the last layer reads of each structure (S, 2H + 1), an atom, in eV a unit of weight; and
     what is missing of its energy (S,), in eV an atom.
@@ -42,7 +42,7 @@ def energy_rows(
     weights = torch.cat([layer.weight[0], layer.bias]).double()
     rows, missing = [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
-        for members in fill_batches(data.natoms, max_atoms):
+        for members in fill_batches(data.natoms, 400):
             batch = collate([data[index] for index in members])
             natoms = batch.structures.natoms
             inputs = model.last_layer_inputs(batch.structures)

@@ -140,16 +140,16 @@ def missing_energies(model: AllScAIP, data: LabelledData, limit: int) -> tuple[T
     return missing, counts
 
 
-def shift_references(model: AllScAIP, data: LabelledData, limit: int = 2_000) -> Tensor:
+def shift_references(model: AllScAIP, data: LabelledData) -> Tensor:
     """Fit the model's energy references to data of another level of theory.
 
     The energy (eV) by which each element's reference moves, and last that of a unit of charge,
-    (max_num_elements + 1,), is a least-squares fit of labels minus predictions, of at most `limit`
+    (max_num_elements + 1,), is a least-squares fit of labels minus predictions, of at most 2,000
     structures, evenly spaced. What does not occur stays where it is. Levels of theory differ in
     what an electron costs, GFN2-xTB from density functionals by nearly 5 eV. Changes
     `model.element_references` and `model.charge_reference`; returns the shifts.
     """
-    missing, counts = missing_energies(model, data, limit)
+    missing, counts = missing_energies(model, data, 2_000)
     gram = counts.T @ counts + 1e-6 * torch.eye(counts.shape[1], dtype=torch.float64)
     shifts = torch.linalg.solve(gram, counts.T @ missing)
     model.element_references += shifts[:-1].to(model.element_references)
@@ -174,15 +174,15 @@ def fresh_model(config: AllScAIPConfig, data: LabelledData, seed: int | None = N
     return model
 
 
-def hold_out(data: Dataset, seed: int, share: float = 0.1) -> tuple[Subset, Subset]:
-    """A training and a validation part of one data set, the latter a share of it drawn at random.
+def hold_out(data: Dataset, seed: int) -> tuple[Subset, Subset]:
+    """A training and a validation part of one data set, the latter a tenth of it drawn at random.
 
     Raises InputError for a single structure.
     """
     if len(data) < 2:
         raise InputError("one structure cannot both train and validate a model: give more")
     order = np.random.default_rng(seed).permutation(len(data))
-    held = max(1, round(share * len(data)))
+    held = max(1, round(0.1 * len(data)))
     return Subset(data, np.sort(order[held:])), Subset(data, np.sort(order[:held]))
 
 

@@ -292,21 +292,13 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
 # --- splits, samples, neighbours ----------------------------------------------------------------
 
 
-def test_a_molecule_s_split_depends_on_its_name_and_the_seed_alone():
+def test_a_molecule_s_split_depends_on_its_name_alone():
     names = [f"molecule {i}" for i in range(4000)]
-    splits = dict(zip(names, split_by_molecule(names, (0.8, 0.15, 0.05)), strict=True))
+    splits = dict(zip(names, split_by_molecule(names), strict=True))
     backwards = names[::-2]
-    assert split_by_molecule(backwards, (0.8, 0.15, 0.05)) == [splits[n] for n in backwards]
+    assert split_by_molecule(backwards) == [splits[n] for n in backwards]
     shares = [list(splits.values()).count(split) / len(names) for split in data.SPLITS]
-    np.testing.assert_allclose(shares, (0.8, 0.15, 0.05), atol=0.03)
-    assert split_by_molecule(names, (0.8, 0.15, 0.05), seed=1) != list(splits.values())
-    assert set(split_by_molecule(names, (0.0, 1.0, 0.0))) == {"val"}
-
-
-@pytest.mark.parametrize("fractions", [(0.9, 0.1), (0.9, 0.2, 0.1), (1.2, -0.1, -0.1)])
-def test_shares_that_are_none_are_refused(fractions):
-    with pytest.raises(ValueError, match="three shares"):
-        split_by_molecule(["water"], fractions)
+    np.testing.assert_allclose(shares, (0.9, 0.05, 0.05), atol=0.02)
 
 
 def test_a_sample_is_spread_over_each_split(tmp_path, capsys):
