@@ -25,81 +25,46 @@ class Command(NamedTuple):
 
     module: str
     help: str
-    stopped: str
+    stopped: str = "nothing was kept; the same command starts again"
 
 
+GOES_ON = "the same command goes on from what it saved last"
 DATA_COMMANDS = {
-    "convert": Command(
-        "data.convert",
-        "convert your own structures, in any format that ASE reads",
-        "nothing was kept; the same command starts again",
-    ),
-    "fetch": Command(
-        "data.download",
-        "fetch a public data set, such as OMol25's",
-        "the same command goes on where this one was",
-    ),
-    "describe": Command(
-        "data.describe",
-        "count what is in a data set, as a data card shows it",
-        "nothing was done",
-    ),
-    "sample": Command(
-        "data.aselmdb",
-        "write a small sample of a data set",
-        "nothing was kept; the same command starts again",
-    ),
+    "convert": Command("data.convert", "convert your own structures, in any format that ASE reads"),
+    "fetch": Command("data.download", "fetch a public data set, such as OMol25's", GOES_ON),
+    "describe": Command("data.describe", "count what is in a data set, as a data card shows it"),
+    "sample": Command("data.aselmdb", "write a small sample of a data set"),
 }
 COMMANDS = {
-    "predict": Command(
-        "tasks.predict",
-        "energies and forces of structures, from files or SMILES",
-        "nothing was kept; the same command starts again",
-    ),
-    "relax": Command(
-        "tasks.relax",
-        "move the atoms of structures until they are at rest",
-        "nothing was kept; the same command starts again",
-    ),
+    "predict": Command("tasks.predict", "energies and forces of structures, from files or SMILES"),
+    "relax": Command("tasks.relax", "move the atoms of structures until they are at rest"),
     "vibrations": Command(
-        "tasks.vibrations",
-        "harmonic frequencies and zero-point energies of structures",
-        "nothing was kept; the same command starts again",
+        "tasks.vibrations", "harmonic frequencies and zero-point energies of structures"
     ),
     "label": Command(
         "labels.command",
         "energies and forces of your structures by a method: GFN2-xTB, wB97M-V, SPC/Fw, CHGNet",
-        "the same command goes on from here",
+        GOES_ON,
     ),
-    "train": Command(
-        "training.loop",
-        "train a model on a data set",
-        "the same command goes on from its last checkpoint",
-    ),
+    "train": Command("training.loop", "train a model on a data set", GOES_ON),
     "refit": Command(
-        "training.refit",
-        "fit the last layer of a trained model once more, by least squares",
-        "nothing was kept; the same command starts again",
+        "training.refit", "fit the last layer of a trained model once more, by least squares"
     ),
     "calibrate": Command(
         "training.calibrate",
         "write into a model's file what its training data have in them, and its uncertainty",
-        "nothing was kept; the same command starts again",
     ),
     "evaluate": Command(
         "evaluation.errors",
         "errors of a model on a data set, overall and by domain, element, charge or size",
-        "nothing was kept; the same command starts again",
     ),
     "md": Command(
-        "md.dynamics",
-        "molecular dynamics at constant energy, volume or pressure",
-        "the same command goes on from the last structure it saved",
+        "md.dynamics", "molecular dynamics at constant energy, volume or pressure", GOES_ON
     ),
     "leaderboard": Command(
         "evaluation.leaderboard",
         "predictions for an evaluation of OMol25's leaderboard, from its input file",
-        "the same command goes on from here",
+        GOES_ON,
     ),
 }
 

@@ -73,7 +73,7 @@ def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     status, text = run_with(monkeypatch, capsys, raising(KeyboardInterrupt()))
     assert status == 130
-    assert "goes on from its last checkpoint" in text
+    assert "goes on from what it saved last" in text
 
 
 def test_version_and_a_missing_command(capsys):
