@@ -211,11 +211,7 @@ class SystemTable:
 
 
 def node_attention(
-    qkv: Tensor,
-    bias: Tensor | None,
-    systems: SystemTable,
-    num_heads: int,
-    dropout: float = 0.0,
+    qkv: Tensor, bias: Tensor | None, systems: SystemTable, num_heads: int, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """softmax_j(q_i·k_j/√D + bias_ij) v_j over all atoms j of a system.
 

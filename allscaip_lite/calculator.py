@@ -12,11 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import (
-    Calculator,
-    PropertyNotImplementedError,
-    all_changes,
-)
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite.checkpoints import load_model

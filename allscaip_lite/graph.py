@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 
 from allscaip_lite.config import AllScAIPConfig
-from allscaip_lite.neighbors import (
-    TIE,
-    candidate_pairs,
-    pair_vectors,
-    places_in_rows,
-    safe_norm,
-)
+from allscaip_lite.neighbors import TIE, candidate_pairs, pair_vectors, places_in_rows, safe_norm
 from allscaip_lite.structures import Structures
 
 EXTRA_CANDIDATES = 20  # ranks count the k + 20 nearest

@@ -28,13 +28,7 @@ from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
 from allscaip_lite.errors import InputError, StructureError
 from allscaip_lite.graph import Graph, build_graph
-from allscaip_lite.layers import (
-    Activation,
-    FeedForward,
-    Linear,
-    SelfAttention,
-    make_norm,
-)
+from allscaip_lite.layers import Activation, FeedForward, Linear, SelfAttention, make_norm
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.operations import PLAIN, Operations
 from allscaip_lite.structures import Structures, structures_from_atoms
@@ -108,11 +102,7 @@ class Input(nn.Module):
             self.distance_basis = Linear(2, config.num_distance_basis)
 
     def forward(
-        self,
-        structures: Structures,
-        graph: Graph,
-        order: Tensor,
-        operations: Operations = PLAIN,
+        self, structures: Structures, graph: Graph, order: Tensor, operations: Operations = PLAIN
     ) -> Tensor:
         """→ (M, H) states of atoms and edges; order (N, 10): the bond-orientational order."""
         ops = operations
@@ -217,11 +207,7 @@ class Block(nn.Module):
         return torch.addcmul(nodes, update, self.scale["node_ffn"])
 
     def mix_edges(
-        self,
-        states: Tensor,
-        layout: str,
-        geometry: Geometry,
-        record: AttentionRecord | None = None,
+        self, states: Tensor, layout: str, geometry: Geometry, record: AttentionRecord | None = None
     ) -> Tensor:
         """Neighbourhood attention in one layout, with its residual: (M, H) → (M, H)."""
         ops = geometry.operations
@@ -419,11 +405,7 @@ class AllScAIP(nn.Module):
         return self.geometry_of(graph, systems, distances, operations)
 
     def geometry_of(
-        self,
-        graph: Graph,
-        systems: SystemTable,
-        distances: Tensor | None,
-        operations: Operations,
+        self, graph: Graph, systems: SystemTable, distances: Tensor | None, operations: Operations
     ) -> Geometry:
         """The same of a graph that is made; distances (B, n, n) Å between nearest images."""
         degree = max(self.config.bond_order_degree, len(self.config.angular_channels or (0,)) - 1)

@@ -94,10 +94,7 @@ def _search_cells(
     while float((lengths / size).floor().clamp(min=1).prod()) > MAX_CELLS:
         size *= 1.2
     first, second, shift, distance = vesin.NeighborList(cutoff=size, full_list=False).compute(
-        points=positions.numpy(),
-        box=lattice.numpy(),
-        periodic=pbc.numpy(),
-        quantities="ijSd",
+        points=positions.numpy(), box=lattice.numpy(), periodic=pbc.numpy(), quantities="ijSd"
     )
     near = distance < reach
     first, second, shift, distance = first[near], second[near], shift[near], distance[near]
@@ -226,9 +223,7 @@ def system_distances(structures: Structures, positions: Tensor) -> Tensor:
     for index in structures.pbc.any(1).nonzero().flatten().tolist():
         size = int(structures.natoms[index])
         shift[index, :size, :size], (i, j, others) = nearest_images(
-            positions[index, :size].detach(),
-            structures.cell[index].detach(),
-            structures.pbc[index],
+            positions[index, :size].detach(), structures.cell[index].detach(), structures.pbc[index]
         )
         ties.append((torch.full_like(i, index), i, j, others.to(vectors.dtype)))
     moved = torch.einsum("bijs,bsx->bijx", shift, structures.cell)

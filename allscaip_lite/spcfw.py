@@ -15,11 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import (
-    Calculator,
-    PropertyNotImplementedError,
-    all_changes,
-)
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from scipy.spatial.transform import Rotation
 from scipy.special import erfc

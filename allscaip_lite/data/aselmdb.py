@@ -27,13 +27,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.row import AtomsRow
 from tqdm import tqdm
 
-from allscaip_lite.data.checks import (
-    LABELS,
-    check_apart,
-    check_atoms,
-    checked_labels,
-    held_results,
-)
+from allscaip_lite.data.checks import LABELS, check_apart, check_atoms, checked_labels, held_results
 from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
 from allscaip_lite.electrons import Assumptions, charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError
@@ -64,10 +58,7 @@ def write_aselmdb(
             "overwrite=True)"
         )
     natoms: list[int] = []
-    with (
-        atomic_write(path) as partial,
-        ase.db.connect(partial, use_lock_file=False) as database,
-    ):
+    with atomic_write(path) as partial, ase.db.connect(partial, use_lock_file=False) as database:
         for index, atoms in enumerate(structures):
             check_atoms(atoms, where := f"structure {index}")
             check_apart(atoms, where)

@@ -33,13 +33,7 @@ from allscaip_lite.checkpoints import load_model
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError, RunError, StructureError
-from allscaip_lite.evaluation.omol_errors import (
-    Keys,
-    Tree,
-    check_systems,
-    metrics,
-    table,
-)
+from allscaip_lite.evaluation.omol_errors import Keys, Tree, check_systems, metrics, table
 from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.files import locked_file, sha256_of, store_text
 from allscaip_lite.kernels import add_kernels_option

@@ -31,9 +31,7 @@ KERNELS = ("auto", "plain", "torch", "c", "cuda-graphs")
 
 
 def choose(
-    kernels: str = "auto",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    kernels: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Operations:
     """The operations of a set for a device and a number type; see the table above.
 

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import SLOT_STEP, build_graph
-from allscaip_lite.kernels.padded import (
-    PaddedBatch,
-    Size,
-    pad,
-    padded_prediction,
-    reduced_cells,
-)
+from allscaip_lite.kernels.padded import PaddedBatch, Size, pad, padded_prediction, reduced_cells
 from allscaip_lite.model import AllScAIP, Prediction, without_weight_grad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures

@@ -189,11 +189,7 @@ def self_edge_attention(
 
 
 def node_attention(
-    qkv: Tensor,
-    bias: Tensor | None,
-    systems: SystemTable,
-    num_heads: int,
-    dropout: float = 0.0,
+    qkv: Tensor, bias: Tensor | None, systems: SystemTable, num_heads: int, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """`attention.node_attention` by PyTorch's `scaled_dot_product_attention`, once differentiable.
 

@@ -460,9 +460,7 @@ def mean_squared_displacement(
 
 
 def self_diffusion(
-    universe: Universe,
-    window: tuple[float, float] = (2.0, 10.0),
-    blocks: int = 5,
+    universe: Universe, window: tuple[float, float] = (2.0, 10.0), blocks: int = 5
 ) -> Estimate:
     """Self-diffusion coefficient of oxygens in 1e-9 m²/s, a sixth of the slope of the displacement.
 

@@ -23,11 +23,7 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.data.checks import check_apart
 from allscaip_lite.data.reading import file_and_index, read_structures
-from allscaip_lite.electrons import (
-    charge_and_spin,
-    state_charge_and_spin,
-    stated_charge_and_spin,
-)
+from allscaip_lite.electrons import charge_and_spin, state_charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import WAYS, DataError, InputError
 from allscaip_lite.files import atomic_write, check_no_folder
 from allscaip_lite.kernels import add_kernels_option
