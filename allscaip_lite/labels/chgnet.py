@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
@@ -33,13 +33,8 @@ class CHGNet(Calculator):
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]
 
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = all_changes,
-    ) -> None:
-        super().calculate(atoms, properties, system_changes)
+    def calculate(self, *arguments: Any, **named: Any) -> None:
+        super().calculate(*arguments, **named)
         assert self.atoms is not None
         self.results = results_of([self.atoms])[0]
 

@@ -11,10 +11,11 @@ Two structures that differ only in a gap wider than what a local model sees look
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.labels import LabelError, counts_of
@@ -51,13 +52,8 @@ class PointCharges(Calculator):
 
     implemented_properties = ["energy", "free_energy", "forces"]
 
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = all_changes,
-    ) -> None:
-        super().calculate(atoms, properties, system_changes)
+    def calculate(self, *arguments: Any, **named: Any) -> None:
+        super().calculate(*arguments, **named)
         atoms = self.atoms
         assert atoms is not None
         if atoms.pbc.any():

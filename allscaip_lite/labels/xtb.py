@@ -10,13 +10,12 @@ et al., J. Comput. Chem. 44, 2120 (2023). Computed by the tblite library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator, CalculatorError, all_changes
+from ase.calculators.calculator import Calculator, CalculatorError
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
@@ -57,16 +56,11 @@ class GFN2xTB(Calculator):
         super().reset()
         self._key, self._tblite, self._state = None, None, None
 
-    def calculate(
-        self,
-        atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = all_changes,
-    ) -> None:
+    def calculate(self, *arguments: Any, **named: Any) -> None:
         from tblite.exceptions import TBLiteRuntimeError
         from tblite.interface import Calculator as TBLite
 
-        super().calculate(atoms, properties, system_changes)
+        super().calculate(*arguments, **named)
         atoms = self.atoms
         assert atoms is not None
         charge, spin = _charge_and_spin(atoms)
