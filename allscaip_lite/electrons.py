@@ -22,23 +22,11 @@ MAX_MULTIPLICITY = 100
 # Names in `atoms.info` under which programs write the total charge and the multiplicity 2S + 1;
 # capitals do not matter, and a space or a hyphen is as good as an underscore.
 CHARGE_NAMES = (
-    "charge",
-    "total_charge",
-    "net_charge",
-    "system_charge",
-    "molecular_charge",
-    "formal_charge",
-    "tot_charge",
-)
+    "charge total_charge net_charge system_charge molecular_charge formal_charge tot_charge"
+).split()
 SPIN_NAMES = (
-    "spin",
-    "multiplicity",
-    "spin_multiplicity",
-    "molecular_multiplicity",
-    "total_multiplicity",
-    "mult",
-    "spin_mult",
-)
+    "spin multiplicity spin_multiplicity molecular_multiplicity total_multiplicity mult spin_mult"
+).split()
 _PERHAPS = re.compile("charge|spin|multipl|unpaired|uhf")
 NOT_GIVEN = ("", "none", "nan", "null")  # as text
 

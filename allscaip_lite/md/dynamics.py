@@ -61,16 +61,9 @@ from allscaip_lite.structures import check_structure
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
 LOG_COLUMNS = (
-    "step",
-    "time_ps",
-    "potential_eV",
-    "kinetic_eV",
-    "conserved_eV",
-    "temperature_K",
-    "pressure_bar",
-    "volume_A3",
-    "density_g_cm3",
-)
+    "step time_ps potential_eV kinetic_eV conserved_eV temperature_K pressure_bar volume_A3 "
+    "density_g_cm3"
+).split()
 GRAM_PER_CM3 = units.kg / 1000 * 1e-24  # in atomic masses per Å³
 Integrator = VelocityVerlet | LangevinBAOAB | NoseHooverChainNVT | IsotropicMTKNPT
 # What an integrator remembers from step to step besides the atoms themselves.
@@ -78,17 +71,9 @@ MEMORY: dict[type[Integrator], tuple[str, ...]] = {
     VelocityVerlet: (),
     LangevinBAOAB: ("p_eps", "force_eps"),  # of the volume; and the state of its random numbers
     NoseHooverChainNVT: ("_q", "_p", "_thermostat._eta", "_thermostat._p_eta"),
-    IsotropicMTKNPT: (
-        "_q",
-        "_p",
-        "_eps",
-        "_p_eps",
-        "_cell0",
-        "_volume0",
-        "_thermostat._eta",
-        "_thermostat._p_eta",
-        "_barostat._xi",
-        "_barostat._p_xi",
+    IsotropicMTKNPT: tuple(
+        "_q _p _eps _p_eps _cell0 _volume0 _thermostat._eta _thermostat._p_eta _barostat._xi "
+        "_barostat._p_xi".split()
     ),
 }
 
