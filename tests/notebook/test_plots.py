@@ -339,6 +339,7 @@ def test_a_table_has_colours_and_texts_that_can_be_read_on_them(figure):
 
 
 def test_spheres_have_a_row_for_each_degree_and_colours_for_signs():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     seen = []
 
     def harmonics(directions):
@@ -348,6 +349,7 @@ def test_spheres_have_a_row_for_each_degree_and_colours_for_signs():
         return values
 
     figure = plots.plot_harmonics(harmonics, 1)
+    pyplot.close(figure)
     assert np.allclose(np.linalg.norm(seen[0], axis=1), 1)
     assert [text.get_text() for text in figure.texts] == [
         f"$l={l},\\ m={m}$" for l, m in ((0, 0), (1, -1), (1, 0), (1, 1))
