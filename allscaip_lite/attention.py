@@ -36,15 +36,9 @@ class Neighborhoods:
 
 
 def pair_sums(neighborhoods: Neighborhoods, weights: Tensor, degree: int) -> Tensor:
-    """Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row.
+    """Σ_ef w_e w_f P_l(cos θ) over the pairs of edges of each row, l = 1 .. degree: (N, degree).
 
-    Args:
-        neighborhoods: the rows, with P_l(cos θ) of their pairs.
-        weights: (N, K), 0 in empty slots.
-        degree: l = 1 .. degree.
-
-    Returns:
-        (N, degree).
+    weights (N, K), 0 in empty slots.
     """
     return encodings.pair_sums(neighborhoods.legendre[:degree], weights)
 
@@ -233,15 +227,9 @@ def node_attention(
 
 
 def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tensor:
-    """ERoPE as a bias of logits: log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6).
+    """ERoPE as a bias of logits: log(softplus(Σ_f W_f sinc(ω_f d)) + 1e-6), (h, ...).
 
-    Args:
-        distances: (...,) Å.
-        weight: W, (h, F).
-        frequencies: ω, (F,) 1/Å.
-
-    Returns:
-        (h, ...).
+    distances d (...,) Å, weight W (h, F), frequencies ω (F,) 1/Å.
     """
     features = encodings.sinc_features(distances, frequencies)  # (..., F)
     mixed = torch.tensordot(weight, features, dims=([1], [-1]))  # (h, ...)

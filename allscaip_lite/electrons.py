@@ -41,14 +41,9 @@ def stated_charge_and_spin(
     """Total charge in e and multiplicity 2S + 1 that `atoms.info` states, None where it does not.
 
     The names are `CHARGE_NAMES` and `SPIN_NAMES`. Values are numbers, numbers as text, or arrays of
-    one of these; None, not a number, and a multiplicity of 0 state nothing.
-
-    Args:
-        atoms: the structure.
-        where: what messages call it.
-
-    Raises:
-        StructureError: for what is not a whole number, and for two names that contradict.
+    one of these; None, not a number, and a multiplicity of 0 state nothing. Raises StructureError,
+    which calls the structure `where`, for what is not a whole number, and for two names that
+    contradict.
     """
     info: Mapping[object, object] = atoms.info
     found: list[int | None] = []
@@ -164,9 +159,7 @@ def _contradicted(atoms: Atoms, charge: int, spin: int, missing: list[str]) -> s
 def say_assumptions(assumed: Assumptions, said: set[str] | None = None) -> None:
     """Warn of charges and multiplicities that were assumed, one warning a distinct case.
 
-    Args:
-        assumed: as `charge_and_spin` left it.
-        said: formulas and cases that were mentioned before, which are left out; new ones are added.
+    Formulas and cases in `said` were mentioned before and are left out; new ones are added to it.
     """
     for (missing, charge, spin), formulas in assumed.items():
         taken = f"charge {charge:+d}, multiplicity {spin} are "

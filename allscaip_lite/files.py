@@ -187,15 +187,8 @@ def store_state(path: Path) -> Iterator[Path]:
 def read_state(path: Path, read: Callable[[Path], Result]) -> Result | None:
     """What a run saved last in a zip file (.npz, .pt), or before that where the last is damaged.
 
-    Args:
-        path: where `store_state` wrote it.
-        read: reads a file whose checksums are right.
-
-    Returns:
-        The content; None where nothing was saved. A fall-back is said in a warning.
-
-    Raises:
-        RunError: where what was saved is damaged.
+    `store_state` wrote the file, and `read` reads one whose checksums are right. None where nothing
+    was saved. A fall-back is said in a warning; raises RunError where nothing is whole.
     """
     damage = ""
     for file in (path, _before(path)):

@@ -86,10 +86,8 @@ def bump(x: Tensor) -> Tensor:
 def soft_rank(distances: Tensor, width: float, truncated: bool = True) -> Tensor:
     """How many candidates of the row are nearer, (N, C); a candidate counts ½ for itself.
 
-    Args:
-        distances: (N, C) Å; empty candidates are at inf.
-        width: of the step that counts, Å.
-        truncated: count with `bump`, not with a plain sigmoid.
+    distances (N, C) Å, inf for empty candidates; the step that counts is `width` Å wide, a `bump`
+    or, not truncated, a plain sigmoid.
     """
     step = bump if truncated else torch.sigmoid
     real = distances.isfinite()
@@ -120,13 +118,8 @@ def build_graph(
 ) -> Graph:
     """Graph of a batch; differentiable in positions and cell.
 
-    Args:
-        structures: the batch.
-        config: has cutoff, k, and how edges are ranked.
-        rank: `soft_rank`, or a faster form of it.
-
-    Raises:
-        StructureError: where two atoms stand on one spot.
+    `rank` is `soft_rank`, or a faster form of it. Raises StructureError where two atoms stand on
+    one spot.
     """
     n = len(structures.positions)
     first, second, shift = candidate_pairs(structures, config.reach)

@@ -238,10 +238,7 @@ def _waves(positions: np.ndarray, cell: np.ndarray) -> Terms:
 def molecules(rng: np.random.Generator, count: int, spread: float = 0.0) -> np.ndarray:
     """Waters (count, 3, 3) in Å, turned at random, oxygen at the origin.
 
-    Args:
-        rng: the random numbers.
-        count: how many.
-        spread: standard deviation of both bond lengths in Å; the angle's is 3 rad/Å times that.
+    `spread` is the standard deviation of both bond lengths in Å; the angle's is 3 rad/Å times that.
     """
     lengths = BOND_LENGTH + spread * rng.normal(size=(count, 2))
     half = (ANGLE + 3 * spread * rng.normal(size=count)) / 2

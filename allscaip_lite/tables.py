@@ -14,15 +14,9 @@ MARKS = ("<!-- table: written by run.py -->", "<!-- end of the table -->")
 def markdown_table(
     head: Sequence[str], rows: Iterable[Sequence[object]], align: str | None = None
 ) -> str:
-    """A table in Markdown.
+    """The lines of a table in Markdown, without a line break at the end.
 
-    Args:
-        head: the names of the columns.
-        rows: the cells of each row.
-        align: "l" or "r" for each column; by default all but the first are aligned to the right.
-
-    Returns:
-        The lines of the table, without a line break at the end.
+    `align` has "l" or "r" for each column; by default all but the first are aligned to the right.
     """
     align = align or "l" + "r" * (len(head) - 1)
     rule = "|" + "|".join("---:" if side == "r" else "---" for side in align) + "|"

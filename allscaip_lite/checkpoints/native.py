@@ -209,18 +209,10 @@ def download_from_hub(
 
 
 def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Write a model into one `.safetensors` file: weights, configuration, units, and its card.
+    """Write a model into one `.safetensors` file, and return its path; its folder is made.
 
-    Args:
-        model: what `load_model` gives back from the file.
-        path: of the file; its folder is made.
-        card: what a user should know: data, level of theory, errors, licence; any JSON values.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: for a name that does not end in .safetensors.
+    The card is what a user should know (data, level of theory, errors, licence), any JSON values.
+    Raises InputError for a name that does not end in .safetensors.
     """
     path = Path(path)
     check_file_name(path, path.name)

@@ -423,15 +423,9 @@ def write_sample(
 ) -> dict[str, int]:
     """Write a small sample of a data set and return how many structures of each split it has.
 
-    Seven in ten are of the training set, the others half each; within a split they are spread
-    evenly over its length, so the same source yields the same sample. `references.json` is copied
-    where there is one.
-
-    Args:
-        source: a folder with `{train,val,test}.aselmdb`.
-        out: the folder that gets the same files.
-        structures: about how many in all.
-        overwrite: replace an earlier sample.
+    About `structures` in all: seven in ten are of the training set, the others half each; within a
+    split they are spread evenly over its length, so the same source yields the same sample. Both
+    folders have `{train,val,test}.aselmdb`; `references.json` is copied where there is one.
     """
     source, out = Path(source), Path(out)
     counts = {}

@@ -35,13 +35,9 @@ def file_and_index(name: str | Path, index: str = ":") -> tuple[str, str]:
 def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, Atoms]]:
     """Each structure of a file, after the words that name it in messages.
 
-    Args:
-        name: of the file, with ASE's index perhaps, as in `run.traj@100:200`.
-        index: where the name has none; by default all structures.
-
-    Raises:
-        FileNotFoundError: for a file that does not exist.
-        DataError: for a file that ASE cannot read, or that holds no structures.
+    A name may have ASE's index, as in `run.traj@100:200`; `index` is for those that have none.
+    Raises FileNotFoundError for a file that does not exist, DataError for one that ASE cannot read,
+    or that holds no structures.
     """
     path, index = file_and_index(name, index)
     file = Path(path)

@@ -184,15 +184,10 @@ def _bin(size: int) -> int:
 def by_group(
     described: Sequence[Description], found: Residuals, key: Callable[[Description], str | int]
 ) -> Rows:
-    """`summary` by groups of structures.
+    """`summary` by groups: a row for each value of `key`, in order, and the row `all`.
 
-    Args:
-        described: the structures, see `describe`.
-        found: their residuals, in the same order.
-        key: the group of a structure, such as one of `GROUPS`.
-
-    Returns:
-        A row for each value of `key`, in order, and the row `all`.
+    `found` are the residuals of the structures, in the same order; `key` says the group of one, as
+    those of `GROUPS` do.
     """
     groups: dict[str | int, list[int]] = {}
     for index, what in enumerate(described):

@@ -58,20 +58,14 @@ def errors_by_gap(
 def separation_curves(
     model: AllScAIP | None, curves: InMemory
 ) -> dict[str, dict[str, list[float]]]:
-    """Energy and force of two groups of atoms at many distances.
+    """Energy and force of two groups of atoms at many distances, of a model or (None) the labels.
 
-    Args:
-        model: any; None gives the labels.
-        curves: structures whose `info` says which curve they belong to (`source`), the distance of
-            the two groups in Å, which atoms are one of them (`probe`), and the direction in which
-            that group is moved away (`axis`).
+    The structures' `info` says which curve they belong to (`source`), the distance of the groups in
+    Å, which atoms are one of them (`probe`), and the direction in which that one is moved away
+    (`axis`). For each curve there are lists of `distance` in Å, `energy` in eV and `force` in eV/Å:
+    that on the probe along the axis, positive where the two groups repel.
 
-    Returns:
-        For each curve, lists of `distance` in Å, `energy` in eV and `force` in eV/Å: that on the
-        probe along the axis, positive where the two groups repel.
-
-    Raises:
-        DataError: where a structure lacks one of the four.
+    Raises DataError where a structure lacks one of the four.
     """
     found: dict[str, dict[str, list[float]]] = {}
     structures = curves.structures

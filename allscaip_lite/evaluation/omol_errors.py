@@ -35,13 +35,8 @@ class Error(NamedTuple):
 def metrics(task: str, reference: Tree, predicted: Tree) -> dict[str, float]:
     """OMol25's errors of a task, under its names: energies in meV, forces in meV/Å, RMSD in Å.
 
-    Args:
-        task: the name of the task.
-        reference: results as `read` gives them.
-        predicted: the model's; systems that only they have are left out.
-
-    Raises:
-        DataError: where the predictions lack a system of the reference.
+    Results are as `read` gives them; systems that only the predictions have are left out. Raises
+    DataError where they lack a system of the reference.
     """
     check_systems(reference, [path for path, _ in _leaves(predicted)])
     try:

@@ -565,15 +565,10 @@ def _tables(
 ) -> tuple[Tensor | None, float]:
     """Of all blocks, (L, intervals, sets, 4, LANES), and the intervals in 1 Å; float32 of float64.
 
-    Cubic polynomials with the values and slopes of the bias at both ends of each interval. The
-    intervals are halved until the errors are below `VALUE_ERROR` and `SLOPE_ERROR`; None where they
-    never are.
-
-    Args:
-        reach: Å.
-        shape: blocks, heads and frequencies.
-        weight: float64, of that shape.
-        frequencies: float64, 1/Å.
+    Cubic polynomials with the values and slopes of the bias at both ends of each interval, up to
+    `reach` Å. The intervals are halved until the errors are below `VALUE_ERROR` and `SLOPE_ERROR`;
+    None where they never are. weight (of that shape: blocks, heads, frequencies) and frequencies
+    (1/Å) are bytes of float64.
     """
     mix = torch.from_numpy(np.frombuffer(weight).copy()).view(-1, shape[2])  # (L·h, F)
     omega = torch.from_numpy(np.frombuffer(frequencies).copy())

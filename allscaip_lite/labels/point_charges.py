@@ -178,14 +178,9 @@ def ions(count: int, seed: int) -> Iterator[Atoms]:
 
 
 def ion_pair(first: str, second: str, distance: float) -> Atoms:
-    """Two particles of `PARTICLES` on the x axis, labelled; dipoles lie along it.
+    """Two particles of `PARTICLES` on the x axis, so many Å between their centres, labelled.
 
-    A dipole turns its negative end to a positive ion or to another dipole's positive end.
-
-    Args:
-        first: one of `PARTICLES`.
-        second: another.
-        distance: between their centres, in Å.
+    Dipoles lie along the axis, the negative end to a positive ion or another's positive end.
     """
     towards = -1.0 if {"Cl", "Br"} & {first, second} else 1.0
     groups = []

@@ -150,15 +150,8 @@ def _split_of_part(smiles: str) -> str:
 
 
 def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
-    """Conformers of a molecule, at minima of MMFF94 or UFF where these have its parameters.
-
-    Args:
-        smiles: the molecule.
-        rng: the random numbers.
-        number: how many conformers at most.
-
-    Raises:
-        LabelError: if there is none.
+    """At most so many conformers of a molecule, at minima of MMFF94 or UFF where these have its
+    parameters. Raises LabelError if there is none.
     """
     from rdkit.Chem import AllChem
 

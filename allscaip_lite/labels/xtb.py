@@ -133,15 +133,10 @@ def results_of(atoms: Atoms) -> dict[str, Any]:
 def label(atoms: Atoms, max_force: float = np.inf) -> Atoms:
     """The structure with energy (eV), forces (N, 3) (eV/Å), stress if periodic, and metadata.
 
-    `info` of the result is that of `atoms` and: charge, spin, num_atoms, num_electrons,
-    composition, homo_lumo_gap (eV), label.
-
-    Args:
-        atoms: Charge and spin multiplicity come from `info`; absent means neutral and the lowest.
-        max_force: Largest force component (eV/Å) that a structure may have.
-
-    Raises:
-        LabelError: The SCF failed, or a number is not finite or a force above `max_force`.
+    `info` of the result is that of `atoms`, whose charge and multiplicity count (absent: neutral
+    and the lowest), and: charge, spin, num_atoms, num_electrons, composition, homo_lumo_gap (eV),
+    label. Raises LabelError where the SCF fails, a number is not finite, or a component of a force
+    is above `max_force` (eV/Å).
     """
     results = results_of(atoms)
     largest = np.abs(results["forces"]).max()

@@ -231,7 +231,7 @@ def make_universe(
 
 
 def heat_of_vaporization(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
-    """ΔH_vap = ⟨E_gas⟩ - ⟨E_liquid⟩ + RT in kJ/mol.
+    """ΔH_vap = ⟨E_gas⟩ - ⟨E_liquid⟩ + RT in kJ/mol, of potential energies a molecule in kJ/mol.
 
     RT is the gas' pV; the liquid's pV (0.002 kJ/mol) is left out, and kinetic energies are
     classical and cancel. No quantum correction is added.
@@ -239,11 +239,6 @@ def heat_of_vaporization(liquid: Estimate, gas: Estimate, temperature: float) ->
     ⟨E_gas⟩ contains a flexible molecule's mean strain energy, for three classical vibrations 3/2 RT
     or 3.7 kJ/mol. With zero in its place, a vapour of molecules at rest, the result is lower by as
     much; the value usually quoted for SPC/Fw is near that.
-
-    Args:
-        liquid: mean potential energy of the box over its number of molecules, in kJ/mol.
-        gas: mean potential energy of one molecule in vacuum at that temperature, in kJ/mol.
-        temperature: in K.
     """
     work = units.kB * temperature / KJ_PER_MOL  # RT
     error = float(np.hypot(gas.error, liquid.error))
@@ -281,13 +276,8 @@ def temperatures_by_motion(
     start made them, and the rest too hot. Langevin's noise (`thermostat="langevin"`) removes that;
     its velocities along a bond come out colder than the structure by (ω Δt)²/4, an eighth at 1 fs.
 
-    Args:
-        folder: of a run of waters.
-        skip: ps of equilibration that are left out.
-        blocks: of the run, from whose scatter the errors are.
-
-    Raises:
-        RunError: for a run of something else, or one that is too short for the blocks.
+    The first `skip` ps are left out; errors are from the scatter of `blocks`. Raises RunError for a
+    run of something else than waters, or one that is too short.
     """
     centres, bonds = [], []
     for frame in _frames(folder, read_settings(folder), skip):
@@ -435,16 +425,10 @@ def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:
 def mean_squared_displacement(
     universe: Universe, frames: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean squared displacements of oxygens, over all origins in time.
+    """Lags in ps and mean squared displacements of oxygens in Å², over all origins in time.
 
-    The drift of all atoms together is taken away first.
-
-    Args:
-        universe: the run, see `make_universe`.
-        frames: indices of the structures that are used, evenly spaced; by default all.
-
-    Returns:
-        Lags in ps, and mean squared displacements in Å².
+    The drift of all atoms together is taken away first. `frames` are indices of the structures that
+    are used, evenly spaced; by default all.
     """
     import MDAnalysis
     from MDAnalysis.analysis.msd import EinsteinMSD
@@ -467,14 +451,8 @@ def self_diffusion(
     Take NVE or NVT runs: a barostat rescales paths. Langevin's friction slows molecules down: with
     a time constant of 1 ps those of water by 2 %, of 0.1 ps by 15 %. See `size_correction`.
 
-    Args:
-        universe: the run, see `make_universe`.
-        window: lags in ps over which the line is fitted, past the ballistic start.
-        blocks: of the run, from whose scatter the error is; each one and a half times as long as
-            the longest lag at least.
-
-    Raises:
-        RunError: for blocks that are too short.
+    The line is fitted over lags in `window` (ps), past the ballistic start. The error is from the
+    scatter of blocks, each one and a half times as long as the longest lag at least; else RunError.
     """
     values = []
     for part in _blocks(np.arange(len(universe.trajectory)), blocks):
@@ -494,12 +472,7 @@ def size_correction(temperature: float, edge: float, viscosity: float) -> float:
     """What a cubic periodic box takes from the diffusion coefficient, in 1e-9 m²/s.
 
     2.837 kT / (6πηL) (Yeh and Hummer, J. Phys. Chem. B 108, 15873, 2004), to be added to the result
-    of `self_diffusion`.
-
-    Args:
-        temperature: T in K.
-        edge: L in Å.
-        viscosity: η of the liquid in mPa s.
+    of `self_diffusion`; T in K, the edge L in Å, the liquid's viscosity η in mPa s.
     """
     boltzmann = 1.380649e-23  # J/K
     correction = YEH_HUMMER * boltzmann * temperature

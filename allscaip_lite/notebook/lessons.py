@@ -73,15 +73,8 @@ def open_data(split: str = "test", part: str | None = None) -> Dataset:
     """The labelled structures that ALLSCAIP_DATA names; prints one line about them.
 
     If it names a folder: the file `{split}.aselmdb` or the subfolder `{split}` in it, or the whole
-    folder if it has neither.
-
-    Args:
-        split: "train", "val" or "test".
-        part: A folder inside the bundled data, such as "ethanol", which ALLSCAIP_DATA does not
-            replace.
-
-    Raises:
-        DataError, FileNotFoundError: There are no data.
+    folder if it has neither. `part` is a folder inside the bundled data, such as "ethanol", which
+    ALLSCAIP_DATA does not replace. Raises DataError, FileNotFoundError where there are no data.
     """
     named = os.environ.get("ALLSCAIP_DATA") if part is None else None
     path = Path(named or BUNDLED_DATA / (part or "")).expanduser()

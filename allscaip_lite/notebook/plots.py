@@ -84,14 +84,11 @@ def import_extra(module: str, purpose: str) -> Any:
 def show(alt: str) -> None:
     """Show the current figure in a notebook, with a text for readers who cannot see it.
 
-    Twice as sharp as the screen needs, on white, and closed afterwards. Logarithmic axes of less
-    than three decades get numbers such as 20 and 50 in place of 2 × 10¹ and none.
+    The text says what the figure says: its kind, its axes, what is to be seen. The figure is twice
+    as sharp as the screen needs, on white, and closed afterwards. Logarithmic axes of less than
+    three decades get numbers such as 20 and 50 in place of 2 × 10¹ and none.
 
-    Args:
-        alt: What the figure says: its kind, its axes, what is to be seen. One or two sentences.
-
-    Raises:
-        ValueError: The text is empty, or nothing was drawn.
+    Raises ValueError where the text is empty, or nothing was drawn.
     """
     pyplot = import_extra("matplotlib.pyplot", "show")
     display = import_extra("IPython.display", "show").display
@@ -483,10 +480,8 @@ def plot_table(values: np.ndarray, texts: Sequence[Sequence[str]], axes: Axes) -
 def plot_harmonics(harmonics: Callable[[np.ndarray], np.ndarray], degree: int) -> Figure:
     """Real spherical harmonics as colours on spheres: a row for each l, in it m = -l … l.
 
-    Args:
-        harmonics: From unit vectors (E, 3) to their harmonics (E, (degree + 1)²), in the order of
-            l and m, with Σ_m Y_lm² = 2l + 1.
-        degree: The largest l.
+    `harmonics` makes of unit vectors (E, 3) their harmonics (E, (degree + 1)²), in the order of l
+    and m, with Σ_m Y_lm² = 2l + 1.
     """
     pyplot = import_extra("matplotlib.pyplot", "plot_harmonics")
     figure: Figure = pyplot.figure(figsize=(1.25 * (2 * degree + 1), 1.35 * (degree + 1)))
