@@ -35,10 +35,9 @@ from allscaip_lite.model import UNITS, AllScAIP
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, object], source: str) -> None:
     """Raise `CheckpointError`, naming them, for tensors missing, left over or misshapen."""
     complaints = []
-    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     for complaint, names in (
-        (f"{source} lacks", missing),
-        ("its configuration does not know", unknown),
+        (f"{source} lacks", expected.keys() - found.keys()),
+        ("its configuration does not know", found.keys() - expected.keys()),
     ):
         if names:
             some = ", ".join(sorted(names)[:8]) + (" …" if len(names) > 8 else "")

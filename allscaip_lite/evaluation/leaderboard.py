@@ -358,15 +358,8 @@ def run(args: argparse.Namespace) -> None:
     if reference is not None:  # before the work, not after
         check_systems(reference, [job.path for job in jobs(args.task, read(args.inputs))])
     with locked_file(args.out):
-        restless = predict(
-            model,
-            args.task,
-            args.inputs,
-            args.out,
-            max_atoms=args.max_atoms,
-            kernels=args.kernels,
-            progress=True,
-        )
+        options = {"max_atoms": args.max_atoms, "kernels": args.kernels, "progress": True}
+        restless = predict(model, args.task, args.inputs, args.out, **options)
     print(f"written: {args.out}")
     if restless:
         print(f"{len(restless)} relaxations ended before {FMAX} eV/Å: {', '.join(restless[:5])}")

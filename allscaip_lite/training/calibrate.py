@@ -142,23 +142,21 @@ def run(args: argparse.Namespace) -> None:
     """`allscaip-lite calibrate`."""
     check_file_name(args.out, f"--out {args.out}")
     with locked_file(args.out):
-        _run(args)
-
-
-def _run(args: argparse.Namespace) -> None:
-    device = usable_device(args.device)
-    model = load_model(args.model, device=device, kernels=args.kernels).requires_grad_(False)
-    held_out = Dataset(args.val) if args.val else None
-    made = calibrate(model, Dataset(args.data), held_out, args.structures)
-    if args.also_seen and made.seen is not None:
-        known = {name: value for name, value in made.seen.to_dict().items() if value is not None}
-        try:
-            made.seen.merge(Seen.from_dict(known | json.loads(args.also_seen.read_text())))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise InputError(
-                f"--also-seen {args.also_seen}: not what `info` shows ({error})"
-            ) from error
-    save_model(made, args.out, read_card(args.model))
-    for name, value in (made.seen.to_dict() if made.seen else {}).items():
-        print(f"{name}: {value}")
-    print(f"written: {args.out}, with the weights of {args.model}")
+        device = usable_device(args.device)
+        model = load_model(args.model, device=device, kernels=args.kernels).requires_grad_(False)
+        held_out = Dataset(args.val) if args.val else None
+        made = calibrate(model, Dataset(args.data), held_out, args.structures)
+        if args.also_seen and made.seen is not None:
+            known = {
+                name: value for name, value in made.seen.to_dict().items() if value is not None
+            }
+            try:
+                made.seen.merge(Seen.from_dict(known | json.loads(args.also_seen.read_text())))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise InputError(
+                    f"--also-seen {args.also_seen}: not what `info` shows ({error})"
+                ) from error
+        save_model(made, args.out, read_card(args.model))
+        for name, value in (made.seen.to_dict() if made.seen else {}).items():
+            print(f"{name}: {value}")
+        print(f"written: {args.out}, with the weights of {args.model}")

@@ -791,17 +791,6 @@ def run(args: argparse.Namespace) -> None:
         f"{len(training_data)} structures to train on, {len(validation_data)} to validate, "
         f"{model.num_parameters:,} parameters"
     )
-    train(
-        model,
-        stages,
-        training_data,
-        validation_data,
-        args.out,
-        max_atoms=args.max_atoms,
-        seed=args.seed,
-        validate_every=args.validate_every,
-        save_every=args.save_every,
-        workers=args.workers,
-        kernels=args.kernels,
-        fabric=fabric,
-    )
+    kept = ("max_atoms", "seed", "validate_every", "save_every", "workers", "kernels")
+    options = {name: getattr(args, name) for name in kept}
+    train(model, stages, training_data, validation_data, args.out, fabric=fabric, **options)

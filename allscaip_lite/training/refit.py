@@ -231,18 +231,18 @@ def run(args: argparse.Namespace) -> None:
     """`allscaip-lite refit`."""
     check_file_name(args.out, f"--out {args.out}")
     with locked_file(args.out):
-        _run(args)
-
-
-def _run(args: argparse.Namespace) -> None:
-    device = usable_device(args.device)
-    model = load_model(args.model, device=device, kernels="plain")  # `measure` chooses
-    whole = Dataset(args.data)
-    data = Subset(whole, evenly_spaced(len(whole), args.structures))
-    energy, force = args.weights
-    weights = {"energy_weight": energy, "force_weight": force, "stress_weight": args.stress_weight}
-    found = refit(model, data, **weights, seed=args.seed, kernels=args.kernels)
-    save_model(found.model, args.out, read_card(args.model))
-    for name, before in found.before.items():
-        print(f"{name:22s} {before:8.3f} → {found.after[name]:8.3f} {KINDS[name]}")
-    print(f"written: {args.out}; `allscaip-lite evaluate` says how it does on other structures")
+        device = usable_device(args.device)
+        model = load_model(args.model, device=device, kernels="plain")  # `measure` chooses
+        whole = Dataset(args.data)
+        data = Subset(whole, evenly_spaced(len(whole), args.structures))
+        energy, force = args.weights
+        weights = {
+            "energy_weight": energy,
+            "force_weight": force,
+            "stress_weight": args.stress_weight,
+        }
+        found = refit(model, data, **weights, seed=args.seed, kernels=args.kernels)
+        save_model(found.model, args.out, read_card(args.model))
+        for name, before in found.before.items():
+            print(f"{name:22s} {before:8.3f} → {found.after[name]:8.3f} {KINDS[name]}")
+        print(f"written: {args.out}; `allscaip-lite evaluate` says how it does on other structures")
