@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import numba
 import numpy as np
 
+Local = tuple[np.ndarray, np.ndarray, np.ndarray]  # r (3, P), ω₀ (P,) and κ (P,) of P points
 LEAST_DENSITY = 1e-8  # PySCF's: points with less (in electrons/bohr³) count as empty
 
 
@@ -55,12 +56,11 @@ def energy_and_potential(
     Returns ε (P,), where E = Σ w ρ ε, and (2, P): dE/dρ and dE/dγ a unit of weight (eqs. 13–15).
     """
     b, c = parameters
-    dense, density, gamma, omega, kappa = _local(rho, b, c)
-    there, inner_density, _, inner_omega, inner_kappa = _local(inner_rho, b, c)
-    charges = inner_density * inner_weights[there]
-    r, inner_r = (np.ascontiguousarray(x) for x in (coords[dense].T, inner_coords[there].T))
-    phi, u, w = _pair_sums(r, omega, kappa, inner_r, inner_omega, inner_kappa, charges)
+    dense, density, gamma, here = _local(rho, coords, b, c)
+    counted, inner_density, _, there = _local(inner_rho, inner_coords, b, c)
+    phi, u, w = _pair_sums(here, there, inner_density * inner_weights[counted])
 
+    _, omega, kappa = here
     beta = _beta(b)
     ratio = c * (gamma / density**2) ** 2
     omega_by_density = (2 * np.pi / 3 * density - 2 * ratio) / omega  # times ρ
@@ -88,12 +88,10 @@ def pair_gradient(
     """
     b, c = parameters
     gradient = np.zeros((rho.shape[1], 3))
-    dense, _, _, omega, kappa = _local(rho, b, c)
+    dense, _, _, here = _local(rho, coords, b, c)
     inner_rho = inner_rho.reshape(-1, len(inner_weights))
-    there, inner_density, _, inner_omega, inner_kappa = _local(inner_rho, b, c)
-    charges = inner_density * inner_weights[there]
-    r, inner_r = (np.ascontiguousarray(x) for x in (coords[dense].T, inner_coords[there].T))
-    gradient[dense] = _pair_forces(r, omega, kappa, inner_r, inner_omega, inner_kappa, charges)
+    counted, inner_density, _, there = _local(inner_rho, inner_coords, b, c)
+    gradient[dense] = _pair_forces(here, there, inner_density * inner_weights[counted])
     return gradient, _beta(b)
 
 
@@ -101,27 +99,23 @@ def _beta(b: float) -> float:
     return (3 / b**2) ** 0.75 / 32
 
 
-def _local(rho: np.ndarray, b: float, c: float) -> tuple[np.ndarray, ...]:
-    """Which points count, and ρ, γ, ω₀, κ at those."""
+def _local(
+    rho: np.ndarray, coords: np.ndarray, b: float, c: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Local]:
+    """Which points count, and ρ, γ, and r, ω₀ and κ at those."""
     dense = rho[0] >= LEAST_DENSITY
     density, *slope = rho[:4, dense]
     gamma = sum(component**2 for component in slope)
     omega = np.sqrt(c * (gamma / density**2) ** 2 + 4 * np.pi / 3 * density)
     kappa = b * 1.5 * np.pi * (density / (9 * np.pi)) ** (1 / 6)
-    return dense, density, gamma, omega, kappa
+    return dense, density, gamma, (np.ascontiguousarray(coords[dense].T), omega, kappa)
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True)
-def _pair_sums(
-    r: np.ndarray,
-    omega: np.ndarray,
-    kappa: np.ndarray,
-    inner_r: np.ndarray,
-    inner_omega: np.ndarray,
-    inner_kappa: np.ndarray,
-    charges: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Σ_r' w' ρ' Φ, and the sums U and W of VV10 eqs. 14–15; r (3, P), all others (P,) or (Q,)."""
+def _pair_sums(here: Local, there: Local, charges: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Σ_r' w' ρ' Φ, and the sums U and W of VV10 eqs. 14–15, (P,) each; charges w' ρ' (Q,)."""
+    r, omega, kappa = here
+    inner_r, inner_omega, inner_kappa = there
     phi = np.empty(r.shape[1])
     u = np.empty(r.shape[1])
     w = np.empty(r.shape[1])
@@ -144,16 +138,10 @@ def _pair_sums(
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True)
-def _pair_forces(
-    r: np.ndarray,
-    omega: np.ndarray,
-    kappa: np.ndarray,
-    inner_r: np.ndarray,
-    inner_omega: np.ndarray,
-    inner_kappa: np.ndarray,
-    charges: np.ndarray,
-) -> np.ndarray:
+def _pair_forces(here: Local, there: Local, charges: np.ndarray) -> np.ndarray:
     """Σ_r' w' ρ' ∂Φ/∂r, (P, 3)."""
+    r, omega, kappa = here
+    inner_r, inner_omega, inner_kappa = there
     forces = np.empty((r.shape[1], 3))
     for i in range(r.shape[1]):
         x, y, z, om, ka = r[0, i], r[1, i], r[2, i], omega[i], kappa[i]
