@@ -63,17 +63,7 @@ class SmallBlocks(numint.NumInt):  # type: ignore[misc]
     megabytes, stays in the processor's cache. PySCF itself takes as many as memory allows.
     """
 
-    def block_loop(
-        self,
-        mol: Any,
-        grids: Any,
-        nao: int | None = None,
-        deriv: int = 0,
-        max_memory: float = 2000,
-        non0tab: np.ndarray | None = None,
-        blksize: int | None = None,
-        buf: np.ndarray | None = None,
-    ) -> Iterator[tuple[np.ndarray, ...]]:
+    def block_loop(self, *arguments: Any, **named: Any) -> Iterator[tuple[np.ndarray, ...]]:
         """PySCF's loop over blocks of points: basis functions, mask, weights, coordinates."""
-        blksize = blksize or POINTS
-        return super().block_loop(mol, grids, nao, deriv, max_memory, non0tab, blksize, buf)
+        named["blksize"] = named.get("blksize") or POINTS
+        return super().block_loop(*arguments, **named)
