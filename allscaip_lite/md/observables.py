@@ -1,9 +1,9 @@
 """What experiments measure, out of the folders that `allscaip_lite.md.dynamics` writes.
 
-In: runs of water (atoms as O, H, H). Out: density, heat of vaporisation, radial distribution
-functions, self-diffusion, energy drift and dielectric constant, each with an error bar from block
-averages. Radial distributions, mean squared displacements and dipole fluctuations are MDAnalysis'
-(Michaud-Agrawal et al., J. Comput. Chem. 32, 2319, 2011).
+In: runs of water (atoms as O, H, H). Out: radial distribution functions, self-diffusion, energy
+drift, dielectric constant and temperatures, each with an error bar from block averages. Radial
+distributions, mean squared displacements and dipole fluctuations are MDAnalysis' (Michaud-Agrawal
+et al., J. Comput. Chem. 32, 2319, 2011).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from allscaip_lite.spcfw import CHARGES, are_waters
 if TYPE_CHECKING:
     from MDAnalysis import Universe
 
-KJ_PER_MOL = units.kJ / units.mol
 YEH_HUMMER = 2.837297  # of a cubic box
 
 # Of liquid water at 298.15 K and 1 bar, and where each is from.
@@ -228,26 +227,6 @@ def make_universe(
 
 
 # --- Thermodynamics --------------------------------------------------------------------------
-
-
-def heat_of_vaporization(liquid: Estimate, gas: Estimate, temperature: float) -> Estimate:
-    """ΔH_vap = ⟨E_gas⟩ - ⟨E_liquid⟩ + RT in kJ/mol, of potential energies a molecule in kJ/mol.
-
-    RT is the gas' pV; the liquid's pV (0.002 kJ/mol) is left out, and kinetic energies are
-    classical and cancel. No quantum correction is added.
-
-    ⟨E_gas⟩ contains a flexible molecule's mean strain energy, for three classical vibrations 3/2 RT
-    or 3.7 kJ/mol. With zero in its place, a vapour of molecules at rest, the result is lower by as
-    much; the value usually quoted for SPC/Fw is near that.
-    """
-    work = units.kB * temperature / KJ_PER_MOL  # RT
-    error = float(np.hypot(gas.error, liquid.error))
-    return Estimate(gas.value - liquid.value + work, error)
-
-
-def per_mole(energy: Estimate) -> Estimate:
-    """kJ/mol from eV."""
-    return Estimate(energy.value / KJ_PER_MOL, energy.error / KJ_PER_MOL)
 
 
 def energy_drift(run: Run) -> Estimate:

@@ -22,10 +22,8 @@ from allscaip_lite.md.observables import (
     dielectric_constant,
     energy_drift,
     first_peak,
-    heat_of_vaporization,
     make_universe,
     mean_squared_displacement,
-    per_mole,
     radial_distribution,
     read_run,
     self_diffusion,
@@ -35,7 +33,9 @@ from allscaip_lite.md.observables import (
 from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from docs.studies.water.run import (
     closest_contact,
+    heat_of_vaporization,
     pairs_by_structure,
+    per_mole,
     rdf_at_first_peak,
     reweighted_difference,
 )
