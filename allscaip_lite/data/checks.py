@@ -24,7 +24,7 @@ from allscaip_lite.errors import DataError
 
 LABELS = ("energy", "forces", "stress")
 Labels = dict[str, Any]  # by names of LABELS: a float, arrays (N, 3) and (6,)
-# REF_energy, DFT-forces, energy_ref, total_energy (eV), virials …: the quantity, and words beside it
+# REF_energy, DFT-forces, energy_ref, total_energy (eV), virials …: the quantity, and words by it
 _WORD = r"(?:reference|ref|dft|qm|target|label|total|tot|potential|ev|ang(?:strom)?|a)"
 _SPELLING = re.compile(
     rf"(?:{_WORD}[^a-z0-9]*)*(energy|forces?|stress|virials?)[^a-z0-9]*(?:{_WORD}[^a-z0-9]*)*"
