@@ -103,6 +103,8 @@ class AllScAIPCalculator(Calculator):
         properties: list[str] | None = None,
         system_changes: list[str] = all_changes,
     ) -> None:
+        if not isinstance(self.atoms if atoms is None else atoms, Atoms):
+            raise InputError("no structure: give an ase.Atoms, as in atoms.calc = calculator")
         super().calculate(atoms, properties, system_changes)
         atoms = cast(Atoms, self.atoms)  # a copy, which ASE compares with the next one
         self.stated = stated_charge_and_spin(atoms)

@@ -28,6 +28,7 @@ from allscaip_lite.errors import InputError, RunError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+Named = TypeVar("Named", bound=str | os.PathLike[str])
 FULL = 1 << 20  # bytes; a disk with less is full
 LOCK = ".lock"  # the name of the file that is locked in a folder
 WAIT = 5.0  # seconds, for another process that writes the same file
@@ -61,6 +62,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def listed_paths(paths: Named | Iterable[Named]) -> list[Named]:
+    """One path, or several, as a list; `InputError` for what is none."""
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    found = list(several) if isinstance(several, Iterable) else [several]
+    for path in found:
+        if not isinstance(path, (str, os.PathLike)) or not str(path):
+            raise InputError(f"give the path of a file, or a list of paths, not {path!r:.80}")
+    return found
 
 
 def check_no_folder(path: Path) -> None:

@@ -31,7 +31,7 @@ from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import Activation, FeedForward, Linear, SelfAttention, make_norm
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.operations import PLAIN, Operations
-from allscaip_lite.structures import Structures, structures_from_atoms
+from allscaip_lite.structures import Structures, listed, structures_from_atoms
 
 M = TypeVar("M", bound=nn.Module)
 # In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.
@@ -527,8 +527,9 @@ class AllScAIP(nn.Module):
         Raises:
             StructureError: the model cannot answer for a structure, or `outside_training` is
                 "error" and something is outside.
+            TypeError: for what is no `ase.Atoms`.
         """
-        batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
+        batch = listed(atoms)
         limit = self.config.max_num_elements
         assumed: Assumptions = {}
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)

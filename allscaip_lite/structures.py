@@ -6,8 +6,9 @@ Charge and spin multiplicity are what `electrons` reads from `atoms.info`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,14 +177,10 @@ def structures_from_atoms(
         StructureError: for what the model cannot answer for.
         TypeError: for what is no `ase.Atoms`.
     """
-    batch = [atoms] if isinstance(atoms, Atoms) else list(atoms)
-    if not batch:
-        raise StructureError("no structures: give one ase.Atoms or a non-empty list of them")
+    batch = listed(atoms)
     cells, charges, spins = [], [], []
     noted: Assumptions = {} if assumed is None else assumed
     for index, system in enumerate(batch):
-        if not isinstance(system, Atoms):
-            raise TypeError(f"structure {index} is a {type(system).__name__}, not an ase.Atoms")
         where = _Place(index, system)
         charge, spin = check_structure(system, where, max_num_elements, noted)
         charges.append(charge)
@@ -203,6 +200,26 @@ def structures_from_atoms(
         natoms=torch.tensor([len(a) for a in batch]),
     )
     return structures.centered().to(device, dtype)
+
+
+def listed(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
+    """One structure, or several, as a list.
+
+    Raises TypeError for what is no `ase.Atoms`, `StructureError` for an empty list.
+    """
+    if isinstance(atoms, Atoms):
+        return [atoms]
+    if isinstance(atoms, (str, Path)) or not isinstance(atoms, Iterable):
+        raise TypeError(
+            f"give an ase.Atoms or a list of them, such as ase.io.read(file), not {atoms!r:.80}"
+        )
+    batch = list(atoms)
+    for index, system in enumerate(batch):
+        if not isinstance(system, Atoms):
+            raise TypeError(f"structure {index} is a {type(system).__name__}, not an ase.Atoms")
+    if not batch:
+        raise StructureError("no structures: give one ase.Atoms or a non-empty list of them")
+    return batch
 
 
 @dataclass(frozen=True)

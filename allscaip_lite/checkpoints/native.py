@@ -72,7 +72,7 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        InputError: for an unknown name, and where the hub does not give the file.
+        InputError: for an unknown name or none, and where the hub does not give the file.
         FileNotFoundError: for a path without a file.
         CheckpointError: for a file that is no model, or a damaged one.
         UnsafeCheckpointError: for a pickle that contains more than data.
@@ -109,6 +109,11 @@ def read_card(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def _locate(name_or_path: str | Path) -> Path:
+    if not isinstance(name_or_path, (str, Path)) or not str(name_or_path).strip():
+        raise InputError(
+            "give the name of a model, such as 'lite', or the path of its file, not "
+            f"{name_or_path!r:.80}"
+        )
     name, bundled = str(name_or_path), bundled_models()
     if name in bundled:
         return bundled[name]

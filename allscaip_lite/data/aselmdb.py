@@ -31,7 +31,7 @@ from allscaip_lite.data.checks import LABELS, check_apart, check_atoms, checked_
 from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
 from allscaip_lite.electrons import Assumptions, charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError
-from allscaip_lite.files import atomic_write, fingerprint
+from allscaip_lite.files import atomic_write, fingerprint, listed_paths
 
 SLOW = 4  # seconds, after which what is under way shows a progress bar
 SPLITS = ("train", "val", "test")
@@ -91,8 +91,7 @@ class Dataset:
         paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         labelled: bool = True,
     ) -> None:
-        several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-        groups = [_shards(Path(path)) for path in several]
+        groups = [_shards(Path(path)) for path in listed_paths(paths)]
         self.paths = [shard for group in groups for shard in group]
         if not self.paths:
             raise DataError("no data: the list of paths is empty")

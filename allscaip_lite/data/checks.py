@@ -35,6 +35,8 @@ SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is
 
 def check_atoms(atoms: Atoms, where: str) -> None:
     """Raise `DataError`, naming it, for an atom without an element or a place."""
+    if not isinstance(atoms, Atoms):
+        raise DataError(f"{where} is a {type(atoms).__name__}, not an ase.Atoms")
     for index, number in enumerate(atoms.numbers):
         if not 0 < number < len(chemical_symbols):
             raise DataError(f"{where}: atom {index} has the atomic number {number}, of no element")

@@ -27,10 +27,11 @@ from allscaip_lite.electrons import (
     states_charge_or_spin,
 )
 from allscaip_lite.errors import DataError, StructureError, StructureWarning
+from allscaip_lite.files import listed_paths
 
 
 def convert(
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     charge: int | None = None,
     spin: int | None = None,
     domain: str | None = None,
@@ -60,7 +61,7 @@ def convert(
     """
     assumed: Assumptions = {}
     taken: Counter[str] = Counter()
-    for name in files:
+    for name in listed_paths(files):
         path, _ = file_and_index(name)
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
             yield _converted(atoms, where, charge, spin, domain, Path(path).stem, assumed, taken)

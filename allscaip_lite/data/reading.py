@@ -20,6 +20,7 @@ from ase.utils import string2index
 from allscaip_lite.data.aselmdb import Dataset, atoms_of_row
 from allscaip_lite.data.checks import check_atoms
 from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.files import listed_paths
 
 DATABASES = ("db", "json", "aselmdb")  # names of formats in ASE
 
@@ -39,6 +40,7 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
     Raises FileNotFoundError for a file that does not exist, DataError for one that ASE cannot read,
     or that holds no structures.
     """
+    listed_paths(name)  # raises
     path, index = file_and_index(name, index)
     file = Path(path)
     if not file.exists():

@@ -21,7 +21,7 @@ from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.convert import convert
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.electrons import charge_and_spin
-from allscaip_lite.errors import DataError, StructureWarning
+from allscaip_lite.errors import DataError, InputError, StructureWarning
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:
@@ -312,3 +312,12 @@ def test_atoms_without_element_or_place_are_named(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "a.traj", atoms)
     with pytest.raises(DataError, match=r"a\.traj, structure 0 .*: atoms 1 and 2 stand on"):
         list(convert([tmp_path / "a.traj"], progress=False))
+
+
+@pytest.mark.parametrize("path", [None, "", 3, [None]])
+def test_what_is_no_path_is_named(path: object, tmp_path: Path) -> None:
+    for read in (Dataset, lambda name: list(convert(name, progress=False))):
+        with pytest.raises(InputError, match="give the path of a file, or a list of paths, not"):
+            read(path)
+    with pytest.raises(DataError, match="structure 0 is a Atom, not an ase.Atoms"):
+        write_aselmdb(tmp_path / "a.aselmdb", molecule("H2O"))

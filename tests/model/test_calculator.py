@@ -22,6 +22,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, StructureError
 from allscaip_lite.checkpoints import save_model
+from allscaip_lite.errors import InputError
 from allscaip_lite.kernels import choose
 
 ModelMaker = Callable[..., AllScAIP]
@@ -348,3 +349,16 @@ def test_trajectory_keeps_the_results(calculator: AllScAIPCalculator, tmp_path: 
     assert frame.get_potential_energy() == atoms.get_potential_energy()
     np.testing.assert_array_equal(frame.get_forces(), forces)
     assert frame.info["charge"] == 0 and frame.info["spin"] == 1
+
+
+@pytest.mark.parametrize("wrong", [None, "", 3, "water.xyz"])
+def test_what_is_no_structure_and_no_model_is_named(
+    calculator: AllScAIPCalculator, wrong: Any
+) -> None:
+    with pytest.raises(TypeError, match=f"give an ase.Atoms or a list of them.* not {wrong!r}"):
+        calculator.model.predict(wrong)
+    with pytest.raises(InputError, match="no structure: give an ase.Atoms"):
+        AllScAIPCalculator(calculator.model).get_potential_energy(wrong)
+    if wrong != "water.xyz":
+        with pytest.raises(InputError, match="give the name of a model, such as 'lite', or"):
+            AllScAIPCalculator(wrong)
