@@ -537,7 +537,20 @@ def train(
                 watch(stage, done, losses[-1])
             if done % validate_every == 0 or done == stage.steps:
                 errors = evaluate(average.module, validation_data)
-                report(fabric, folder, stage, done, losses, errors, started, first)
+                mean, pace = (
+                    sum(losses) / len(losses),
+                    (time.monotonic() - started) / (done - first),
+                )
+                line = {"stage": stage.name, "step": done, "loss": mean, **errors}
+                fabric.print(
+                    f"{stage.name} {done}/{stage.steps}  loss {mean:.3f}  validation: energy "
+                    f"{errors['energy_mae']:.2f} meV/atom, forces {errors['force_mae']:.1f} meV/Å  "
+                    f"{pace:.2f} s/step, {pace * (stage.steps - done) / 60:.0f} min left",
+                    flush=True,
+                )
+                if fabric.global_rank == 0:
+                    with log_file.open("a") as log:
+                        log.write(json.dumps({**line, "seconds_per_step": pace}) + "\n")
                 losses.clear()
             if done % save_every == 0:
                 save(done)
@@ -563,36 +576,6 @@ def _check_stress_weight(stage: Stage, model: AllScAIP, data: LabelledData) -> N
             f"stress weight {stage.stress_weight:g}, but no training structure is periodic and has "
             "a stress: leave --stress-weight out, or convert the data with stresses or virials"
         )
-
-
-def report(
-    fabric: lightning_fabric.Fabric,
-    folder: Path,
-    stage: Stage,
-    step: int,
-    losses: list[float],
-    errors: dict[str, float],
-    started: float,
-    first: int,
-) -> None:
-    """One line to the screen and one to `log.jsonl`."""
-    pace = (time.monotonic() - started) / max(1, step - first)
-    line = {
-        "stage": stage.name,
-        "step": step,
-        "loss": sum(losses) / len(losses),
-        **errors,
-        "seconds_per_step": pace,
-    }
-    fabric.print(
-        f"{stage.name} {step}/{stage.steps}  loss {line['loss']:.3f}  validation: "
-        f"energy {errors['energy_mae']:.2f} meV/atom, forces {errors['force_mae']:.1f} meV/Å  "
-        f"{pace:.2f} s/step, {pace * (stage.steps - step) / 60:.0f} min left",
-        flush=True,
-    )
-    if fabric.global_rank == 0:
-        with (folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
