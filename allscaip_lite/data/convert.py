@@ -24,7 +24,7 @@ from allscaip_lite.electrons import (
     Assumptions,
     charge_and_spin,
     say_assumptions,
-    states_charge_or_spin,
+    state_charge_and_spin,
 )
 from allscaip_lite.errors import DataError, StructureError, StructureWarning
 from allscaip_lite.files import listed_paths
@@ -64,37 +64,24 @@ def convert(
     for name in listed_paths(files):
         path, _ = file_and_index(name)
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
-            yield _converted(atoms, where, charge, spin, domain, Path(path).stem, assumed, taken)
+            check_apart(atoms, where)
+            labels = labels_under_any_name(atoms, where, taken)
+            try:
+                state = charge_and_spin(atoms, where, charge, spin, assumed)
+            except StructureError as error:
+                raise DataError(
+                    f"{error}: give the right --charge and --spin (2S + 1, 1 for a closed shell)"
+                ) from error
+            atoms.info = {"data_id": Path(path).stem, "source": where, **atoms.info}
+            state_charge_and_spin(atoms, *state)
+            if domain:
+                atoms.info["data_id"] = domain
+            atoms.calc = SinglePointCalculator(atoms, **labels)
+            yield atoms
     say_assumptions(assumed)
     if taken:
         listed = "; ".join(f"{count} structures: {what}" for what, count in taken.items())
         warnings.warn(f"labels under other names: {listed}", StructureWarning, stacklevel=2)
-
-
-def _converted(
-    atoms: Atoms,
-    where: str,
-    charge: int | None,
-    spin: int | None,
-    domain: str | None,
-    file: str,
-    assumed: Assumptions,
-    taken: Counter[str],
-) -> Atoms:
-    check_apart(atoms, where)
-    labels = labels_under_any_name(atoms, where, taken)
-    try:
-        charge, spin = charge_and_spin(atoms, where, charge, spin, assumed)
-    except StructureError as error:
-        raise DataError(
-            f"{error}: give the right --charge and --spin (2S + 1, 1 for a closed shell)"
-        ) from error
-    kept = {key: value for key, value in atoms.info.items() if not states_charge_or_spin(key)}
-    atoms.info = {"data_id": file, "source": where, **kept, "charge": charge, "spin": spin}
-    if domain:
-        atoms.info["data_id"] = domain
-    atoms.calc = SinglePointCalculator(atoms, **labels)
-    return atoms
 
 
 # --- The command -----------------------------------------------------------------------------

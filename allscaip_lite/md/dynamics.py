@@ -358,7 +358,7 @@ def _simulate(
                 written.add(atoms)
             if step % save_every == 0 or step == last:
                 seconds = time.monotonic() - started
-                _save_state(folder / "state.npz", integrator, generator, written, seconds)
+                written.save_state(integrator, generator, seconds)
 
         try:
             if first == 0 and written.frames == 0:
@@ -493,28 +493,6 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def _save_state(
-    file: Path,
-    integrator: Integrator,
-    generator: np.random.Generator,
-    written: _Written,
-    seconds: float,
-) -> None:
-    atoms = integrator.atoms
-    arrays = {
-        "step": integrator.nsteps,
-        **written.summary(),
-        "seconds": seconds,  # that the run took so far
-        "positions": atoms.positions,
-        "momenta": atoms.get_momenta(),
-        "cell": atoms.cell.array,
-        "random": json.dumps(generator.bit_generator.state),
-        **{name: attrgetter(name)(integrator) for name in _memory(integrator)},
-    }
-    with store_state(file) as partial:
-        np.savez(partial, **arrays)
-
-
 def _set(integrator: Integrator, name: str, value: np.ndarray) -> None:
     owner, _, attribute = name.rpartition(".")
     plain = value.item() if value.ndim == 0 else value
@@ -549,6 +527,24 @@ class _Written:
             "log_bytes": self.log_bytes,
             "log_sha256": self.of_log.hexdigest(),
         }
+
+    def save_state(
+        self, integrator: Integrator, generator: np.random.Generator, seconds: float
+    ) -> None:
+        """All from which the run goes on, `seconds` that it took so far among it."""
+        atoms = integrator.atoms
+        arrays = {
+            "step": integrator.nsteps,
+            **self.summary(),
+            "seconds": seconds,
+            "positions": atoms.positions,
+            "momenta": atoms.get_momenta(),
+            "cell": atoms.cell.array,
+            "random": json.dumps(generator.bit_generator.state),
+            **{name: attrgetter(name)(integrator) for name in _memory(integrator)},
+        }
+        with store_state(self.trajectory.with_name("state.npz")) as partial:
+            np.savez(partial, **arrays)
 
     def resume(self, state: Mapping[str, np.ndarray], frames: int, step: int) -> None:
         """Bring trajectory and log back to what they were when the state was saved.
