@@ -55,20 +55,12 @@ class Record:
             raise AttributeError(f"{self.class_name} has no {name!r}") from None
 
 
-RECORDS = (
-    f"{CHECKPOINT_MODULE}.{CHECKPOINT_CLASS}",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.Metadata",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.StringNode",
-    "omegaconf.nodes.IntegerNode",
-    "omegaconf.nodes.FloatNode",
-    "omegaconf.nodes.BooleanNode",
-    "omegaconf.nodes.PathNode",
-    "omegaconf.nodes.BytesNode",
-)
+OMEGACONF = (
+    "dictconfig.DictConfig listconfig.ListConfig base.Metadata base.ContainerMetadata "
+    "nodes.AnyNode nodes.StringNode nodes.IntegerNode nodes.FloatNode nodes.BooleanNode "
+    "nodes.PathNode nodes.BytesNode"
+).split()
+RECORDS = (f"{CHECKPOINT_MODULE}.{CHECKPOINT_CLASS}", *(f"omegaconf.{name}" for name in OMEGACONF))
 
 
 @dataclass(frozen=True)
