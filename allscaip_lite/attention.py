@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,17 @@ def pair_sums(neighborhoods: Neighborhoods, weights: Tensor, degree: int) -> Ten
     return encodings.pair_sums(neighborhoods.legendre[:degree], weights)
 
 
+class Heads(NamedTuple):
+    """How the H channels are shared: the channels of a head that belong to each degree of the
+    angular encoding (see `channel_groups`), the number h of heads, and the share of their weights
+    that is dropped.
+    """
+
+    groups: list[slice]
+    number: int
+    dropout: float = 0.0
+
+
 def channel_groups(channels: tuple[int, ...] | None, head_size: int) -> list[slice]:
     """The channels of a head that belong to each Legendre degree; one group without LAE."""
     groups, start = [], 0
@@ -66,13 +78,7 @@ def angular_logits(q: Tensor, k: Tensor, legendre: Tensor, groups: list[slice]) 
 
 
 def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_weight: Tensor,
-    legendre: Tensor,
-    groups: list[slice],
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor, legendre: Tensor, heads: Heads
 ) -> tuple[Tensor, Tensor]:
     """softmax_f(Σ_l P_l(cos θ_ef) q_e·k_f/√D + log w_f) v_f, with Q queries and K keys a row.
 
@@ -82,24 +88,18 @@ def softmax_attention(
         v: values (h, N, K, D).
         log_weight: (N, K), the logarithm of the envelope w_f.
         legendre: P_l(cos θ_ef) from l = 1 on, (l, N, Q, K).
-        groups: the channels of each degree l, from l = 0 on.
-        dropout: share of the weights that are dropped.
+        heads: how the channels are shared.
 
     Returns:
         What each query gets, (h, N, Q, D), and the weights (h, N, Q, K).
     """
-    logits = angular_logits(q, k, legendre, groups) * q.shape[-1] ** -0.5  # (h, N, Q, K)
+    logits = angular_logits(q, k, legendre, heads.groups) * q.shape[-1] ** -0.5  # (h, N, Q, K)
     weights = (logits + log_weight.unsqueeze(1)).softmax(-1)  # rows sum to one
-    return F.dropout(weights, dropout, dropout > 0) @ v, weights
+    return F.dropout(weights, heads.dropout, heads.dropout > 0) @ v, weights
 
 
 def neighborhood_attention(
-    qkv: Tensor,
-    neighborhoods: Neighborhoods,
-    layout: str,
-    groups: list[slice],
-    num_heads: int,
-    dropout: float = 0.0,
+    qkv: Tensor, neighborhoods: Neighborhoods, layout: str, heads: Heads
 ) -> tuple[Tensor, Tensor]:
     """Every edge attends to the edges of its row.
 
@@ -107,9 +107,7 @@ def neighborhood_attention(
         qkv: queries, keys and values of the edges, (M, 3H).
         neighborhoods: the rows.
         layout: "source", where a row holds the edges that leave an atom, or "destination".
-        groups: the channels of a head that belong to each degree, see `channel_groups`.
-        num_heads: h.
-        dropout: share of the weights that are dropped.
+        heads: how the channels are shared.
 
     Returns:
         (M, H), and the weights (h, N, K, K).
@@ -117,21 +115,15 @@ def neighborhood_attention(
     log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
     table = qkv.new_zeros(n * num_slots, qkv.shape[1]).index_copy(0, slot, qkv)  # (N·K, 3H)
-    q, k, v = table.view(n, num_slots, 3, num_heads, -1).permute(2, 3, 0, 1, 4)  # (h, N, K, D) each
-    options = (log_weight, neighborhoods.legendre, groups, dropout)
-    mixed, weights = softmax_attention(q, k, v, *options)
+    table = table.view(n, num_slots, 3, heads.number, -1)
+    q, k, v = table.permute(2, 3, 0, 1, 4)  # (h, N, K, D) each
+    mixed, weights = softmax_attention(q, k, v, log_weight, neighborhoods.legendre, heads)
     mixed = mixed.permute(1, 2, 0, 3).reshape(n * num_slots, -1)  # (N·K, H)
     return mixed.index_select(0, slot), weights
 
 
 def self_edge_attention(
-    q: Tensor,
-    key_value: Tensor,
-    neighborhoods: Neighborhoods,
-    layout: str,
-    groups: list[slice],
-    num_heads: int,
-    dropout: float = 0.0,
+    q: Tensor, key_value: Tensor, neighborhoods: Neighborhoods, layout: str, heads: Heads
 ) -> tuple[Tensor, Tensor]:
     """`neighborhood_attention` for the atoms alone, which stand in slot 0 of their rows.
 
@@ -140,20 +132,18 @@ def self_edge_attention(
         key_value: keys and values of the edges, (M, 2H).
         neighborhoods: as there, and so are the others.
         layout: "source" or "destination".
-        groups: the channels of each degree.
-        num_heads: h.
-        dropout: share of the weights that are dropped.
+        heads: how the channels are shared.
 
     Returns:
         (N, H), and the weights (h, N, 1, K).
     """
     log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
-    q = q.view(n, 1, num_heads, -1).permute(2, 0, 1, 3)  # (h, N, 1, D)
+    q = q.view(n, 1, heads.number, -1).permute(2, 0, 1, 3)  # (h, N, 1, D)
     table = key_value.new_zeros(n * num_slots, key_value.shape[1]).index_copy(0, slot, key_value)
-    k, v = table.view(n, num_slots, 2, num_heads, -1).permute(2, 3, 0, 1, 4)  # (h, N, K, D) each
+    k, v = table.view(n, num_slots, 2, heads.number, -1).permute(2, 3, 0, 1, 4)  # (h, N, K, D) each
     legendre = neighborhoods.legendre[:, :, :1]  # (l, N, 1, K)
-    mixed, weights = softmax_attention(q, k, v, log_weight, legendre, groups, dropout)
+    mixed, weights = softmax_attention(q, k, v, log_weight, legendre, heads)
     return mixed.permute(1, 2, 0, 3).reshape(n, -1), weights  # (N, H)
 
 

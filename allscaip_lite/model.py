@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from allscaip_lite import encodings
 from allscaip_lite.applicability import Seen, warn_outside
-from allscaip_lite.attention import SystemTable, channel_groups
+from allscaip_lite.attention import Heads, SystemTable, channel_groups
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
 from allscaip_lite.errors import InputError, StructureError
@@ -181,6 +181,10 @@ class Block(nn.Module):
     def dropout(self) -> float:
         return self.config.attention_dropout if self.training else 0.0
 
+    @property
+    def heads(self) -> Heads:
+        return Heads(self.groups, self.config.num_heads, self.dropout)
+
     def forward(
         self, states: Tensor, geometry: Geometry, index: int, record: AttentionRecord | None = None
     ) -> Tensor:
@@ -216,9 +220,7 @@ class Block(nn.Module):
             layer.project(norm(states, ops), ops),  # (M, 3H)
             geometry.neighborhoods,
             layout,
-            self.groups,
-            self.config.num_heads,
-            self.dropout,
+            self.heads,
         )
         if record is not None:
             getattr(record, layout).append(weights)
@@ -234,9 +236,7 @@ class Block(nn.Module):
             layer.project(normed, ops, ("key", "value")),  # (M, 2H)
             geometry.neighborhoods,
             "destination",
-            self.groups,
-            self.config.num_heads,
-            self.dropout,
+            self.heads,
         )
         return torch.addcmul(nodes, layer.output(mixed, ops), self.scale["destination"])
 

@@ -55,7 +55,7 @@ class Operations:
     soft_rank: distances (N, C), width → (N, C).
     neighborhoods: graph, degree → what the next three read: the graph with angles up to P_degree.
     pair_sums: neighborhoods, weights (N, K), degree → (N, degree).
-    neighborhood_attention: qkv (M, 3H), neighborhoods, layout, groups, h, dropout → (M, H).
+    neighborhood_attention: qkv (M, 3H), neighborhoods, layout, heads → (M, H).
     self_edge_attention: q (N, H), key_value (M, 2H) and the same → (N, H).
     node_attention: qkv (N, 3H), bias (B, h, n, n), systems, h, dropout → (N, H).
     system_distances: structures, positions (B, n, 3) → (B, n, n) Å between nearest images.

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from allscaip_lite import attention, neighbors, operations
-from allscaip_lite.attention import Neighborhoods, SystemTable
+from allscaip_lite.attention import Heads, Neighborhoods, SystemTable
 from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import Graph
 from allscaip_lite.kernels import elementwise, fused_attention
@@ -205,22 +205,17 @@ def _serves(x: Tensor) -> bool:
 
 
 def neighborhood_attention(
-    qkv: Tensor,
-    neighborhoods: Rows | Neighborhoods,
-    layout: str,
-    groups: list[slice],
-    num_heads: int,
-    dropout: float = 0.0,
+    qkv: Tensor, neighborhoods: Rows | Neighborhoods, layout: str, heads: Heads
 ) -> tuple[Tensor, Tensor | None]:
     """`attention.neighborhood_attention`: (M, 3H) → (M, H); weights only where it serves itself."""
-    if dropout or isinstance(neighborhoods, Neighborhoods):
+    if heads.dropout or isinstance(neighborhoods, Neighborhoods):
         plain = neighborhoods if isinstance(neighborhoods, Neighborhoods) else neighborhoods.plain
-        return attention.neighborhood_attention(qkv, plain, layout, groups, num_heads, dropout)
-    rows, widths = neighborhoods, [group.stop - group.start for group in groups]
+        return attention.neighborhood_attention(qkv, plain, layout, heads)
+    rows, widths = neighborhoods, [group.stop - group.start for group in heads.groups]
     state = getattr(rows, layout)
     # made contiguous out here, where the derivative of doing so is known
     qkv = qkv.contiguous()
-    shape = (rows, state, widths, num_heads)
+    shape = (rows, state, widths, heads.number)
     return _Attention.apply(qkv, rows.log_weight, rows.direction, *shape), None
 
 

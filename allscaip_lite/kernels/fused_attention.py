@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from allscaip_lite import attention
-from allscaip_lite.attention import Neighborhoods, SystemTable
+from allscaip_lite.attention import Heads, Neighborhoods, SystemTable
 from allscaip_lite.encodings import slot_legendre
 from allscaip_lite.graph import SLOT_STEP, Graph
 
@@ -139,49 +139,36 @@ def make_runs(counts: Tensor, num_slots: int) -> list[Run]:
 
 
 def neighborhood_attention(
-    qkv: Tensor,
-    neighborhoods: PackedNeighborhoods,
-    layout: str,
-    groups: list[slice],
-    num_heads: int,
-    dropout: float = 0.0,
+    qkv: Tensor, neighborhoods: PackedNeighborhoods, layout: str, heads: Heads
 ) -> tuple[Tensor, Tensor | None]:
     """`attention.neighborhood_attention`: (M, 3H) → (M, H); weights only with dropout."""
-    if dropout:
-        plain = neighborhoods.plain
-        return attention.neighborhood_attention(qkv, plain, layout, groups, num_heads, dropout)
-    legendre = neighborhoods.legendre(len(groups) - 1)
+    if heads.dropout:
+        return attention.neighborhood_attention(qkv, neighborhoods.plain, layout, heads)
+    legendre = neighborhoods.legendre(len(heads.groups) - 1)
     packing = getattr(neighborhoods, layout)
-    options = (packing, neighborhoods.full, neighborhoods.runs, groups, num_heads)
+    options = (packing, neighborhoods.full, neighborhoods.runs, heads.groups, heads.number)
     return _Attention.apply(qkv, neighborhoods.log_weight, legendre, *options), None
 
 
 def self_edge_attention(
-    q: Tensor,
-    key_value: Tensor,
-    neighborhoods: Any,
-    layout: str,
-    groups: list[slice],
-    num_heads: int,
-    dropout: float = 0.0,
+    q: Tensor, key_value: Tensor, neighborhoods: Any, layout: str, heads: Heads
 ) -> tuple[Tensor, Tensor | None]:
     """`attention.self_edge_attention`: q (N, H), k and v (M, 2H) → (N, H); any derivatives.
 
     A self-edge has no direction, so of the angular encoding the first group (l = 0) is left, and no
     table of slots is needed. `neighborhoods` of any kind that knows its graph.
     """
-    if dropout:
+    if heads.dropout:
         plain = getattr(neighborhoods, "plain", neighborhoods)
-        options = (layout, groups, num_heads, dropout)
-        return attention.self_edge_attention(q, key_value, plain, *options)
+        return attention.self_edge_attention(q, key_value, plain, layout, heads)
     log_weight, slot = neighborhoods.graph.log_weight, neighborhoods.graph.slot(layout)
     n, num_slots = log_weight.shape
     row = slot // num_slots  # (M,)
-    q = q.unflatten(1, (num_heads, -1))  # (N, h, D)
+    q = q.unflatten(1, (heads.number, -1))  # (N, h, D)
     k, v = key_value.unflatten(1, (2, *q.shape[1:])).unbind(1)  # (M, h, D) each
-    group = groups[0]
+    group = heads.groups[0]
     logits = (q[..., group].index_select(0, row) * k[..., group]).sum(-1) * q.shape[-1] ** -0.5
-    table = logits.new_zeros(n * num_slots, num_heads).index_copy(0, slot, logits)  # (N·K, h)
+    table = logits.new_zeros(n * num_slots, heads.number).index_copy(0, slot, logits)  # (N·K, h)
     weights = (table.view(n, num_slots, -1) + log_weight.unsqueeze(2)).softmax(1)
     weights = weights.flatten(0, 1).index_select(0, slot)  # (M, h)
     mixed = torch.zeros_like(q).index_add(0, row, weights.unsqueeze(2) * v)  # (N, h, D)

@@ -208,7 +208,7 @@ def attention_case(
         table = torch.full_like(graph.log_weight, -torch.inf, dtype=qkv.dtype)
         table = table.masked_scatter(finite, weight)
         moved = at_precision(graph, qkv.dtype, log_weight=table, slot_directions=directions)
-        rows = (ops.neighborhoods(moved, 9), layout, groups, HEADS)
+        rows = (ops.neighborhoods(moved, 9), layout, attention.Heads(groups, HEADS))
         if atoms_alone:
             return ops.self_edge_attention(qkv[:n, :32], qkv[:, 32:], *rows)[0]
         return ops.neighborhood_attention(qkv.t().contiguous().t(), *rows)[0]
@@ -391,8 +391,9 @@ def test_dropout_draws_the_same_numbers(graphs: dict[str, Graph], operations: Op
     found = []
     for ops in (PLAIN, operations):
         torch.manual_seed(0)
-        rows = (ops.neighborhoods(graph, 9), "source", groups, HEADS)
-        found.append(ops.neighborhood_attention(qkv, *rows, 0.5)[0])
+        heads = attention.Heads(groups, HEADS, 0.5)
+        rows = ops.neighborhoods(graph, 9)
+        found.append(ops.neighborhood_attention(qkv, rows, "source", heads)[0])
         systems = SystemTable.make(torch.tensor([len(qkv)]))
         found.append(ops.node_attention(qkv, None, systems, HEADS, 0.5)[0])
     assert torch.allclose(found[0], found[2], rtol=0, atol=1e-12)
@@ -562,7 +563,7 @@ def test_c_attention_in_float32(make_graph: Callable[..., Graph]) -> None:
     def answer(dtype: torch.dtype, operations: Operations) -> list[Tensor]:
         x = qkv.to(dtype).requires_grad_()
         rows = operations.neighborhoods(at_precision(graph, dtype), 4)
-        y, _ = operations.neighborhood_attention(x, rows, "source", groups, HEADS)
+        y, _ = operations.neighborhood_attention(x, rows, "source", attention.Heads(groups, HEADS))
         return [y.detach().double(), torch.autograd.grad(y.square().sum(), x)[0].double()]
 
     in_c = kernels.in_c()

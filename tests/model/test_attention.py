@@ -43,7 +43,12 @@ class Case:
     @property
     def inputs(self) -> tuple:
         graph = replace(self.graph, log_weight=self.log_weight)
-        return (self.qkv, Neighborhoods(graph, self.legendre), self.layout, self.groups, HEADS)
+        return (
+            self.qkv,
+            Neighborhoods(graph, self.legendre),
+            self.layout,
+            attention.Heads(self.groups, HEADS),
+        )
 
     @property
     def slot(self) -> Tensor:
@@ -102,7 +107,9 @@ def test_empty_slots_never_matter(graph: Graph) -> None:
     empty = ~(occupied.unsqueeze(2) & occupied.unsqueeze(1))
     legendre[:, empty] = random(len(legendre), int(empty.sum()), seed=5)
     wide = Neighborhoods(replace(graph, log_weight=log_weight, source_slot=slot), legendre)
-    found, weights = attention.neighborhood_attention(case.qkv, wide, "source", case.groups, HEADS)
+    found, weights = attention.neighborhood_attention(
+        case.qkv, wide, "source", attention.Heads(case.groups, HEADS)
+    )
     assert (weights[:, ~occupied.unsqueeze(1).expand(-1, wider, -1)] == 0).all()
     assert torch.allclose(weights.sum(-1), torch.ones_like(weights[..., 0]))
     assert torch.allclose(found, expected, rtol=0, atol=1e-13)
@@ -122,7 +129,9 @@ def test_neighborhood_attention_can_be_differentiated_twice(tiny_graph: Graph) -
     def attend(qkv: Tensor, weight: Tensor, legendre: Tensor) -> Tensor:
         table = torch.full_like(graph.log_weight, -torch.inf).masked_scatter(real, weight)
         rows = Neighborhoods(replace(graph, log_weight=table), legendre)
-        return attention.neighborhood_attention(qkv, rows, "source", case.groups, HEADS)[0]
+        return attention.neighborhood_attention(
+            qkv, rows, "source", attention.Heads(case.groups, HEADS)
+        )[0]
 
     inputs = (case.qkv, finite, case.legendre)
     assert not real.all()
@@ -273,7 +282,8 @@ def test_dropout_changes_the_mixing_but_not_the_recorded_weights(graph: Graph) -
     case = make_case(graph, CHANNELS["lae"])
     torch.manual_seed(0)
     kept, weights = attention.neighborhood_attention(*case.inputs)
-    dropped, same = attention.neighborhood_attention(*case.inputs, 0.5)
+    *inputs, heads = case.inputs
+    dropped, same = attention.neighborhood_attention(*inputs, heads._replace(dropout=0.5))
     assert torch.equal(weights, same)
     assert (kept - dropped).abs().max() > 0.1
 
