@@ -8,6 +8,7 @@ Ctrl-C. A traceback means a fault of the package's own.
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 import warnings
@@ -135,6 +136,8 @@ def _exit_status(program: str, parse: Callable[[], argparse.Namespace]) -> int:
         message = _explanation(error)
         if message is None:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message += f": free some space; {stopped}"
         print(f"{program}: {message}", file=sys.stderr)
         return 2
 
@@ -230,7 +233,9 @@ def _explanation(error: Exception) -> str | None:
         if missing not in EXTRA_OF:
             return None
         return f"{missing} is missing here: pip install 'allscaip-lite[{EXTRA_OF[missing]}]'"
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        return error.strerror
+    if isinstance(error, OSError) and error.filename:
         # not the unfinished file, whose name the user did not choose
         file = re.sub(r"\.([^/]+)\.(?:partial|lock)(/.*)?$", r"\1", str(error.filename))
         return f"{file}: {error.strerror}"

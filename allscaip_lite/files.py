@@ -53,11 +53,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield folder / path.name
             (folder / path.name).replace(path)
-        except (InputError, OSError):
+        except InputError:
+            raise
+        except OSError as error:
+            error.filename = error.filename or str(path)  # where the system does not say it
             raise
         except Exception as error:  # libraries say it in their own ways
-            if shutil.disk_usage(folder).free < FULL:
-                full = "the disk is full: free some space"
+            if "space left" in str(error) or shutil.disk_usage(folder).free < FULL:
+                full = os.strerror(errno.ENOSPC)
                 raise OSError(errno.ENOSPC, full, str(path)) from error
             raise
         finally:
@@ -88,7 +91,7 @@ def unfinished_folder(path: Path) -> Path:
 def store_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file with `atomic_write`."""
     with atomic_write(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -588,7 +588,8 @@ def _run(args: argparse.Namespace) -> None:
             "--fit-references takes off what is a constant of each element and of a charge."
         )
     if args.plots:
-        plot_errors(described, found).savefig(args.plots, dpi=150)
+        with atomic_write(args.plots) as unfinished:
+            plot_errors(described, found).savefig(unfinished, dpi=150)
         print(f"written: {args.plots}")
     if args.predictions:
         write_predictions(model, data, args.predictions)

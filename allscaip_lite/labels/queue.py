@@ -151,8 +151,8 @@ def _by_processes(folder: Path, jobs: Sequence[Job], work: Work, workers: int) -
     if any(process.exitcode for process in crew):
         codes = ", ".join(str(process.exitcode) for process in crew)
         raise RunError(
-            f"a worker died (exit status {codes}; -9 is often too little memory); "
-            "the same command goes on from here"
+            f"a worker died (exit status {codes}: its message is above, or -9, often too "
+            "little memory); the same command goes on from here"
         )
 
 
@@ -232,9 +232,12 @@ def _count(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
 def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-    for job, claim in _claimed(folder, jobs):
-        with claim:
-            _do(job, folder / job.file, work)
+    try:
+        for job, claim in _claimed(folder, jobs):
+            with claim:
+                _do(job, folder / job.file, work)
+    except OSError as error:  # a full disk, a folder that is read-only
+        sys.exit(str(error))
 
 
 def _claimed(folder: Path, jobs: Sequence[Job]) -> Iterator[tuple[Job, ExitStack]]:

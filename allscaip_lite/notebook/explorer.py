@@ -21,6 +21,7 @@ import numpy as np
 from ase import Atoms
 from tqdm import tqdm
 
+from allscaip_lite.files import atomic_write
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
 from allscaip_lite.notebook.plots import (
@@ -92,7 +93,8 @@ class Explorer(Page):
         """Write the page (.html), or for another suffix (.png, .pdf) the first picture."""
         path = Path(path)
         if path.suffix.lower() not in (".html", ".htm"):
-            self.figure().savefig(path, dpi=150, bbox_inches="tight")
+            with atomic_write(path) as unfinished:
+                self.figure().savefig(unfinished, dpi=150, bbox_inches="tight")
             return path
         return super().save(path)
 

@@ -22,6 +22,7 @@ import numpy as np
 from ase import Atoms
 from ase.data.colors import jmol_colors
 
+from allscaip_lite.files import store_text
 from allscaip_lite.notebook.plots import (
     atom_labels,
     ball_radii,
@@ -55,9 +56,8 @@ class Page:
         view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
         head = f'<html lang="en"><meta charset="utf-8">{view}<title>{escape(self.title)}</title>'
         page = f"<!doctype html>\n{head}{self.head}\n<body>\n{self.html}\n</body></html>\n"
-        path = Path(path)
-        path.write_text(page, encoding="utf-8")
-        return path
+        store_text(path, page)
+        return Path(path)
 
 
 def view_molecule(atoms: Atoms) -> Page:

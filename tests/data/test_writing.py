@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from allscaip_lite import files
+from allscaip_lite import cli, files
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.files import (
@@ -34,6 +35,30 @@ def test_a_write_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),  # of a write, which names no file
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # of safetensors
+    ],
+)
+def test_a_full_disk_is_said_with_the_file_and_what_is_kept(
+    tmp_path: Path, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.txt"
+    store_text(file, "before")
+
+    def fail(args: object) -> None:
+        with atomic_write(file):
+            raise error
+
+    stopped = "the same command starts again"
+    assert cli.run_script(lambda parser: None, fail, "make.py", "", stopped, []) == 2
+    said = capsys.readouterr().err
+    assert said == f"make.py: {file}: No space left on device: free some space; {stopped}\n"
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path: Path) -> None:
