@@ -192,7 +192,7 @@ def structures_from_atoms(
         positions=torch.as_tensor(
             np.concatenate([a.positions for a in batch]), dtype=torch.float64
         ),
-        atomic_numbers=torch.as_tensor(np.concatenate([a.numbers for a in batch])).long(),
+        atomic_numbers=torch.as_tensor(np.concatenate([a.numbers for a in batch]).astype(np.int64)),
         cell=torch.as_tensor(np.stack(cells), dtype=torch.float64),
         pbc=torch.as_tensor(np.stack([a.pbc for a in batch])),
         charge=torch.tensor(charges),
@@ -231,7 +231,7 @@ class _Place:
 
     def __str__(self) -> str:
         numbers = self.system.numbers
-        known = ((numbers >= 0) & (numbers < len(chemical_symbols))).all()
+        known = np.isin(numbers, range(len(chemical_symbols))).all()
         formula = f" ({self.system.get_chemical_formula()})" if known else ""
         return f"structure {self.index}{formula}"
 
@@ -244,10 +244,10 @@ def check_structure(
     """
     if len(atoms) == 0:
         raise StructureError(f"{where} has no atoms")
-    outside = sorted({int(z) for z in atoms.numbers if not 0 < z < max_num_elements})
+    outside = sorted({z for z in atoms.numbers.tolist() if not 0 < z < max_num_elements or z % 1})
     if outside:
-        known = len(chemical_symbols)
-        names = ", ".join(chemical_symbols[z] if 0 < z < known else str(z) for z in outside)
+        known = range(1, len(chemical_symbols))
+        names = ", ".join(chemical_symbols[int(z)] if z in known else str(z) for z in outside)
         raise StructureError(
             f"{where}: {names} is outside this model's table of elements, "
             f"H to {chemical_symbols[max_num_elements - 1]}"

@@ -38,7 +38,7 @@ def check_atoms(atoms: Atoms, where: str) -> None:
     if not isinstance(atoms, Atoms):
         raise DataError(f"{where} is a {type(atoms).__name__}, not an ase.Atoms")
     for index, number in enumerate(atoms.numbers):
-        if not 0 < number < len(chemical_symbols):
+        if not 0 < number < len(chemical_symbols) or number % 1:
             raise DataError(f"{where}: atom {index} has the atomic number {number}, of no element")
     for name, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):
         if not np.isfinite(values).all():

@@ -266,6 +266,16 @@ def test_impossible_geometry(atoms: Atoms, message: str) -> None:
         structures_from_atoms(atoms)
 
 
+def test_atomic_numbers_are_whole_whatever_holds_them() -> None:
+    atoms = state(molecule("H2O"))
+    for kind in (float, object, np.uint8, ">i4"):
+        atoms.arrays["numbers"] = np.array([8, 1, 1]).astype(kind)
+        assert structures_from_atoms(atoms).atomic_numbers.tolist() == [8, 1, 1]
+    atoms.arrays["numbers"] = np.array([8.5, 1, np.nan])
+    with pytest.raises(StructureError, match=r"structure 0: 8.5, nan is outside this model's"):
+        structures_from_atoms(atoms)
+
+
 def test_a_wire_needs_its_own_lattice_vector_alone() -> None:
     assert len(structures_from_atoms(periodic([4.0, 0.0, 0.0], (True, False, False)))) == 1
 
