@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -456,6 +457,11 @@ def train(
     else:
         missing, counts = missing_energies(model.eval(), training_data, 50)
         check_zero(missing / counts[:, :-1].sum(1), model)
+    start = (saved["stage"], saved["step"]) if saved else (0, 0)
+    if fabric.broadcast(start) != start:
+        raise RunError(
+            f"{folder} is not one folder for all processes: all nodes have to share --out"
+        )
     seen = model.seen = model.seen or Seen()
     model.posterior = None  # of other weights
     for index, stage in enumerate(stages):
@@ -727,6 +733,8 @@ def run(args: argparse.Namespace) -> None:
             f"{error}"
         ) from error
     fabric.launch()
+    if fabric.world_size > 1:
+        os.environ["RANK"] = str(fabric.global_rank)  # `locked` reads it, and Slurm does not set it
     data: Dataset | Mixture = Dataset(args.data)
     if args.shares:
         data = Mixture([Dataset(path) for path in args.data], args.shares)

@@ -8,8 +8,10 @@ import json
 import operator
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -863,6 +865,61 @@ def test_two_processes_train_together(twenty: Path, tmp_path: Path) -> None:
     assert done.stdout.count("conservative 2/2") == 1  # one of them speaks
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 2
     assert load_model(tmp_path / "run" / "conservative.safetensors").config.conservative
+
+
+def test_a_run_of_two_processes_that_loses_one_goes_on_to_the_same_numbers(
+    twenty: Path, tmp_path: Path
+) -> None:
+    """Two processes as Slurm starts them. One is killed: the other ends, and both start again."""
+    small = ["hidden_size=16", "num_layers=2", "num_heads=2", "angular_channels=[4,4]"]
+    options = [part for change in small for part in ("--set", change)]
+    options += ["--max-atoms", "40", "--save-every", "5", "--accelerator", "cpu", "--devices", "2"]
+
+    def begin(folder: Path, rank: int, port: int) -> subprocess.Popen:
+        slurm = {"JOB_ID": 1, "JOB_NAME": "train", "NODELIST": "127.0.0.1", "NODEID": 0}
+        slurm |= {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NNODES": 1, "PROCID": rank, "LOCALID": rank}
+        environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+        return subprocess.Popen(
+            [sys.executable, "-m", "allscaip_lite.cli", *command(twenty, folder, 0, 60), *options],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def both(*folders: Path) -> list[subprocess.Popen]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        return [begin(folder, rank, port) for rank, folder in enumerate(folders)]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for process in both(whole, whole):
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors[-2000:]
+
+    first, second = both(broken, broken)
+    while not (broken / "state.pt").exists():
+        assert second.poll() is None, second.stderr.read()
+        time.sleep(0.01)
+    second.kill()
+    first.communicate(timeout=300)
+    second.communicate(timeout=300)
+    assert first.returncode and not (broken / "conservative.safetensors").exists()
+
+    # a node that does not see the folder begins anew, which would spoil the weights of all
+    apart = both(broken, tmp_path / "other")
+    errors = apart[1].communicate(timeout=300)[1]
+    apart[0].kill()
+    apart[0].communicate()
+    assert "all nodes have to share --out" in errors
+
+    for process in both(broken, broken):
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors[-2000:]
+    weights = [
+        load_model(folder / "conservative.safetensors").state_dict() for folder in (whole, broken)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_stopped_run_has_the_log_of_one_that_was_not(twenty: Path, tmp_path: Path) -> None:
