@@ -78,6 +78,7 @@ notebooks/*
 docs/using
 docs/commands
 docs/data
+docs/cluster
 docs/limits
 ```
 

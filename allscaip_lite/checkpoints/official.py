@@ -462,9 +462,8 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
     """Write a model as fairchem writes its checkpoints for inference; fairchem is not needed.
 
     `FAIRChemCalculator.from_model_checkpoint(path, task_name="omol")` loads the file and gives the
-    same numbers; so do fairchem's multi-GPU inference and LAMMPS. Raises `InputError` for the SiLU
-    distance basis, whose weights the official format has no place for, and for the smooth
-    bond-orientational order, which the reference does not know.
+    same numbers. Raises `InputError` for the SiLU distance basis, whose weights the official format
+    has no place for, and for the smooth bond-orientational order, which the reference does not know.
     """
     config = model.config
     if config.distance_basis == "silu":
