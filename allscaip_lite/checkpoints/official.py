@@ -463,7 +463,7 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
 
     `FAIRChemCalculator.from_model_checkpoint(path, task_name="omol")` loads the file and gives the
     same numbers. Raises `InputError` for the SiLU distance basis, whose weights the official format
-    has no place for, and for the smooth bond-orientational order, which the reference does not know.
+    has no place for, and for the smooth bond-orientational order, unknown to the reference.
     """
     config = model.config
     if config.distance_basis == "silu":
