@@ -30,7 +30,7 @@ def vibrations(
     """The Hessian of a structure, by central differences of forces, and all that follows from it.
 
     Args:
-        atoms: at rest, see `relax`.
+        atoms: at rest, see `relax`; those that a constraint holds do not vibrate.
         calculator: whose model gives the forces; its number type is best float64.
         displacement: of an atom along an axis, Å.
         progress: whether to show a progress bar.
@@ -53,7 +53,9 @@ def vibrations(
             bar.update(len(members))
     hessian = (forces[1] - forces[0]) / (2 * displacement)
     hessian = (hessian + hessian.T) / 2
-    return VibrationsData(atoms, hessian.reshape(len(atoms), 3, len(atoms), 3))
+    hessian = hessian.reshape(len(atoms), 3, len(atoms), 3)
+    free = VibrationsData.indices_from_constraints(atoms)
+    return VibrationsData(atoms, hessian[free][:, :, free])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

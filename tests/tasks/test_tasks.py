@@ -14,6 +14,7 @@ import torch
 from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.calculator import Calculator
+from ase.constraints import FixAtoms
 from ase.optimize import BFGS, FIRE, LBFGS
 
 from allscaip_lite import AllScAIPCalculator, cli, load_model
@@ -173,6 +174,9 @@ def test_frequencies_are_those_of_a_numerical_hessian() -> None:
     curvature = (energies[0] - 2 * energies[1] + energies[2]) / 0.01**2
     hessian = vibrations(still, calculator).get_hessian_2d()
     assert hessian[4, 4] == pytest.approx(curvature, rel=0.02)
+    still.set_constraint(FixAtoms([0]))  # the oxygen
+    held = vibrations(still, calculator).get_hessian_2d()
+    np.testing.assert_allclose(held, hessian[3:, 3:], atol=1e-6)
 
 
 def test_shares_of_atoms_add_up_to_the_energy() -> None:
