@@ -816,8 +816,8 @@ int distance_backward(const Boxes *boxes, int begin, int end, const REAL *x, con
 
 /* Queries and keys are taken in tiles, so that nothing of size n x n is kept: of a row of weights
    only the logarithm of its sum. The logits' bias is one function of the distance for each head,
-   read from a table of cubic polynomials. A tile has no more queries than keys. */
-enum { QUERIES = 64, KEYS = 64, LANES = 4 };
+   read from a table of cubic polynomials. A tile has no fewer queries than keys. */
+enum { QUERIES = 256, KEYS = 64, LANES = 4 };
 
 /* the same numbers of LANES heads */
 typedef REAL lanes __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
@@ -833,31 +833,47 @@ typedef struct {
 
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-/* bias[head][r][j] of a tile, -1e30 where there is no key; slope, if it is there: by distance */
-static void read_table(const Systems *about, const REAL *distance, size_t rows, size_t keys,
-                       REAL *bias, REAL *slope)
+/* out[h][j] = y[j][h] */
+LONG_LOOPS static void apart(const REAL *y, REAL *out, size_t step)
 {
-    int sets = (about->heads + LANES - 1) / LANES;
-    REAL per = about->per_length;
+    for (size_t j = 0; j < KEYS; j++) {
+        out[j] = y[LANES * j];
+        out[step + j] = y[LANES * j + 1];
+        out[2 * step + j] = y[LANES * j + 2];
+        out[3 * step + j] = y[LANES * j + 3];
+    }
+}
+
+/* bias[head][r][j] of a tile, -1e30 where there is no key; slope, if it is there: by x, the distance
+   in intervals */
+LONG_LOOPS static void read_table(const Systems *about, const REAL *distance, size_t rows, size_t keys,
+                                  REAL *bias, REAL *slope)
+{
+    int sets = (about->heads + LANES - 1) / LANES, most = about->intervals - 1;
+    REAL per = about->per_length, part[KEYS] = {0};
+    lanes value[KEYS] = {{0}}, change[KEYS] = {{0}};
+    int cell[KEYS];
     for (size_t r = 0; r < rows; r++) {
         const REAL *d = distance + r * about->longest;
         for (size_t j = 0; j < keys; j++) {
             REAL x = d[j] * per;
-            long cell = (long)x;
-            if (cell > about->intervals - 1)
-                cell = about->intervals - 1;
-            REAL t = x - cell;
-            const lanes *c = (const lanes *)(about->table + (size_t)cell * sets * 4 * LANES);
-            for (int set = 0; set < sets; set++, c += 4) {
-                lanes y = ((c[3] * t + c[2]) * t + c[1]) * t + c[0];
-                for (int h = 0; h < LANES; h++)
-                    bias[((set * LANES + h) * QUERIES + r) * KEYS + j] = y[h];
-                if (!slope)
-                    continue;
-                y = ((3 * t * c[3] + 2 * c[2]) * t + c[1]) * per;
-                for (int h = 0; h < LANES; h++)
-                    slope[((set * LANES + h) * QUERIES + r) * KEYS + j] = y[h];
+            cell[j] = x < most ? (int)x : most;
+            part[j] = x - cell[j];
+        }
+        for (int set = 0; set < sets; set++) {
+            size_t at = (size_t)set * LANES * QUERIES * KEYS + r * KEYS;
+            for (size_t j = 0; j < keys; j++) {
+                const lanes *c = (const lanes *)about->table + ((size_t)cell[j] * sets + set) * 4;
+                REAL t = part[j];
+                lanes y = c[3] * t + c[2], s = c[3] * t + y;
+                y = y * t + c[1];
+                value[j] = y * t + c[0];
+                if (slope)
+                    change[j] = s * t + y;
             }
+            apart((const REAL *)value, bias + at, QUERIES * KEYS);
+            if (slope)
+                apart((const REAL *)change, slope + at, QUERIES * KEYS);
         }
         for (int h = 0; h < sets * LANES; h++)
             for (size_t j = keys; j < KEYS; j++)
@@ -971,7 +987,7 @@ int node_backward(const Systems *about, int begin, int end, const REAL *qkv, con
     size_t size = about->size, heads = about->heads, hidden = heads * size, wide = padded(size);
     size_t sets = (heads + LANES - 1) / LANES, blocks = (about->longest + KEYS - 1) / KEYS;
     size_t tile = QUERIES * KEYS, held = heads * KEYS * wide, rowwise = heads * QUERIES * wide;
-    REAL *memory = numbers(5 * blocks * held + 2 * sets * LANES * tile + 3 * tile + KEYS * wide +
+    REAL *memory = numbers(5 * blocks * held + 2 * sets * LANES * tile + 3 * tile + QUERIES * wide +
                            3 * rowwise + heads * QUERIES);
     if (!memory)
         return 1;
@@ -979,8 +995,8 @@ int node_backward(const Systems *about, int begin, int end, const REAL *qkv, con
     REAL *dk = k_rows + blocks * held, *dv = dk + blocks * held, *bias = dv + blocks * held;
     REAL *slope = bias + sets * LANES * tile, *weight = slope + sets * LANES * tile;
     REAL *d_weight = weight + tile, *pull = d_weight + tile, *part = pull + tile;
-    REAL *q = part + KEYS * wide, *g = q + rowwise, *dq = g + rowwise, *mean = dq + rowwise;
-    REAL scale = 1 / sqrt((double)size);
+    REAL *q = part + QUERIES * wide, *g = q + rowwise, *dq = g + rowwise, *mean = dq + rowwise;
+    REAL scale = 1 / sqrt((double)size), per = about->per_length;
     for (int s = 0; s < about->systems; s++) {
         size_t start = about->first[s], n = about->first[s + 1] - start;
         size_t from = start > (size_t)begin ? start : (size_t)begin;
@@ -1027,7 +1043,7 @@ int node_backward(const Systems *about, int begin, int end, const REAL *qkv, con
                             dw[f] = w[f] * (dw[f] - m); /* of the logit */
                         }
                         for (size_t f = 0; f < count; f++)
-                            p[f] = dw[f] * c[r * KEYS + f] + (head ? p[f] : 0);
+                            p[f] = per * dw[f] * c[r * KEYS + f] + (head ? p[f] : 0);
                     }
                     product(rows, size, count, d_weight, KEYS, 1, k_rows + block + head * KEYS * wide,
                             wide, part, wide);

@@ -230,12 +230,17 @@ def node_case(graph: Graph, natoms: tuple[int, ...] = (5, 1, 3), rotary: bool = 
 
 
 def node_by_distance_case(
-    graph: Graph, natoms: tuple[int, ...] = (5, 1, 3), size: int = 16, heads: int = 2
+    graph: Graph,
+    natoms: tuple[int, ...] = (5, 1, 3),
+    size: int = 16,
+    heads: int = 2,
+    weight: float = 0.3,
+    stretch: float = 1.0,
 ) -> Case:
     """Node attention of two blocks, whose biases are read by the distance."""
     systems = SystemTable.make(torch.tensor(natoms))
-    distances = distances_of(*systems.real.shape)
-    weight, frequencies = 0.3 * random(2, heads, 8), rotary_frequencies(8, distances)
+    distances = stretch * distances_of(*systems.real.shape)
+    weight, frequencies = weight * random(2, heads, 8), rotary_frequencies(8, distances)
 
     def call(ops: Operations, qkv: Tensor, d: Tensor) -> Tensor:
         mask = systems.mask(qkv.dtype)
@@ -282,8 +287,16 @@ CASES: dict[str, Callable[[Graph], Case]] = {
     "node attention by distance, one atom": partial(node_by_distance_case, natoms=(1,)),
     "node attention by distance, one system": partial(node_by_distance_case, natoms=(9,)),
     "node attention by distance, several tiles": partial(
-        node_by_distance_case, natoms=(150, 70, 65), size=10, heads=3
+        node_by_distance_case, natoms=(300, 70, 65), size=10, heads=3
     ),
+    "node attention by distance, more heads than one read": partial(
+        node_by_distance_case, heads=6, size=5
+    ),
+    "node attention by distance, tiny weights": partial(node_by_distance_case, weight=1e-6),
+    "node attention by distance, large weights": partial(node_by_distance_case, weight=10.0),
+    "node attention by distance, no distance": partial(node_by_distance_case, stretch=0.0),
+    "node attention by distance, far apart": partial(node_by_distance_case, stretch=30.0),
+    "node attention by distance, beyond the table": partial(node_by_distance_case, stretch=300.0),
     "node attention, equal sizes": partial(node_case, natoms=(4, 4)),
     "node attention, no bias": partial(node_case, rotary=False),
     "node attention, one atom": partial(node_case, natoms=(1,)),
@@ -365,6 +378,7 @@ def test_the_cases_move_every_number(graphs: dict[str, Graph]) -> None:
         assert value.abs().max() > 1e-3, name
         # without angles, directions change nothing; nor does a bias that is not read
         blind = any(word in name for word in ("one group", "none", "atoms", "no bias"))
+        blind = blind or "no distance" in name  # at which biases are flat
         blind = blind or name == "distances"  # of molecules, which have no cell
         for slope in slopes[:1] if blind else slopes:
             assert slope.abs().max() > 1e-6, name
