@@ -649,7 +649,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.direct or not args.data:
             raise LabelError("interactions needs --direct MODEL ... and --data FOLDER of pairs")
         data = Dataset([folder / "test.aselmdb" for folder in args.data])
-        print(interactions([a for a in data if a.info["data_id"] == "ionic_pairs"], args.direct))
+        print(interactions([a for a in data if a.info["molecule"].count(".") == 1], args.direct))
         return
     if args.what not in ("differences", "larger", "molecules") and not args.delta:
         raise LabelError(f"{args.what} needs models of the difference: --delta MODEL ...")

@@ -61,7 +61,7 @@ def label(length: float) -> list[Atoms]:
 
 
 def slow(length: float) -> list[Atoms]:
-    time.sleep(0.3)
+    time.sleep(1)  # long enough for Ctrl-C to come before the last, on a busy machine too
     return label(length)
 
 
@@ -83,7 +83,7 @@ def noted(task: tuple[Path, float]) -> list[Atoms]:
     folder, length = task
     with folder.with_suffix(".log").open("a") as log:
         log.write(f"{length}\n")
-    time.sleep(0.3)
+    time.sleep(1)  # long enough for Ctrl-C to come before the last, on a busy machine too
     return label(length)
 
 
@@ -377,7 +377,13 @@ def test_a_dask_scheduler_that_ends_or_has_workers_of_many_threads_or_is_none(tm
     with pytest.raises(RunError, match="no Dask scheduler answers at nowhere: missing port"):
         run_jobs(tmp_path, JOBS, label, "nowhere")
     cluster = distributed.LocalCluster(threads_per_worker=1, **options)
-    threading.Timer(1.0, cluster.close).start()
+
+    def close_after_the_first() -> None:
+        while not list((tmp_path / "jobs").glob("*.aselmdb")):
+            time.sleep(0.01)
+        cluster.close()
+
+    threading.Thread(target=close_after_the_first, daemon=True).start()
     with pytest.raises(RunError, match="has ended; the same command goes on"):
         run_jobs(tmp_path / "jobs", noted_jobs(tmp_path), noted, cluster.scheduler_address)
     assert 0 < len(list((tmp_path / "jobs").glob("*.aselmdb"))) < 8
