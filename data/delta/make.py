@@ -566,7 +566,8 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
     AIMNet2 (of what that does not know, of GFN2-xTB) for those near each other, and Coulomb's law
     for those apart.
     """
-    teachers = Teachers([])
+    near = any("near" in atoms.info["source"] for atoms in structures)
+    teachers = Teachers([]) if near else None
     alone: list[Atoms] = []
     groups: dict[tuple[str, int], list[int]] = {}
     expected = []
@@ -578,10 +579,11 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
             for piece, state in zip((atoms[:first], atoms[first:]), states, strict=True)
         ]
         found = [xtb.results_of(piece) for piece in pieces]
-        if "near" in atoms.info["source"] and all(map(teachers.knows, [atoms, *pieces])):
+        near = "near" in atoms.info["source"]
+        if near and teachers and all(map(teachers.knows, [atoms, *pieces])):
             answers = teachers(pieces, agreed=False)
             energy = atoms.get_potential_energy() - sum(one.energy for one in answers if one)
-        elif "near" in atoms.info["source"]:
+        elif near:
             energy = xtb.results_of(atoms)["energy"] - sum(one["energy"] for one in found)
         else:
             charges = np.concatenate([one["charges"] for one in found])
