@@ -336,7 +336,9 @@ def test_a_job_that_kills_every_dask_worker_is_named_and_the_others_done(tmp_pat
 
 
 def test_runs_share_a_dask_cluster_and_go_on_there(tmp_path, cluster):
-    """Two at once; before them one that Ctrl-C stopped: it may lose what the two workers did."""
+    """Two at once; before them one that Ctrl-C stopped: it may lose the jobs that it had sent, one
+    for each of the two workers and one that waited there.
+    """
     folder, file = tmp_path / "jobs", tmp_path / "scheduler.json"
     file.write_text(json.dumps({"address": cluster.scheduler_address}))
     run = start(folder, str(file), NOTED_SCRIPT)
@@ -356,7 +358,7 @@ def test_runs_share_a_dask_cluster_and_go_on_there(tmp_path, cluster):
     for name, written in first.items():
         assert (folder / name).stat().st_mtime_ns == written, "a job was done twice"
     counts = begun(folder)
-    assert len(counts) == 8 and counts.total() <= 8 + 2
+    assert len(counts) == 8 and counts.total() <= 8 + 3
 
 
 def test_an_error_that_is_no_job_s_own_ends_a_run_on_dask(tmp_path, cluster):
