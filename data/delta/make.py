@@ -152,19 +152,16 @@ class Shifted:
 
     def __init__(self) -> None:
         known = [a for a in Dataset(OMOL_MINI / "train.aselmdb") if aimnet2.takes(a)]
-        results = aimnet2.results_of(known)
-        agreed = [result["spread"] <= self.agreement for result in results]
-        missing = [
-            a.get_potential_energy() - result["energy"]
-            for a, result in zip(known, results, strict=True)
+        agreed = [
+            (atoms, result["energy"])
+            for atoms, result in zip(known, aimnet2.results_of(known), strict=True)
+            if result["spread"] <= self.agreement
         ]
-        counts = np.array([self._counts(a) for a in known])[agreed]
-        start = np.linalg.lstsq(counts, np.array(missing)[agreed], rcond=None)[0]
+        counts = np.array([self._counts(atoms) for atoms, _ in agreed])
+        missing = np.array([atoms.get_potential_energy() - energy for atoms, energy in agreed])
+        start = np.linalg.lstsq(counts, missing, rcond=None)[0]
         fit = least_squares(
-            lambda shift: counts @ shift - np.array(missing)[agreed],
-            start,
-            loss="soft_l1",
-            f_scale=0.05,
+            lambda shift: counts @ shift - missing, start, loss="soft_l1", f_scale=0.05
         )
         self.shift = fit.x
         self.elements = {
@@ -260,10 +257,10 @@ def judge(deltas: Sequence[str], directs: Sequence[str]) -> str:
                 _labelled(a, a.info["xtb_energy"], a.info["xtb_forces"], "") for a in structures
             ]
             rows["GFN2-xTB"] += [_off([a.get_forces() for a in by_xtb], structures), "–"]
-            teachers = tried | ({"AIMNet2": shifted} if structures is known else {})
-            if structures is truth:
-                rows["AIMNet2"] += ["–", "–"]
-            for name, teacher in teachers.items():
+            for name, teacher in ({"AIMNet2": shifted} | tried).items():
+                if teacher is shifted and structures is not known:
+                    rows[name] += ["–", "–"]
+                    continue
                 found = teacher(by_xtb)
                 off = [
                     abs(answer.energy - atoms.get_potential_energy()) / len(atoms)
@@ -311,7 +308,8 @@ def _batches(structures: Iterable[Atoms]) -> Iterator[list[Atoms]]:
         yield batch
 
 
-# --- Larger molecules ------------------------------------------------------------------------
+# --- Conformers ------------------------------------------------------------------------------
+
 CONFORMERS, MOST_DISPLACED = 4, 0.07  # Å
 
 
@@ -346,10 +344,15 @@ def _displaced(systems: Sequence[System], turns: int, seed: int) -> Iterator[Ato
                 assemble(parts, rng, rng.uniform(1.6, 2.4)), system.charge, system.multiplicity
             )
             atoms.positions += rng.uniform(0, MOST_DISPLACED) * rng.normal(size=(len(atoms), 3))
-            atoms.info |= counts_of(atoms, system.charge)
-            atoms.info |= {"data_id": system.domain, "molecule": system.molecule}
-            atoms.info["source"] = f"delta/{system.domain}/{system.molecule}/{index}"
-            yield atoms
+            yield _described(atoms, system, f"{system.domain}/{system.molecule}/{index}")
+
+
+def _described(atoms: Atoms, system: System, source: str) -> Atoms:
+    """The structure with the metadata of its system."""
+    atoms.info |= counts_of(atoms, system.charge)
+    atoms.info |= {"data_id": system.domain, "molecule": system.molecule}
+    atoms.info["source"] = f"delta/{source}"
+    return atoms
 
 
 # --- Pairs and trios -------------------------------------------------------------------------
@@ -360,7 +363,7 @@ CONTACT, SEPARATE, FARTHEST = 1.6, 5.0, 40.0  # Å, gaps between molecules
 SHARE_NEAR = 0.4
 LEAKED = 0.1  # e: a molecule with more than that of another's charge is in another state
 MAX_FORCE = 15.0  # eV/Å
-REPEATED = 8
+REPEATED = 8  # times, pairs of two single atoms
 
 
 @dataclass(frozen=True)
@@ -407,12 +410,12 @@ class Molecules:
             if not self.teachers.knows(atoms):
                 return
             found = xtb.results_of(atoms)
-            xtb_labels = {name: found[name] for name in ("energy", "forces")}
-            atoms.calc = SinglePointCalculator(atoms, **xtb_labels)
+            energy, forces = found["energy"], found["forces"]
+            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
             (answer,) = self.teachers([atoms])
             atoms.calc = None
             if answer is not None:
-                yield Molecule(atoms, answer, found["charges"], *xtb_labels.values())
+                yield Molecule(atoms, answer, found["charges"], energy, forces)
 
 
 def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> Atoms | None:
@@ -437,9 +440,7 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
         answer = _put_together(chosen, atoms, near, min(gaps))
     if answer is None or not np.abs(answer.forces).max() < MAX_FORCE:
         return None
-    atoms.info |= counts_of(atoms, system.charge)
-    atoms.info |= {"data_id": system.domain, "molecule": system.molecule}
-    atoms.info["source"] = f"delta/{'near' if near else 'separate'}/{min(gaps):.2f} Å"
+    _described(atoms, system, f"{'near' if near else 'separate'}/{min(gaps):.2f} Å")
     text = LABEL if near else f"{LABEL}, Coulomb's law between"
     return _labelled(atoms, answer.energy, answer.forces, text)
 
@@ -578,15 +579,15 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
             in_state(piece, state.charge, state.multiplicity)
             for piece, state in zip((atoms[:first], atoms[first:]), states, strict=True)
         ]
-        found = [xtb.results_of(piece) for piece in pieces]
         near = "near" in atoms.info["source"]
         if near and teachers and all(map(teachers.knows, [atoms, *pieces])):
             answers = teachers(pieces, agreed=False)
             energy = atoms.get_potential_energy() - sum(one.energy for one in answers if one)
         elif near:
-            energy = xtb.results_of(atoms)["energy"] - sum(one["energy"] for one in found)
+            whole, *alone_by_xtb = (xtb.results_of(one)["energy"] for one in (atoms, *pieces))
+            energy = whole - sum(alone_by_xtb)
         else:
-            charges = np.concatenate([one["charges"] for one in found])
+            charges = np.concatenate([xtb.results_of(piece)["charges"] for piece in pieces])
             owner = np.repeat([0, 1], [first, len(atoms) - first])
             energy, _ = coulomb(atoms.positions, charges, owner)
         expected.append(energy)
