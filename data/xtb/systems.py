@@ -1,7 +1,7 @@
 """The systems of `data/xtb`: tables of SMILES, and families written as patterns.
 
-Each function lists the systems of one set of `make.py`, in a fixed order; `larger_systems` are
-those of `data/delta`.
+Each function lists the systems of one set of `make.py`, in a fixed order; `larger_systems`,
+`further_ions` and `salts` are those of `data/delta`.
 """
 
 from __future__ import annotations
@@ -299,6 +299,10 @@ c1cc(OC)c(OC)c(OC)c1 c1ccc(Br)cc1 C(C)(C)C C1CCCC1 c1nnc(C)o1 Cc1ccccc1 CC(N)C(=
 WATERS = 6  # around an amino acid
 LARGER_SHARES = {"druglike": 0.07, "peptides": 0.5}
 
+# Of the ions of `main`'s molecules, the shares that meet in `salts`, and of the pairs.
+SALT_IONS = {"cation": 0.04, "anion": 0.1}
+SALT_SHARE, MOST_IN_SALT = 0.12, 20  # atoms of an ion
+
 # The set `ethanol`: one molecule, as snapshots of Langevin runs. Each run, and with it all of its
 # snapshots, belongs to one split.
 RUN_SPLITS = ("train", "train", "train", "train", "val")
@@ -450,6 +454,35 @@ def larger_systems() -> list[SampledSystem]:
         for _, word in _thinned(domain, every, LARGER_SHARES[domain])
     ]
     return found + [_system("solvated", f"CC(=O){acid}NC" + ".O" * WATERS) for acid in acids]
+
+
+def further_ions() -> list[SampledSystem]:
+    """The closed-shell molecules of `main`, each with a proton more or less."""
+    molecules = [
+        system.molecule
+        for system in main_systems()
+        if system.domain in ("organic", "organic_grid", "organic_pairs", "peptides")
+        and system.multiplicity == 1
+    ]
+    return _each_once(
+        [_system("protomers", ion) for molecule in molecules for ion, _ in protomers(molecule)]
+    )
+
+
+def salts() -> list[SampledSystem]:
+    """Pairs of organic ions of opposite sign: some of `further_ions`, and those of `ionic`."""
+    ions: dict[str, list[str]] = {"cation": [], "anion": []}
+    for system in further_ions():
+        if atom_count(system) <= MOST_IN_SALT and abs(system.charge) == 1:
+            ions["cation" if system.charge > 0 else "anion"].append(system.molecule)
+    further = {
+        kind: [word for _, word in _thinned("salts", words, SALT_IONS[kind])]
+        for kind, words in ions.items()
+    }
+    organic = [word for word in CATIONS.split() if word not in METALS.split()]
+    pairs = itertools.product(further["cation"] + organic, further["anion"] + ANIONS.split())
+    met = [word for _, word in _thinned("salts", map(".".join, pairs), SALT_SHARE)]
+    return [_system("salts", word) for word in met]
 
 
 def _each_meeting_once(found: Iterable[SampledSystem]) -> list[SampledSystem]:

@@ -102,6 +102,37 @@ def test_near_each_other_the_label_is_xtb_and_the_differences(molecules, monkeyp
     np.testing.assert_allclose(pair.get_forces(), found["forces"], atol=1e-9)
 
 
+def test_near_a_metal_ion_the_label_is_that_of_the_whole(monkeypatch):
+    """GFN2-xTB binds metal ions by eV too much: no label is what it says between molecules."""
+
+    class NotASum(Shift):
+        def __call__(self, batch):
+            return [
+                make.Answer(a.get_potential_energy() + len(a) ** 2, a.get_forces(), 0.0)
+                for a in batch
+            ]
+
+    monkeypatch.setattr(make, "SHARE_NEAR", 1.0)
+    molecules = make.Molecules(NotASum())
+    made = {
+        word: [
+            make.meeting(parse_system("", word), molecules, np.random.default_rng(seed))
+            for seed in range(5)
+        ]
+        for word in ("[Mg+2].O", "[Br-].O")
+    }
+    for word, expected in (("[Mg+2].O", 4**2), ("[Br-].O", 1**2 + 3**2)):
+        pairs = [pair for pair in made[word] if pair is not None]
+        assert pairs
+        for pair in pairs:
+            by_xtb = xtb.results_of(pair)["energy"]
+            assert pair.get_potential_energy() == pytest.approx(by_xtb + expected)
+    gaps = [
+        float(pair.info["source"].split("/")[-1].split()[0]) for pair in made["[Mg+2].O"] if pair
+    ]
+    assert max(gaps) <= make.AT_A_METAL < make.SEPARATE
+
+
 def test_what_no_teacher_knows_or_networks_disagree_on_is_left_out():
     atoms = Atoms("H2", [[0, 0, 0], [0, 0, 0.8]], info={"charge": 0, "spin": 1})
     atoms.calc = SinglePointCalculator(atoms, energy=-30.0, forces=np.ones((2, 3)))
@@ -207,6 +238,20 @@ def test_conformers_go_to_their_split(shifted):
     assert [a.get_potential_energy() for a in again["train"]] == [
         a.get_potential_energy() for a in found["train"]
     ]
+
+
+def test_salts_are_pairs_of_organic_ions_of_opposite_sign():
+    salts = make.salts()
+    assert len(salts) > 2000
+    for system in salts[::50]:
+        charges = sorted(parse_system("", part).charge for part in system.parts)
+        assert charges == [-1, 1] and system.charge == 0
+        assert "[Na+]" not in system.parts
+
+
+def test_a_set_of_another_command_is_refused(tmp_path, capsys):
+    assert make.main(["molecules", "--set", "salts", "--out", str(tmp_path)]) != 0
+    assert "main, larger, ions" in capsys.readouterr().err
 
 
 def test_a_command_without_its_models_says_what_is_missing(tmp_path, capsys):
