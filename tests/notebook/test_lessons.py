@@ -18,6 +18,7 @@ from notebooks.tools.class_copies import (
     source,
     student_copy,
 )
+from notebooks.tools.minutes import minutes
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if path.stem != "00_tour"]
@@ -73,6 +74,30 @@ def test_a_lesson_says_what_it_needs_and_ends_with_summary_and_exercises(path: P
     assert len(found) >= 3
     headings = [i for i, cell in enumerate(read_notebook(path)["cells"]) if _is_heading(cell)]
     assert min(found[0].answers) > headings[-1], "sections go on after the exercises"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_minutes_in_the_tables_are_those_of_its_length(path: Path) -> None:
+    reading, exercises_too = minutes(path)
+    stated = -(-(reading + exercises_too) // 5) * 5
+    assert reading <= 50 and stated <= 90  # what docs/teaching.md plans for a session
+    root = path.parents[1]
+    assert f"| `{path.stem}` | {stated} |" in (root / "docs" / "teaching.md").read_text("utf-8")
+    row = re.search(rf"(?m)^\| \[{path.stem[:2]}\].*$", (root / "README.md").read_text("utf-8"))
+    assert f" | {stated} | " in row[0]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_sections_are_numbered_without_a_gap(path: Path) -> None:
+    numbers = re.findall(r"(?m)^## (\d+)\. ", "\n".join(texts(path, "markdown")))
+    assert numbers == [str(n) for n in range(1, len(numbers) + 1)] and numbers
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_lesson_names_where_its_ideas_come_from_and_what_to_read_next(path: Path) -> None:
+    whole = "\n".join(texts(path, "markdown"))
+    debts = re.split(r"(?m)^(?:## |\*\*)Where the ideas come from", whole)
+    assert len(debts) == 2 and "To read next:" in debts[1].partition("## Exercises")[0]
 
 
 def _is_heading(cell: dict) -> bool:
