@@ -602,6 +602,33 @@ def test_the_explorer_lives_in_jupyterlab(browser, lab, tiny):
         page.close()
 
 
+FORMULA = re.compile(r"\$\$.+?\$\$|(?<!\\)\$(?:\\.|[^$\\])+?\$", re.DOTALL)
+
+
+def test_every_formula_of_the_lessons_is_set_without_an_error(browser, lab):
+    """By JupyterLab's MathJax, all texts as one cell: cells out of sight are not rendered."""
+    nbformat = pytest.importorskip("nbformat")
+    texts = [
+        re.sub(r"```.*?```|`[^`\n]*`", "code", cell.source, flags=re.DOTALL)
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n\n".join(texts))])
+    nbformat.write(notebook, lab.root / "formulas.ipynb")
+    expected = sum(len(FORMULA.findall(text)) for text in texts)
+    page = browser.new_page()
+    try:
+        page.goto(f"{lab.url}/lab/tree/formulas.ipynb?token=test&reset", timeout=90_000)
+        set_by_now = "document.querySelectorAll('.jp-Notebook mjx-container').length"
+        page.wait_for_function(f"() => {set_by_now} >= {expected}", timeout=300_000, polling=500)
+        assert page.evaluate(set_by_now) == expected > 500
+        red = "mjx-merror, [data-mjx-error], mjx-mtext[style*='red']"
+        assert page.locator(red).all_text_contents() == []
+    finally:
+        page.close()
+
+
 # Notebooks with an explorer: what they may take in seconds, and how many explorers they show.
 LESSONS = [("00_tour.ipynb", 300.0, 1), ("07_attention_maps.ipynb", 300.0, 4)]
 
