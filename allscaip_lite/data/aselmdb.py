@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import operator
 import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.db
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.db.row import AtomsRow
+from ase.db.core import now
+from ase.db.row import AtomsRow, atoms2dict
 from tqdm import tqdm
 
 from allscaip_lite.data.checks import LABELS, check_apart, check_atoms, checked_labels, held_results
-from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json
+from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json, write_lmdb
 from allscaip_lite.electrons import Assumptions, charge_and_spin, stated_charge_and_spin
-from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.errors import DataError, InputError, check_kind
 from allscaip_lite.files import atomic_write, fingerprint, listed_paths
 
 SLOW = 4  # seconds, after which what is under way shows a progress bar
@@ -58,19 +59,34 @@ def write_aselmdb(
             "overwrite=True)"
         )
     natoms: list[int] = []
-    with atomic_write(path) as partial, ase.db.connect(partial, use_lock_file=False) as database:
+
+    def entries() -> Iterator[tuple[str, Any]]:
         for index, atoms in enumerate(structures):
-            check_atoms(atoms, where := f"structure {index}")
-            check_apart(atoms, where)
-            where = f"{where} ({atoms.symbols})"
-            labels = checked_labels(held_results(atoms), len(atoms), where)
-            labelled = atoms.copy()
-            labelled.calc = SinglePointCalculator(labelled, **labels)
-            labelled.info = {}
-            database.write(labelled, data=dict(atoms.info))
+            yield str(index + 1), _row(atoms, f"structure {index}")
             natoms.append(len(atoms))
-        database.metadata = {"natoms": natoms}
+        yield from (("nextid", len(natoms) + 1), ("metadata", {"natoms": natoms}))
+
+    with atomic_write(path) as partial:
+        write_lmdb(partial, entries())
     return len(natoms)
+
+
+def _row(atoms: Atoms, where: str) -> dict[str, Any]:
+    """A row of ASE's databases; raises `DataError` as `write_aselmdb` does."""
+    check_atoms(atoms, where)
+    check_apart(atoms, where)
+    where = f"{where} ({atoms.symbols})"
+    labels = checked_labels(held_results(atoms), len(atoms), where)
+    labelled = atoms.copy()
+    labelled.calc = SinglePointCalculator(labelled, **labels)
+    return {
+        "ctime": now(),
+        "mtime": now(),
+        **atoms2dict(labelled),
+        "cell": atoms.cell.array,
+        "pbc": atoms.pbc,
+        "data": dict(atoms.info),
+    }
 
 
 class Dataset:
@@ -108,9 +124,10 @@ class Dataset:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Atoms:
+        index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"structure {index} of a data set of {len(self)}")
-        index = int(index) % len(self)
+        index %= len(self)
         atoms = self._atoms(index)
         if self.labelled:
             found = {} if atoms.calc is None else atoms.calc.results
@@ -279,6 +296,12 @@ class Mixture:
 LabelledData = Dataset | Subset | InMemory | Mixture  # what training and evaluation read
 
 
+def check_data(data: object) -> None:
+    """Raise TypeError for what is no data set, such as the path of one."""
+    wanted = "a data set: Dataset(path) of a file or a folder, InMemory(atoms) of a list"
+    check_kind(data, LabelledData, wanted)
+
+
 def _shards(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of .aselmdb data")
@@ -398,6 +421,7 @@ def data_fingerprint(
     atoms alone: a change of few of very many goes unnoticed. `assumed` is as for `charge_and_spin`.
     Raises `StructureError` for a charge or multiplicity that is not possible.
     """
+    check_data(data)
     parts = [data.natoms]
     chosen = evenly_spaced(len(data), limit)
     for index in tqdm(chosen, desc="looking at the data", delay=SLOW, leave=False):
@@ -410,7 +434,12 @@ def data_fingerprint(
 
 
 def evenly_spaced(count: int, limit: int) -> np.ndarray:
-    """Indices of at most `limit` of `count` things, from the first to the last of them."""
+    """Indices of at most `limit` of `count` things, from the first to the last of them.
+
+    Raises InputError for a limit below 1.
+    """
+    if limit < 1:
+        raise InputError(f"{limit} structures: give 1 or more")
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
 
 
@@ -426,6 +455,8 @@ def write_sample(
     split they are spread evenly over its length, so the same source yields the same sample. Both
     folders have `{train,val,test}.aselmdb`; `references.json` is copied where there is one.
     """
+    if structures < 1:
+        raise InputError(f"{structures} structures: give 1 or more")
     source, out = Path(source), Path(out)
     counts = {}
     for split, share in zip(SPLITS, (0.7, 0.15, 0.15), strict=True):

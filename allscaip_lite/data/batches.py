@@ -16,7 +16,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from allscaip_lite.data.aselmdb import LabelledData, Mixture
+from allscaip_lite.data.aselmdb import LabelledData, Mixture, check_data
 from allscaip_lite.data.checks import checked_labels
 from allscaip_lite.errors import DataError, KernelError
 from allscaip_lite.kernels.padded import PaddedBatch, Size, pad
@@ -182,5 +182,6 @@ def fill_batches(
 
 def in_order(data: LabelledData, max_atoms: int) -> Iterator[Batch]:
     """The whole data set once, in batches of at most `max_atoms` atoms (one structure at least)."""
+    check_data(data)
     for members in fill_batches(data.natoms, max_atoms):
         yield collate([data[index] for index in members])

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from allscaip_lite.checkpoints.native import download_from_hub
 from allscaip_lite.errors import InputError
-from allscaip_lite.files import alone, atomic_write, sha256_of
+from allscaip_lite.files import alone, atomic_write, sha256_of, store_text
 
 SERVER = "https://dl.fbaipublicfiles.com/opencatalystproject/data/"
 HUB = "hub:"
@@ -118,7 +118,7 @@ def fetch(
         return _data_folders(done)
     folder.mkdir(parents=True, exist_ok=True)
     if not source:
-        origin.write_text(name)
+        store_text(origin, name)
     # what is no archive gets its own name only once it is whole and right
     archive = folder / (file if suffix else file + ".partial")
     try:
@@ -181,6 +181,8 @@ def download(
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise InputError(f"the disk is full: free some space; {part} is kept") from error
+            if isinstance(error, OSError) and error.filename:  # of a file here, not of the network
+                raise
             complete, reason = False, error
         if not complete and failures >= ATTEMPTS:
             raise InputError(
@@ -303,6 +305,8 @@ def _unpack(archive: Path, done: Path, progress: bool) -> None:
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(f"the disk is full: free some space; {archive} is kept") from error
+        if isinstance(error, OSError) and error.errno:  # the system's, not that of a reader
+            raise
         raise InputError(f"{archive} is broken ({error}): remove it and fetch again") from error
 
 

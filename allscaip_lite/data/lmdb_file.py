@@ -3,7 +3,7 @@
 In: an `.aselmdb` file, whoever wrote it. Out: the values of its keys. LMDB's own library trusts
 every number in a file: where a copy was cut short or a page is damaged, it reads beyond its memory
 and the process ends. This reader looks only where the file is. It reads what the library writes in
-one database of a file, without locks; it does not write.
+one database of a file, without locks; the library writes.
 
 The format is LMDB's, version 1 (`lib/lmdb/mdb.c` of openldap.org): two pages with the state of the
 file, of which the later counts; a B+ tree of pages of sorted keys; large values on pages of their
@@ -12,14 +12,17 @@ own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 from ase.io import jsonio
 
@@ -32,6 +35,7 @@ _ON_ITS_OWN_PAGES = 0x01  # of a value
 _EMPTY = 2**64 - 1
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _LEVELS = 32  # a tree that is deeper refers to itself
+_MAP, _AT_ONCE = 64 << 20, 100  # bytes of a file at first; rows of one transaction
 ROW_BYTES = 64 << 20  # of a structure: some 300,000 atoms
 
 
@@ -147,6 +151,30 @@ class LMDBFile:
 
     def _damaged(self) -> DataError:
         return DataError(f"{self.path} is damaged: copy it again")
+
+
+def write_lmdb(path: Path, entries: Iterable[tuple[str, Any]]) -> None:
+    """Write keys and values, as `unpack_json` reads them, to a file that nobody else opens.
+
+    Raises LMDB's errors, such as that of a full disk.
+    """
+    # no lock, which is a file in shared memory: on a full disk, to write there ends the process;
+    # ASE's own writer has one, and a map of 2 TiB, which not every machine grants
+    with lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=_MAP) as file:
+        rest = iter(entries)
+        while some := list(itertools.islice(rest, _AT_ONCE)):
+            packed = [
+                (key.encode(), zlib.compress(jsonio.encode(value).encode())) for key, value in some
+            ]
+            while True:
+                try:
+                    with file.begin(write=True) as transaction:
+                        for key, content in packed:
+                            transaction.put(key, content)
+                    break
+                except lmdb.MapFullError:
+                    file.set_mapsize(2 * file.info()["map_size"])
+        file.sync(True)
 
 
 def unpack_json(content: bytes, limit: int) -> Any:

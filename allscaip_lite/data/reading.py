@@ -45,8 +45,10 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if not file.is_file():
+    if file.is_dir():
         raise DataError(f"{path} is a folder: give the files in it")
+    if not file.is_file():
+        raise DataError(f"{path} is a device or a pipe: write what it gives to a file first")
     wanted = string2index(index)
     if isinstance(wanted, str):
         raise DataError(f"{path}@{index}: give numbers, as in {file.name}@0:10")

@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 
 from allscaip_lite import cli
 from allscaip_lite.data import aselmdb as data
+from allscaip_lite.data import lmdb_file
 from allscaip_lite.data.aselmdb import (
     Dataset,
     split_by_molecule,
     write_aselmdb,
 )
-from allscaip_lite.errors import DataError
+from allscaip_lite.errors import DataError, InputError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
 
@@ -55,6 +56,38 @@ def folder(tmp_path) -> Path:
     write_aselmdb(shards / "data0001.aselmdb", structures[3:])
     write_aselmdb(shards / "data0000.aselmdb", structures[:3])
     return shards
+
+
+def test_a_file_is_written_without_locks_and_grows(tmp_path, monkeypatch) -> None:
+    """A lock file is shared memory, and to write there ends the process on a full disk."""
+    monkeypatch.setattr(lmdb_file, "_MAP", 1 << 16)
+    written, listed = [labelled("C6H6", seed) for seed in range(150)], []
+
+    def structures():
+        yield from written
+        listed.extend(path.name for path in (tmp_path / ".a.aselmdb.partial").iterdir())
+
+    assert write_aselmdb(tmp_path / "a.aselmdb", structures()) == 150
+    assert sorted(listed) == [".lock", "a.aselmdb"]
+    assert (tmp_path / "a.aselmdb").stat().st_size > 1 << 16
+    read = Dataset(tmp_path / "a.aselmdb")
+    assert_same(read[0], written[0])
+    assert_same(read[149], written[149])
+
+
+def test_an_index_is_a_whole_number(folder) -> None:
+    data_set = Dataset(folder)
+    assert len(data_set[np.int64(1)]) == len(data_set[1])
+    for index in (1.5, "1", slice(2)):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            data_set[index]
+
+
+def test_a_sample_of_nothing_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="-3 structures: give 1 or more"):
+        data.write_sample(tmp_path, tmp_path / "out", -3)
+    with pytest.raises(InputError, match="0 structures: give 1 or more"):
+        data.evenly_spaced(10, 0)
 
 
 # --- round trip ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import io
@@ -205,6 +206,21 @@ def test_a_server_that_stays_silent_is_an_error_and_nothing_is_lost(
         get(server, tmp_path)
     assert len(calls) == get_on + 1
     assert (tmp_path / "neutral_val.tar.gz.part").stat().st_size == 700
+
+
+def test_a_disk_that_is_read_only_is_no_fault_of_the_server(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*arguments: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "neutral_val.tar.gz.tag")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Read-only.*gz.tag"):
+        patch.setattr(fetch.Path, "write_text", read_only)
+        get(server, tmp_path)
+    monkeypatch.setattr(fetch.tarfile, "open", read_only)
+    with pytest.raises(OSError, match="Read-only"):
+        get(server, tmp_path)
+    assert (tmp_path / "neutral_val.tar.gz").exists(), "what was fetched is kept"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,30 @@ def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path: Path)
         pytest.fail("the work began")
 
 
+def test_a_read_only_folder_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(files.os, "access", lambda path, mode: asked.append(path))
+    for write in (atomic_write, locked_file):
+        with pytest.raises(PermissionError, match="read-only"), write(tmp_path / "new" / "a.txt"):
+            pytest.fail("the work began")
+    assert asked == [tmp_path, tmp_path] and not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_made_is_said_with_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+
+    def run(args: object) -> None:
+        with locked(tmp_path / "run"):
+            pytest.fail("the work began")
+
+    assert cli.run_script(lambda parser: None, run, "make.py", "", "", []) == 2
+    assert capsys.readouterr().err == f"make.py: {tmp_path / 'run'}: Is a directory\n"
+
+
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
     file = tmp_path / "new" / "a.txt"
     program = (
