@@ -59,7 +59,8 @@ def cache_folder() -> Path:
 def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
     """The kernels for numbers of `dtype`, compiled if they are not in the cache, in seconds.
 
-    Raises `KernelError` without a C compiler, or where it fails.
+    Where the cache is read-only, full or damaged, this process compiles its own. Raises
+    `KernelError` without a C compiler, or where it fails.
     """
     if dtype not in TYPES:
         raise KernelError(f"the kernels in C take float32 and float64, not {dtype}")
@@ -75,6 +76,20 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
     machine = f"{platform.machine()} {_processor()} {shutil.which(command[0])}"
     key = hashlib.sha256("\0".join([SOURCE.read_text(), machine, *command]).encode())
     library = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    try:
+        return _compiled(command, library)
+    except OSError:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return _compiled(command, Path(folder) / library.name)
+        except OSError as error:
+            raise KernelError(
+                f'kernels="c" cannot be kept or run here ({error}): set XDG_CACHE_HOME or TMPDIR '
+                'to a folder of your own, or ask for kernels="torch"'
+            ) from error
+
+
+def _compiled(command: list[str], library: Path) -> ctypes.CDLL:
     _keep_to_user(library)
     if not library.exists():
         _compile(command, library)

@@ -176,6 +176,22 @@ def test_compiled_once_on_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list(fresh.iterdir())) == 2
 
 
+@needs_compiler
+def test_where_the_cache_is_no_folder_a_process_compiles_its_own(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room() -> None:
+        raise OSError("no room")
+
+    fresh.parent.touch()  # as in a home that is read-only
+    assert load_kernels(torch.float32) is load_kernels(torch.float32)
+    assert fresh.parent.is_file()
+    load_kernels.cache_clear()
+    monkeypatch.setattr(compiled.tempfile, "TemporaryDirectory", no_room)
+    with pytest.raises(KernelError, match="set XDG_CACHE_HOME or TMPDIR"):
+        load_kernels(torch.float32)
+
+
 def test_without_a_compiler(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, make_model: ModelMaker, tmp_path: Path
 ) -> None:
