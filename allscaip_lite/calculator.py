@@ -12,17 +12,27 @@ from typing import Any, cast
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import (
+    BaseCalculator,
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+)
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite.checkpoints import load_model
 from allscaip_lite.electrons import stated_charge_and_spin
-from allscaip_lite.errors import WAYS, InputError
+from allscaip_lite.errors import WAYS, InputError, check_kind
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.cuda_graphs import RecordedModel
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, Result, check_number_type, without_weight_grad
 from allscaip_lite.structures import structures_from_atoms
+
+
+def check_calculator(calculator: object) -> None:
+    """Raise TypeError for what is no calculator of ASE, such as a model."""
+    check_kind(calculator, BaseCalculator, "a calculator, such as AllScAIPCalculator(model)")
 
 
 class AllScAIPCalculator(Calculator):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from allscaip_lite import __version__
@@ -87,6 +89,28 @@ EXTRA_OF = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, and the parsers of its commands: paths are not empty, numbers are finite."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)
+        self.register("type", float, _finite)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():  # `Path` takes it as this folder
+        raise argparse.ArgumentTypeError("an empty text is no path")
+    return Path(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (`argv` defaults to the process's arguments) and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -115,7 +139,7 @@ def run_script(
         The exit status: 0 done, 2 a mistake that the message explains, 130 stopped by Ctrl-C.
     """
     text = (description or "").partition("\n\n")[0]
-    parser = argparse.ArgumentParser(prog=f"python {script}", description=text)
+    parser = Parser(prog=f"python {script}", description=text)
     add_arguments(parser)
     parser.set_defaults(run=run, stopped=stopped)
     return _exit_status(script, lambda: parser.parse_args(argv))
@@ -130,16 +154,17 @@ def _exit_status(program: str, parse: Callable[[], argparse.Namespace]) -> int:
         with _notes_at_the_end(program):
             return args.run(args) or 0
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped; {stopped}", file=sys.stderr)
-        return 130
+        status, message = 130, f"stopped; {stopped}"
     except Exception as error:
-        message = _explanation(error)
-        if message is None:
+        explained = _explanation(error)
+        if explained is None:
             raise
+        status, message = 2, explained
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message += f": free some space; {stopped}"
-        print(f"{program}: {message}", file=sys.stderr)
-        return 2
+    # the frames of the error are gone, and with them the progress bars that stood there
+    print(f"{program}: {message}", file=sys.stderr)
+    return status
 
 
 @contextmanager
@@ -169,7 +194,7 @@ def _notes_at_the_end(program: str) -> Iterator[None]:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="allscaip-lite", description="AllScAIP, small, complete and made to be read."
     )
     parser.add_argument("--version", action="version", version=f"allscaip-lite {__version__}")
@@ -236,8 +261,9 @@ def _explanation(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror and not error.filename:
         return error.strerror
     if isinstance(error, OSError) and error.filename:
-        # not the unfinished file, whose name the user did not choose
-        file = re.sub(r"\.([^/]+)\.(?:partial|lock)(/.*)?$", r"\1", str(error.filename))
+        # not the unfinished file or the lock, whose names the user did not choose
+        file = re.sub(r"/\.lock$", "", str(error.filename))
+        file = re.sub(r"\.([^/]+)\.(?:partial|lock)(/.*)?$", r"\1", file)
         return f"{file}: {error.strerror}"
     return str(error) if isinstance(error, (InputError, OSError)) else None
 

@@ -5,6 +5,11 @@ exception, a bare `ValueError` of this package too, is a fault of the package an
 traceback. The subclasses are those that some caller tells apart.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+from types import UnionType
+
 # What to do where a structure has what a model did not see in training.
 WAYS = ("warn", "error", "ignore")
 
@@ -39,3 +44,11 @@ class StructureError(InputError):
 
 class StructureWarning(UserWarning):
     """What is assumed of a structure, or unknown to the model; commands repeat it at the end."""
+
+
+def check_kind(value: object, kind: type | UnionType, wanted: str) -> None:
+    """Raise TypeError, which says what is wanted, for an argument of another kind."""
+    if not isinstance(value, kind):
+        told = value is None or isinstance(value, (str, Path))
+        shown = repr(value) if told else f"a {type(value).__name__!r} object"
+        raise TypeError(f"give {wanted}, not {shown:.80}")

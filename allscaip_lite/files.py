@@ -44,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     `RunError` where another process writes `path`, and does not end within some seconds.
     """
     path = Path(path)
-    check_no_folder(path)
+    check_writable(path)
     folder = unfinished_folder(path)
     with locked(folder, shown=path, wait=WAIT):
         for left in folder.iterdir():
@@ -77,10 +77,16 @@ def listed_paths(paths: Named | Iterable[Named]) -> list[Named]:
     return found
 
 
-def check_no_folder(path: Path) -> None:
-    """Raise IsADirectoryError for a folder, in whose place a file cannot be written."""
+def check_writable(path: Path) -> None:
+    """Raise an OSError, before any work, where a file cannot be written.
+
+    That is IsADirectoryError where a folder has its name, and PermissionError where its folder, or
+    that in which the folder would be made, is read-only.
+    """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder: choose another name", str(path))
+    if not os.access(next(above for above in path.absolute().parents if above.exists()), os.W_OK):
+        raise PermissionError(errno.EACCES, "its folder is read-only: choose another", str(path))
 
 
 def unfinished_folder(path: Path) -> Path:
@@ -173,7 +179,7 @@ def locked_file(path: str | os.PathLike[str], wait: float = 0.0) -> AbstractCont
     Raises IsADirectoryError, before any work, where a folder has the name of the file.
     """
     path = Path(path)
-    check_no_folder(path)
+    check_writable(path)
     return locked(path.resolve().parent, f".{path.name}.lock", path, wait)
 
 

@@ -26,7 +26,7 @@ from allscaip_lite.applicability import Seen, warn_outside
 from allscaip_lite.attention import Heads, SystemTable, channel_groups
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY, Assumptions, say_assumptions
-from allscaip_lite.errors import InputError, StructureError
+from allscaip_lite.errors import InputError, StructureError, check_kind
 from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import Activation, FeedForward, Linear, SelfAttention, make_norm
 from allscaip_lite.neighbors import candidate_pairs
@@ -274,6 +274,8 @@ class AllScAIP(nn.Module):
 
     @torch.inference_mode(mode=False)  # forces need weights that allow gradients
     def __init__(self, config: AllScAIPConfig) -> None:
+        wanted = "an AllScAIPConfig, such as PRESETS['lite'] (load_model takes a name)"
+        check_kind(config, AllScAIPConfig, wanted)
         super().__init__()
         self.config = config
         self.operations = PLAIN
@@ -334,7 +336,7 @@ class AllScAIP(nn.Module):
         if torch.is_inference_mode_enabled():  # forces are gradients, and here none can be taken
             with torch.inference_mode(False), torch.no_grad():
                 return self(structures.clone(), create_graph, geometry, hidden)
-        structures = structures.to(self.device, self.dtype)
+        structures = self._here(structures)
         if not self.config.conservative:
             nodes = self.features(structures, self.operations, geometry=geometry)
             atomic = self._atomic(nodes, self.operations, hidden)
@@ -362,6 +364,14 @@ class AllScAIP(nn.Module):
             volume = volume.masked_fill(~structures.pbc.any(1), torch.inf)
             stress = gradients[1] * self.energy_scale.to(self.dtype) / volume[:, None, None]
         return Prediction(energy if create_graph else energy.detach(), forces, stress)
+
+    def _here(self, structures: Structures) -> Structures:
+        """A batch on the model's device, in its number type; TypeError for what is none."""
+        wanted = (
+            "Structures, as structures_from_atoms(atoms) makes them (model.predict takes atoms)"
+        )
+        check_kind(structures, Structures, wanted)
+        return structures.to(self.device, self.dtype)
 
     def _atomic(self, nodes: Tensor, ops: Operations, hidden: list[Tensor] | None) -> Tensor:
         """(N, H) → (N,): what the energy head says of each atom, by way of (N, 2H)."""
@@ -444,7 +454,7 @@ class AllScAIP(nn.Module):
         Only their sum means anything: training sees no other, and another training shares the same
         sum out in another way. What belongs to no atom is shared alike.
         """
-        structures = structures.to(self.device, self.dtype)
+        structures = self._here(structures)
         states = self.features(structures, self.operations)
         atomic = self.energy_head(states, self.operations).squeeze(1)
         common = self.energy_mean + self.charge_reference * structures.charge  # (B,)
@@ -486,7 +496,7 @@ class AllScAIP(nn.Module):
     @torch.no_grad()
     def last_layer_inputs(self, structures: Structures, hidden: Tensor | None = None) -> Tensor:
         """(B, 2H + 1) eV: the derivatives of each energy by the last layer's weights and bias."""
-        structures = structures.to(self.device, self.dtype)
+        structures = self._here(structures)
         if hidden is None:
             hidden = self.energy_head.hidden(self.features(structures, self.operations))
         hidden = hidden.double()  # (N, 2H)
@@ -563,6 +573,11 @@ class AllScAIP(nn.Module):
                     doubts[row] if doubts else None,
                 )
         return results[0] if isinstance(atoms, Atoms) else [results[i] for i in range(len(batch))]
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError for what is no model, such as the name of one."""
+    check_kind(model, AllScAIP, "a model, such as load_model('lite')")
 
 
 def check_number_type(dtype: torch.dtype | None) -> None:

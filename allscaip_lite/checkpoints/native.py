@@ -30,7 +30,7 @@ from allscaip_lite.errors import CheckpointError, InputError
 from allscaip_lite.files import atomic_write
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import usable_device
-from allscaip_lite.model import AllScAIP, check_number_type
+from allscaip_lite.model import AllScAIP, check_model, check_number_type
 
 FORMAT = "allscaip-lite"
 FORMAT_VERSION = 1
@@ -217,8 +217,9 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
     """Write a model into one `.safetensors` file, and return its path; its folder is made.
 
     The card is what a user should know (data, level of theory, errors, licence), any JSON values.
-    Raises InputError for a name that does not end in .safetensors.
+    Raises TypeError for what is no model, InputError for a name that does not end in .safetensors.
     """
+    check_model(model)
     path = Path(path)
     check_file_name(path, path.name)
     metadata = {

@@ -29,7 +29,7 @@ from allscaip_lite.checkpoints.unpickler import (
 )
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import CheckpointError, InputError
-from allscaip_lite.model import UNITS, AllScAIP
+from allscaip_lite.model import UNITS, AllScAIP, check_model
 
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, object], source: str) -> None:
@@ -465,6 +465,7 @@ def save_official(model: AllScAIP, path: str | Path) -> Path:
     same numbers. Raises `InputError` for the SiLU distance basis, whose weights the official format
     has no place for, and for the smooth bond-orientational order, unknown to the reference.
     """
+    check_model(model)
     config = model.config
     if config.distance_basis == "silu":
         raise InputError(

@@ -204,19 +204,18 @@ def read_torch_file(path: str | Path) -> Any:
             names = archive.namelist()
             pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
             if len(pickles) != 1:
-                raise CheckpointError(f"{path.name} is a zip file, but not of torch.save")
+                raise CheckpointError("it is a zip file, but not of torch.save")
             folder = pickles[0].removesuffix("data.pkl")
             if f"{folder}byteorder" in names:
                 byteorder = archive.open(f"{folder}byteorder").read(8).decode()
                 if byteorder != sys.byteorder:
                     raise CheckpointError(
-                        f"{path.name} was written on a {byteorder}-endian machine; "
+                        f"it was written on a {byteorder}-endian machine; "
                         f"load and save it with torch on one like this ({sys.byteorder}) first"
                     )
             if archive.getinfo(pickles[0]).file_size > PROGRAM_BYTES:
                 raise CheckpointError(
-                    f"{path.name}: its pickle is larger than {PROGRAM_BYTES >> 20} MB, as no "
-                    "checkpoint's is"
+                    f"its pickle is larger than {PROGRAM_BYTES >> 20} MB, as no checkpoint's is"
                 )
             program = archive.read(pickles[0])
             check_program(program, PROGRAM_STEPS)
@@ -235,8 +234,8 @@ def read_torch_file(path: str | Path) -> Any:
         raise CheckpointError(f"{path.name} is no model: it {why}") from error
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path.name} was refused, nothing was run: {error}") from None
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
     except Exception as error:  # a malformed pickle can fail in any way
         if isinstance(error, OSError) and error.filename:  # of the file, not of a place in it
             raise

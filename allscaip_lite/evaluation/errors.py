@@ -29,10 +29,10 @@ from allscaip_lite.data.aselmdb import SLOW, Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import DataError, InputError
-from allscaip_lite.files import atomic_write, check_no_folder, locked_file
+from allscaip_lite.files import atomic_write, check_writable, locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import AllScAIP, check_model
 from allscaip_lite.structures import structures_from_atoms
 from allscaip_lite.tables import markdown_table
 
@@ -56,6 +56,7 @@ class Residuals(NamedTuple):
 @torch.no_grad()
 def residuals(model: AllScAIP, data: LabelledData, progress: bool = False) -> Residuals:
     """Errors of every structure of a data set, in its order; the model evaluates afterwards."""
+    check_model(model)
     model.eval()
     energies, forces, stresses, deviations = [], [], [], []
     with tqdm(total=len(data), unit="structures", disable=not progress) as bar:
@@ -518,7 +519,7 @@ def run(args: argparse.Namespace) -> None:
                 f"--{option} {file}: give a file {' or '.join(suffixes)} in a folder that exists"
             )
         if file:
-            check_no_folder(file)
+            check_writable(file)
     if args.save and args.fit_references:
         raise InputError(
             "--save writes the errors of the model as it is: leave out --fit-references"

@@ -281,7 +281,7 @@ def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
     content = journal.read_bytes() if journal.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:
-        journal.write_text(_line(header))
+        store_text(journal, _line(header))
         return {}
     head, *lines = whole.splitlines()
     first = _entry(head) or {}

@@ -43,9 +43,11 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 from tqdm import tqdm
 
+from allscaip_lite.calculator import AllScAIPCalculator, check_calculator
+from allscaip_lite.cli import Parser
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.electrons import state_charge_and_spin, stated_charge_and_spin
-from allscaip_lite.errors import WAYS, RunError, StructureError
+from allscaip_lite.errors import WAYS, RunError, StructureError, check_kind
 from allscaip_lite.files import (
     alone,
     atomic_write,
@@ -113,6 +115,11 @@ class Settings:
             raise RunError(f"thermostat {self.thermostat!r} is not one of {', '.join(THERMOSTATS)}")
         if self.ensemble != "nve" and self.temperature is None:
             raise RunError(f"{self.ensemble} needs a temperature")
+        for field in dataclasses.fields(self):
+            value, text = getattr(self, field.name), isinstance(field.default, str)
+            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            if not (text or number or (value is None and field.name == "temperature")):
+                raise RunError(f"{field.name} {value!r} is no number: fs, K, bar or steps")
         times = ("duration", "timestep", "thermostat_time", "barostat_time")
         for name in (*times, "save_every", "log_every", "hottest"):
             if not 0 < getattr(self, name) < math.inf:
@@ -271,6 +278,9 @@ def _freedom(atoms: Atoms, settings: Settings) -> int:
 
 
 def _check(atoms: Atoms, calculator: Calculator, settings: Settings) -> None:
+    check_kind(settings, Settings, "Settings, such as Settings(ensemble='nve')")
+    check_kind(atoms, Atoms, "an ase.Atoms")
+    check_calculator(calculator)
     if len(atoms) < 2:
         raise RunError("a single atom has no dynamics: give a structure with more")
     if atoms.constraints:
@@ -437,7 +447,8 @@ def _explosion(reason: str, step: int, atoms: Atoms, settings: Settings, folder:
     final = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     stated = zip(("charge", "spin"), stated_charge_and_spin(atoms), strict=True)
     final.info = {name: value for name, value in stated if value is not None}
-    ase.io.write(folder / "exploded.extxyz", final)
+    with atomic_write(folder / "exploded.extxyz") as partial:
+        ase.io.write(partial, final)
     return Explosion(
         f"the run exploded at step {step} ({step * settings.timestep / 1000:g} ps): {reason}. "
         f"Up to there all is kept in {folder}, the last structure as exploded.extxyz. Start in "
@@ -682,7 +693,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kernels_option(parser, default=None)
 
 
-class _InputParser(argparse.ArgumentParser):
+class _InputParser(Parser):
     """Reads options from a file; a mistake is a RunError."""
 
     def error(self, message: str) -> NoReturn:
@@ -731,8 +742,6 @@ def run(args: argparse.Namespace) -> int:
 
         calculator: Calculator = SPCFw()
     else:
-        from allscaip_lite.calculator import AllScAIPCalculator
-
         options = {name: given[name] for name in ("kernels", "outside_training") if name in given}
         calculator = AllScAIPCalculator(model, given.get("device"), **options)
     folder = given.get("out", Path("runs/md"))

@@ -25,7 +25,7 @@ from allscaip_lite.data.checks import check_apart
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import charge_and_spin, state_charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import WAYS, DataError, InputError
-from allscaip_lite.files import atomic_write, check_no_folder
+from allscaip_lite.files import atomic_write, check_writable
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.structures import check_structure
 
@@ -91,7 +91,7 @@ def calculator_of(args: argparse.Namespace, dtype: torch.dtype | None = None) ->
 
 def check_format(file: Path, structures: int) -> None:
     """Raise `InputError`, before any work, for a name whose format cannot hold the structures."""
-    check_no_folder(file)
+    check_writable(file)
     try:
         form = ioformats[filetype(str(file), read=False)]
         writes = form.can_write and not (form.single and structures > 1)

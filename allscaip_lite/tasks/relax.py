@@ -22,6 +22,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import LBFGS
 from tqdm import tqdm
 
+from allscaip_lite.calculator import check_calculator
 from allscaip_lite.data.reading import file_and_index
 from allscaip_lite.errors import InputError
 from allscaip_lite.tasks.predict import (
@@ -82,7 +83,15 @@ def relax(
 
     Returns:
         The structure with its energy and forces, and whether the forces got below `fmax`.
+
+    Raises:
+        InputError: for a limit that is none, and for a cell that cannot be relaxed.
     """
+    check_calculator(calculator)
+    if not fmax > 0 or steps < 0:
+        raise InputError(
+            f"fmax {fmax} eV/Å, steps {steps}: give a force above 0, and 0 steps or more"
+        )
     moving = atoms.copy()
     moving.calc = calculator
     if not atoms.constraints and not atoms.pbc.any():

@@ -15,7 +15,7 @@ from ase import Atoms, units
 from ase.vibrations.data import VibrationsData
 from tqdm import tqdm
 
-from allscaip_lite.calculator import AllScAIPCalculator
+from allscaip_lite.calculator import AllScAIPCalculator, check_calculator
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.errors import InputError
 from allscaip_lite.tasks.predict import MAX_ATOMS, add_common_arguments, calculator_of, inputs
@@ -34,7 +34,12 @@ def vibrations(
         calculator: whose model gives the forces; its number type is best float64.
         displacement: of an atom along an axis, Å.
         progress: whether to show a progress bar.
+
+    Raises InputError for a displacement that is not above 0.
     """
+    check_calculator(calculator)
+    if not displacement > 0:
+        raise InputError(f"displacement {displacement} Å: give a length above 0")
     size = 3 * len(atoms)
     forces = np.zeros((2, size, size))
     moved = []
@@ -72,8 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`allscaip-lite vibrations`: the exit status is 2 where a structure did not come to rest."""
-    if not args.displacement > 0:
-        raise InputError(f"--displacement {args.displacement}: give a length above 0")
     calculator = calculator_of(args, torch.float64)
     restless = 0
     for name, atoms in inputs(args):

@@ -26,7 +26,7 @@ from allscaip_lite.evaluation.errors import check_zero
 from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import AllScAIP, check_model
 
 RIDGE = 1e-6  # of the mean diagonal, for directions that no structure of the data has
 
@@ -96,6 +96,7 @@ def calibrate(
         InputError: for fewer structures than the layer has weights, and for energies that are of
             another level of theory than the model's.
     """
+    check_model(model)
     made = copy.deepcopy(model).eval()
     seen = Seen()
     for members in tqdm(
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
             }
             try:
                 made.seen.merge(Seen.from_dict(known | json.loads(args.also_seen.read_text())))
-            except (json.JSONDecodeError, TypeError) as error:
+            except (RecursionError, TypeError, ValueError) as error:
                 raise InputError(
                     f"--also-seen {args.also_seen}: not what `info` shows ({error})"
                 ) from error

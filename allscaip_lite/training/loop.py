@@ -47,7 +47,7 @@ from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
 from allscaip_lite.kernels.padded import PaddedBatch, Size, can_pad, padded_prediction
-from allscaip_lite.model import UNITS, AllScAIP, Prediction
+from allscaip_lite.model import UNITS, AllScAIP, Prediction, check_model
 from allscaip_lite.training.muon import Muon
 
 
@@ -70,6 +70,13 @@ class Stage:
     ema_decay: float = 0.999
     stress_weight: float = 0.0  # for structures that have a stress; conservative models only
     muon: float = 0.0  # Muon's rate for the blocks' matrices, over learning_rate; 0: AdamW for all
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "energy_weight", "force_weight", "stress_weight", "muon"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "learning_rate" and not value):
+                least = "above 0" if name == "learning_rate" else "0 or more"
+                raise RunError(f"{name} {value} of the {self.name} stage: give a number, {least}")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_fraction`."""
@@ -411,6 +418,8 @@ def train(
             learned of it.
         DataError: for energies that are of another level of theory than the model's.
     """
+    check_model(model)
+    folder = Path(folder)
     for name, number, least in (
         *((f"steps of the {stage.name} stage", stage.steps, 1) for stage in stages),
         *(("max_atoms", max_atoms, 1), ("validate_every", validate_every, 1)),
@@ -773,7 +782,7 @@ def run(args: argparse.Namespace) -> None:
         stages.append(direct_stage(direct, args.direct_rate))
     if conservative:
         weights = tuple(args.conservative_weights)
-        rate = args.conservative_rate or rate
+        rate = rate if args.conservative_rate is None else args.conservative_rate
         stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
     stages = [replace(stage, muon=args.muon) for stage in stages]
     if not stages:

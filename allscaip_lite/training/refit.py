@@ -28,7 +28,7 @@ from allscaip_lite.evaluation.errors import check_zero
 from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.machine import usable_device
-from allscaip_lite.model import AllScAIP
+from allscaip_lite.model import AllScAIP, check_model
 from allscaip_lite.structures import structures_from_atoms
 
 FLOOR = 1e-4  # eV an atom, eV/Å: errors below it count by their square
@@ -86,8 +86,11 @@ def refit(
         InputError: for a direct model, for fewer structures than weights, for a stress weight
             where no structure has a stress, and for energies of another level of theory.
     """
+    check_model(model)
     if not model.config.conservative:
         raise InputError("a direct model's forces do not follow from its energy: train it")
+    if min(energy_weight, force_weight, stress_weight or 0) < 0:
+        raise InputError("a weight of the loss is negative: give 0 or more")
     size = model.energy_head.contract.weight.numel() + 1
     if len(data) < size:
         raise InputError(f"{len(data)} structures are too few for {size} weights: give more")

@@ -638,7 +638,7 @@ def test_small_files_cannot_ask_for_much(tmp_path: Path, program: bytes, complai
     with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x04" + program + b".")
         archive.writestr("archive/data/0", b"\0" * 8, zipfile.ZIP_STORED)
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=rf"^m\.pt.*(?:{complaint})"):
         read_torch_file(tmp_path / "m.pt")
 
 

@@ -397,6 +397,24 @@ def test_an_explosion_stops_with_a_word_and_loses_nothing(tmp_path, factor, word
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_kill_leaves_no_half_of_the_last_structure(tmp_path, monkeypatch):
+    def half(file, atoms):
+        Path(file).write_text("8\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(md.ase.io, "write", half)
+    with pytest.raises(KeyboardInterrupt):
+        run_md(copper(), Faulty(20, np.nan), short(), tmp_path, progress=False)
+    assert not (tmp_path / "exploded.extxyz").exists()
+
+
+@pytest.mark.parametrize("change", [{"temperature": "300"}, {"duration": None}, {"relax": True}])
+def test_a_setting_that_is_no_number_is_named(change):
+    with pytest.raises(RunError, match=rf"{next(iter(change))} .* is no"):
+        Settings(**change)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_box_that_bursts_is_an_explosion(tmp_path):
     class Bursting(Springs):
         def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):

@@ -18,11 +18,13 @@ from ase.geometry.minkowski_reduction import minkowski_reduce
 from torch import Tensor
 
 from allscaip_lite import PRESETS, AllScAIP, AllScAIPConfig, Result, StructureError
-from allscaip_lite.checkpoints import load_model, save_model
+from allscaip_lite.checkpoints import load_model, save_model, save_official
+from allscaip_lite.data.batches import in_order
 from allscaip_lite.graph import build_graph
 from allscaip_lite.kernels import choose
 from allscaip_lite.model import UNITS, similar_sizes
 from allscaip_lite.structures import Structures, structures_from_atoms
+from allscaip_lite.tasks.relax import relax
 
 ModelMaker = Callable[..., AllScAIP]
 
@@ -114,6 +116,23 @@ def test_one_structure_answers_like_a_list_of_it(model: AllScAIP) -> None:
     assert alone.forces.shape == (3, 3) and alone.forces.dtype == np.float64
     assert alone.stress is None
     assert_same(alone, listed, 0)
+
+
+def test_an_argument_of_another_kind_is_said_with_what_to_give(
+    model: AllScAIP, cluster: Atoms, tmp_path: Path
+) -> None:
+    for ask in (model, model.atomic_energies, model.last_layer_inputs):
+        with pytest.raises(TypeError, match=r"model.predict takes atoms\), not a 'Atoms' object"):
+            ask(cluster)
+    for save in (save_model, save_official):
+        with pytest.raises(TypeError, match="such as load_model\\('lite'\\), not 'lite'"):
+            save("lite", tmp_path / "m.safetensors")
+    with pytest.raises(TypeError, match="not 'lite'"):
+        AllScAIP("lite")
+    with pytest.raises(TypeError, match="give a data set: .*, not 'train.aselmdb'"):
+        next(in_order("train.aselmdb", 10))
+    with pytest.raises(TypeError, match="AllScAIPCalculator.*, not a 'AllScAIP' object"):
+        relax(cluster, model)
 
 
 def test_stress_only_where_there_is_a_volume(model: AllScAIP, crystal: Atoms) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from allscaip_lite import cli
 from allscaip_lite.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "allscaip_lite"
@@ -16,8 +19,6 @@ PACKAGE = Path(__file__).resolve().parents[2] / "allscaip_lite"
 def run_with(monkeypatch, capsys, behaviour, *arguments: str) -> tuple[int, str]:
     """Exit status and error text of `allscaip-lite train` with a stand-in for the training."""
     from types import ModuleType
-
-    from allscaip_lite import cli
 
     module = ModuleType("allscaip_lite.training.loop")
     module.add_arguments = lambda parser: parser.add_argument("--data")
@@ -68,6 +69,36 @@ def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch, capsys, error):
 def test_a_library_s_value_error_keeps_its_traceback(monkeypatch, capsys):
     with pytest.raises(ValueError, match="invalid literal"):
         run_with(monkeypatch, capsys, lambda args: int("a"))  # this file stands for a library
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("evaluate lite ''", "data: an empty text is no path"),
+        ("train --data ' ' --out x", "--data: an empty text is no path"),
+        ("data describe ''", "data: an empty text is no path"),
+        ("relax O --fmax nan", "--fmax: nan is not finite"),
+        ("md x.xyz --pressure inf", "--pressure: inf is not finite"),
+    ],
+)
+def test_paths_are_not_empty_and_numbers_are_finite(capsys, text, words):
+    with pytest.raises(SystemExit):
+        cli.main(shlex.split(text))
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [InputError, KeyboardInterrupt])
+def test_the_message_comes_after_the_progress_bars(monkeypatch, capsys, kind):
+    def progress():
+        yield from tqdm(range(3))
+
+    def run(args):
+        bar = progress()
+        next(bar)
+        raise kind("no")
+
+    lines = run_with(monkeypatch, capsys, run)[1].splitlines()
+    assert lines[-1].startswith("allscaip-lite: ")
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):

@@ -158,6 +158,16 @@ def test_relax_comes_to_rest_or_says_so(
     assert "no cell" in capsys.readouterr().err
 
 
+def test_limits_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, words in (
+        (["relax", "--fmax", "0"], "give a force above 0"),
+        (["relax", "--steps", "-1"], "0 steps or more"),
+        (["vibrations", "--no-relax", "--displacement", "0"], "give a length above 0"),
+    ):
+        assert cli.main([*options, "O"]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_frequencies_are_those_of_a_numerical_hessian() -> None:
     calculator = AllScAIPCalculator("lite-xtb", "cpu", torch.float64)
     still, converged = relax(water(), calculator, 0.01)

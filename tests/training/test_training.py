@@ -84,6 +84,14 @@ def small_model(data: Dataset, **changes: object) -> AllScAIP:
     return model
 
 
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.0}, {"learning_rate": np.nan}, {"force_weight": -1.0}]
+)
+def test_a_stage_that_learns_nothing_is_refused(change: dict) -> None:
+    with pytest.raises(RunError, match=f"{next(iter(change))} .* of the direct stage: give"):
+        replace(training.direct_stage(10), **change)
+
+
 def test_loss_by_hand(data: Dataset) -> None:
     model = small_model(data)
     batch = collate([data[0], data[1]])
