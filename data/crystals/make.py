@@ -1,6 +1,7 @@
 """Make `data/crystals`: crystals, defects, liquids and slabs, labelled with CHGNet.
 
     python data/crystals/make.py --out data/generated/crystals --rounds 2 --seed 0
+    python data/crystals/make.py --set pairs --out data/generated/crystals-pairs --rounds 1
 
 In: the tables of prototypes and compounds below and a seed. Out: `{train,val,test}.aselmdb` with
 energies (eV), forces (eV/Å) and stresses (eV/Å³), split by chemical system. A run that was stopped
@@ -13,6 +14,7 @@ to slabs, or taken from short Langevin runs of hot cells.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +34,10 @@ from ase.build import (
     hcp0001,
     surface,
 )
-from ase.data import atomic_numbers, reference_states
+from ase.data import atomic_numbers, covalent_radii, reference_states
 from ase.filters import FrechetCellFilter
 from ase.md.langevin import Langevin
+from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 
 from allscaip_lite.cli import run_script
@@ -118,6 +121,12 @@ COMPOUNDS = {
     "L1_2": "Au-Cu 3.75 Cu-Au 3.97 Al-Ni 3.56 Ti-Al 3.97 Fe-Ni 3.55 Pt-Cu 3.70 Ag-Pt 3.90",
     "L1_0": "Cu-Au 2.80 Ti-Al 2.82 Fe-Pt 2.72 Fe-Pd 2.72 Ni-Pt 2.71 Pd-Zn 2.89",
 }
+# What the set `pairs` has of two metals, and of a metal or tetrahedral element with an anion.
+ANIONS = "N O F S Cl"
+PAIRED = {
+    "metals": ("B2", "L1_0", "L1_2"),
+    "anions": ("rock salt", "zinc blende", "B2", "fluorite", "rutile"),
+}
 # All compounds of these elements, in any structure, are in the split; the others are trained on.
 HELD_OUT = {
     "test": "Pd Na-Cl Ca-O Zn-S Na-O K-Mg-F Ge-O Cu-Au Ni-Al",
@@ -152,7 +161,7 @@ class Crystal:
         prototype: One of PROTOTYPES.
         elements: In the order of the prototype's sites.
         a: Where the relaxation of the lattice constant starts, Å.
-        natural: Whether it is in the tables; if not, fewer structures are made of it.
+        natural: Whether it is in the tables; if not, fewer structures are made of it, and no slabs.
     """
 
     prototype: str
@@ -191,6 +200,44 @@ def crystals() -> list[Crystal]:
         for compound, a in zip(words[::2], words[1::2], strict=True):
             found.append(Crystal(prototype, tuple(compound.split("-")), float(a)))
     return found
+
+
+def pairs() -> list[Crystal]:
+    """Compounds of two elements each, in two structures drawn at random, whether they exist or not.
+
+    A model that meets an element in a few compounds alone learns these and not the element. What is
+    in the tables, and all chemical systems that are held out, are left out.
+    """
+    rng = np.random.default_rng(0)
+    metals, others = METALS.split(), TETRAHEDRAL.split()
+    kinds = {
+        "metals": itertools.combinations(metals, 2),
+        "anions": itertools.product(metals + others, ANIONS.split()),
+    }
+    known = {crystal.name for crystal in crystals()}
+    found = []
+    for kind, systems in kinds.items():
+        for system in systems:
+            for prototype in rng.choice(PAIRED[kind], 2, replace=False):
+                turned = prototype == "fluorite" or kind == "metals"
+                elements = tuple(rng.permutation(system).tolist()) if turned else system
+                crystal = Crystal(str(prototype), elements, _start(prototype, elements), False)
+                if crystal.split == "train" and crystal.name not in known:
+                    found.append(crystal)
+    return found
+
+
+SETS = {"tables": crystals, "pairs": pairs}
+
+
+def _start(prototype: str, elements: Sequence[str]) -> float:
+    """A lattice constant (Å) where atoms touch, by their covalent radii, and none overlap."""
+    atoms = _built(prototype, elements, 10.0)
+    radii = [covalent_radii[number] for number in atoms.numbers]
+    return 10.0 * max(
+        (radii[i] + radii[j]) / distance
+        for i, j, distance in zip(*neighbor_list("ijd", atoms, 10.1), strict=True)
+    )
 
 
 def _volume(prototype: str) -> float:
@@ -238,8 +285,6 @@ def relaxed(crystal: Crystal) -> Atoms:
 
 def nearest(atoms: Atoms) -> float:
     """Å, the least distance of two atoms, images among them."""
-    from ase.neighborlist import neighbor_list
-
     cutoff = 2.0
     while not len(found := neighbor_list("d", atoms, cutoff)):
         cutoff *= 1.4
@@ -439,18 +484,24 @@ def sample(crystal: Crystal, number: int = 0, seed: int = 0) -> list[Atoms]:
 # --- The command -----------------------------------------------------------------------------
 
 
-def make(folder: Path, rounds: int, seed: int = 0, workers: queue.Workers = 1) -> None:
+def make(
+    folder: Path,
+    rounds: int,
+    seed: int = 0,
+    workers: queue.Workers = 1,
+    chosen: Sequence[Crystal] | None = None,
+) -> None:
     """Make and label the structures of so many rounds, or go on with it, and write the data set.
 
-    In a round the crystals of the tables come first, elements in other structures last. The number
-    of workers changes nothing but the time. Raises LabelError where `folder` holds another plan or
-    seed, and without a round.
+    The crystals are by default those of the tables. In a round those of the tables come first,
+    elements in other structures last. The number of workers changes nothing but the time. Raises
+    LabelError where `folder` holds another plan or seed, and without a round.
     """
     import chgnet  # noqa: F401  a missing one is to be reported before any work
 
     if rounds < 1:
         raise LabelError(f"{rounds} rounds make no structure: give 1 or more")
-    chosen = crystals()
+    chosen = crystals() if chosen is None else list(chosen)
     queue.store_plan(folder, {"seed": seed, "crystals": [vars(crystal) for crystal in chosen]})
     jobs = [
         queue.Job(
@@ -473,6 +524,12 @@ def _sample(task: tuple[Crystal, int, int]) -> list[Atoms]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument(
+        "--set",
+        choices=tuple(SETS),
+        default="tables",
+        help="crystals of the tables; pairs: any two elements in simple structures",
+    )
+    parser.add_argument(
         "--rounds", type=int, default=2, help="each makes up to 20 structures of every crystal"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
@@ -480,7 +537,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    make(args.out, args.rounds, args.seed, args.workers)
+    make(args.out, args.rounds, args.seed, args.workers, SETS[args.set]())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import importlib
 
 import numpy as np
 import pytest
+from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
 from allscaip_lite.data.aselmdb import Dataset
@@ -70,6 +71,33 @@ def test_each_chemical_system_is_in_one_split_and_its_elements_are_trained_on():
             assert set(system.split("-")) <= trained
     assert len({c.name for c in CRYSTALS}) == len(CRYSTALS)
     assert 15 <= len(trained) <= 30
+
+
+def test_pairs_are_new_compounds_of_the_elements_and_none_is_held_out():
+    pairs = make.pairs()
+    assert [vars(c) for c in pairs] == [vars(c) for c in make.pairs()]
+    names = [c.name for c in pairs]
+    assert len(set(names)) == len(names) > 300
+    assert not set(names) & {c.name for c in CRYSTALS}
+    assert {c.split for c in pairs} == {"train"} and not any(c.natural for c in pairs)
+    metals, anions = set(make.METALS.split()), set(make.ANIONS.split())
+    for crystal in pairs:
+        alloy = set(crystal.elements) <= metals
+        assert alloy or len(set(crystal.elements) & anions) == 1
+        assert crystal.prototype in make.PAIRED["metals" if alloy else "anions"]
+    systems = {frozenset(c.elements) for c in pairs}
+    assert len({element for system in systems for element in system}) == 23
+    assert frozenset({"Cu", "Pt"}) in systems and frozenset({"Cu", "Au"}) not in systems
+
+
+@pytest.mark.parametrize("prototype", make.PROTOTYPES)
+def test_a_pair_starts_where_its_atoms_touch(prototype):
+    elements = ("K", "Cl", "Cl")
+    a = make._start(prototype, elements)
+    atoms = make._built(prototype, elements, a)
+    i, j, distance = neighbor_list("ijd", atoms, 5.0)
+    radii = covalent_radii[atoms.numbers]
+    assert (distance / (radii[i] + radii[j])).min() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
