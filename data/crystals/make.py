@@ -93,6 +93,12 @@ PROTOTYPES = {
         ),
         lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65)),
     ),
+    "ordered rock salt": Prototype(
+        (0, 1, 2, 2),
+        (ORIGIN, CENTRE, (HALF, HALF, 0.0), (0.0, 0.0, HALF)),
+        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
+    ),
+    "half-Heusler": Prototype((0, 1, 2), (ORIGIN, CENTRE, (QUARTER,) * 3), "F"),
     "B2": Prototype((0, 1), (ORIGIN, CENTRE)),
     "L1_2": Prototype((0, 1, 1, 1), (ORIGIN, *FACES)),
     "L1_0": Prototype((0, 1), (ORIGIN, CENTRE), lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5))),
@@ -127,6 +133,10 @@ PAIRED = {
     "metals": ("B2", "L1_0", "L1_2"),
     "anions": ("rock salt", "zinc blende", "B2", "fluorite", "rutile"),
 }
+# What the set `triples` has of two elements and an anion, so many of each anion; three metals are
+# half-Heusler alloys.
+TRIPLED = ("perovskite", "ordered rock salt", "half-Heusler")
+TRIPLES_OF_ANION, TRIPLES_OF_METALS = 30, 40
 # All compounds of these elements, in any structure, are in the split; the others are trained on.
 HELD_OUT = {
     "test": "Pd Na-Cl Ca-O Zn-S Na-O K-Mg-F Ge-O Cu-Au Ni-Al",
@@ -214,20 +224,46 @@ def pairs() -> list[Crystal]:
         "metals": itertools.combinations(metals, 2),
         "anions": itertools.product(metals + others, ANIONS.split()),
     }
-    known = {crystal.name for crystal in crystals()}
-    found = []
+    drawn: list[tuple[str, Sequence[str]]] = []
     for kind, systems in kinds.items():
         for system in systems:
             for prototype in rng.choice(PAIRED[kind], 2, replace=False):
                 turned = prototype == "fluorite" or kind == "metals"
-                elements = tuple(rng.permutation(system).tolist()) if turned else system
-                crystal = Crystal(str(prototype), elements, _start(prototype, elements), False)
-                if crystal.split == "train" and crystal.name not in known:
-                    found.append(crystal)
-    return found
+                drawn.append((prototype, rng.permutation(system) if turned else system))
+    return _to_train_on(drawn)
 
 
-SETS = {"tables": crystals, "pairs": pairs}
+def triples() -> list[Crystal]:
+    """Compounds of three elements, drawn at random.
+
+    Here two elements meet even if their own compounds are held out.
+    """
+    rng = np.random.default_rng(1)
+    metals = METALS.split()
+    others = metals + TETRAHEDRAL.split()
+    drawn: list[tuple[str, Sequence[str]]] = [
+        (rng.choice(TRIPLED), (*rng.choice(others, 2, replace=False), anion))
+        for anion in ANIONS.split()
+        for _ in range(TRIPLES_OF_ANION)
+    ]
+    drawn += [
+        ("half-Heusler", rng.choice(metals, 3, replace=False)) for _ in range(TRIPLES_OF_METALS)
+    ]
+    return _to_train_on(drawn)
+
+
+def _to_train_on(drawn: list[tuple[str, Sequence[str]]]) -> list[Crystal]:
+    """Of prototypes and elements those that are not held out and not in the tables, each once."""
+    known, found = {crystal.name for crystal in crystals()}, {}
+    for prototype, elements in drawn:
+        names = tuple(map(str, elements))
+        crystal = Crystal(str(prototype), names, _start(prototype, names), natural=False)
+        if crystal.split == "train" and crystal.name not in known:
+            found[crystal.name] = crystal
+    return list(found.values())
+
+
+SETS = {"tables": crystals, "pairs": pairs, "triples": triples}
 
 
 def _start(prototype: str, elements: Sequence[str]) -> float:
@@ -527,7 +563,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set",
         choices=tuple(SETS),
         default="tables",
-        help="crystals of the tables; pairs: any two elements in simple structures",
+        help="crystals of the tables; pairs, triples: two or three elements, whether it exists",
     )
     parser.add_argument(
         "--rounds", type=int, default=2, help="each makes up to 20 structures of every crystal"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ NEIGHBOURS = {
     "fluorite": (0, 8, 1),
     "perovskite": (1, 6, 2),
     "rutile": (0, 6, 1),
+    "ordered rock salt": (0, 6, 2),
+    "half-Heusler": (0, 4, 2),
     "B2": (0, 8, 1),
     "L1_2": (0, 12, 1),
     "L1_0": (0, 12, None),  # 4 like, 8 unlike
@@ -88,6 +91,19 @@ def test_pairs_are_new_compounds_of_the_elements_and_none_is_held_out():
     systems = {frozenset(c.elements) for c in pairs}
     assert len({element for system in systems for element in system}) == 23
     assert frozenset({"Cu", "Pt"}) in systems and frozenset({"Cu", "Au"}) not in systems
+
+
+def test_in_triples_elements_of_held_out_pairs_meet_and_no_triple_is_held_out_or_twice():
+    triples = make.triples()
+    assert [vars(c) for c in triples] == [vars(c) for c in make.triples()]
+    names = [c.name for c in triples]
+    assert len(set(names)) == len(names) > 150
+    assert not set(names) & {c.name for c in CRYSTALS}
+    assert {c.split for c in triples} == {"train"} and not any(c.natural for c in triples)
+    assert all(len(set(c.elements)) == 3 for c in triples)
+    assert {c.prototype for c in triples} == set(make.TRIPLED)
+    met = {frozenset(two) for c in triples for two in itertools.combinations(c.elements, 2)}
+    assert {frozenset({"Al", "N"}), frozenset({"Na", "Cl"})} <= met
 
 
 @pytest.mark.parametrize("prototype", make.PROTOTYPES)
