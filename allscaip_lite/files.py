@@ -85,7 +85,10 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder: choose another name", str(path))
-    if not os.access(next(above for above in path.absolute().parents if above.exists()), os.W_OK):
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder.name} is no folder", str(path))
+    if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, "its folder is read-only: choose another", str(path))
 
 
@@ -218,11 +221,12 @@ def read_state(path: Path, read: Callable[[Path], Result]) -> Result | None:
             with zipfile.ZipFile(file) as archive:
                 if part := archive.testzip():
                     raise zipfile.BadZipFile(f"{part} has another checksum")
-            found = read(file)
+            if (found := read(file)) is None:
+                raise ValueError("nothing is in it")
         except (EOFError, LookupError, RuntimeError, ValueError, zlib.error) as error:
-            damage = f"{file} is damaged ({error})"
+            damage = f"{file} is damaged ({_first_line(error)})"
         except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            damage = f"{file} is damaged ({error})"
+            damage = f"{file} is damaged ({_first_line(error)})"
         else:
             if damage:
                 warnings.warn(f"{damage}: going on from the state before it", stacklevel=3)
@@ -230,6 +234,24 @@ def read_state(path: Path, read: Callable[[Path], Result]) -> Result | None:
     if damage:
         raise RunError(f"{damage}, and none before it is there: remove the folder and start again")
     return None
+
+
+@contextmanager
+def restoring(file: Path) -> Iterator[None]:
+    """Around what takes up the state of a run: RunError where the file holds something else."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{file} is not the state of this run ({type(error).__name__}: {_first_line(error)}): "
+            f"bring it back, or remove {file.parent} and start again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _before(path: Path) -> Path:

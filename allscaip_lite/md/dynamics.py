@@ -54,6 +54,7 @@ from allscaip_lite.files import (
     differing,
     fingerprint,
     read_state,
+    restoring,
     store_state,
     store_text,
 )
@@ -201,17 +202,19 @@ def run_md(
         except (StructureError, CalculatorError) as error:  # while it was minimised
             raise _explosion(str(error), 0, moving, settings, folder) from error
     else:
-        moving.set_cell(state["cell"])
-        moving.set_positions(state["positions"])
-        moving.set_momenta(state["momenta"])
+        with restoring(folder / "state.npz"):
+            moving.set_cell(state["cell"])
+            moving.set_positions(state["positions"])
+            moving.set_momenta(state["momenta"])
     integrator = make_integrator(moving, settings, generator)
     frames, seconds = 0, 0.0
     if state is not None:
-        integrator.nsteps = int(state["step"])
-        for name in _memory(integrator):
-            _set(integrator, name, state[name])
-        generator.bit_generator.state = json.loads(str(state["random"]))
-        frames, seconds = int(state["frames"]), float(state["seconds"])
+        with restoring(folder / "state.npz"):
+            integrator.nsteps = int(state["step"])
+            for name in _memory(integrator):
+                _set(integrator, name, state[name])
+            generator.bit_generator.state = json.loads(str(state["random"]))
+            frames, seconds = int(state["frames"]), float(state["seconds"])
     written = _Written(folder)
     written.resume(state or {}, frames, -1 if state is None else integrator.nsteps)
     _simulate(integrator, settings, generator, folder, written, seconds, progress)
@@ -710,7 +713,7 @@ def read_input(file: Path) -> dict[str, Any]:
     except ValueError as error:  # TOML's, or bytes that are no text
         raise RunError(f"{file} is not an input in TOML: {error}") from error
     structure = content.pop("structure", None)
-    where = "" if structure is None else str(file.parent / str(structure))
+    where = str(file.parent / str(structure)) if structure else ""
     parser = _InputParser(prog=str(file), add_help=False, allow_abbrev=False)
     add_arguments(parser)
     options = [f"--{key.replace('_', '-')}={value}" for key, value in content.items()]

@@ -42,7 +42,15 @@ from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.electrons import Assumptions, say_assumptions
 from allscaip_lite.errors import DataError, InputError, RunError
 from allscaip_lite.evaluation.errors import check_zero, evaluate
-from allscaip_lite.files import alone, differing, fingerprint, read_state, store_state, store_text
+from allscaip_lite.files import (
+    alone,
+    differing,
+    fingerprint,
+    read_state,
+    restoring,
+    store_state,
+    store_text,
+)
 from allscaip_lite.graph import SLOT_STEP
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
@@ -454,19 +462,21 @@ def train(
     saved = read_state(
         state_file, lambda file: torch.load(file, map_location="cpu", weights_only=True)
     )
-    if saved:
-        # what a run of another version wrote down under other names is not held against it
-        if changed := differing(saved["plan"], plan, but=plan.keys() ^ saved["plan"].keys()):
-            raise RunError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}): give another "
-                "--out, or remove it"
-            )
-        if "log" in saved and fabric.global_rank == 0:  # without what came after the state
-            store_text(log_file, saved["log"])
+    start = (0, 0)  # stage and step
+    if saved is not None:
+        with restoring(state_file):
+            # what a run of another version wrote down under other names is not held against it
+            if changed := differing(saved["plan"], plan, but=plan.keys() ^ saved["plan"].keys()):
+                raise RunError(
+                    f"{folder} holds a run with other settings ({', '.join(changed)}): give "
+                    "another --out, or remove it"
+                )
+            start = (int(saved["stage"]), int(saved["step"]))
+            if "log" in saved and fabric.global_rank == 0:  # without what came after the state
+                store_text(log_file, saved["log"])
     else:
         missing, counts = missing_energies(model.eval(), training_data, 50)
         check_zero(missing / counts[:, :-1].sum(1), model)
-    start = (saved["stage"], saved["step"]) if saved else (0, 0)
     if fabric.broadcast(start) != start:
         raise RunError(
             f"{folder} is not one folder for all processes: all nodes have to share --out"
@@ -476,7 +486,7 @@ def train(
     for index, stage in enumerate(stages):
         model = start_stage(model, stage)
         model.operations = operations
-        if saved and saved["stage"] > index:
+        if start[0] > index:
             continue
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=moving_average(stage.ema_decay)
@@ -484,14 +494,15 @@ def train(
         assert isinstance(average.module, AllScAIP)  # a copy of the model
         trained, *optimizers = fabric.setup(model, *make_optimizers(model, stage))
         first, losses = 0, []
-        if saved and saved["stage"] == index:
-            first, losses = saved["step"], list(saved.get("losses", ()))
-            model.load_state_dict(saved["model"])
-            average.load_state_dict(saved["average"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            torch.set_rng_state(saved["random"])
-            seen.merge(Seen.from_dict(saved.get("seen", seen.to_dict())))
+        if saved and start[0] == index:
+            with restoring(state_file):
+                first, losses = start[1], [float(value) for value in saved.get("losses", ())]
+                model.load_state_dict(saved["model"])
+                average.load_state_dict(saved["average"])
+                for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                    optimizer.load_state_dict(state)
+                torch.set_rng_state(saved["random"])
+                seen.merge(Seen.from_dict(saved.get("seen", seen.to_dict())))
 
         def save(step: int, stage_index: int = index) -> None:
             if fabric.global_rank == 0:

@@ -16,6 +16,7 @@ from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.errors import InputError, RunError
 from allscaip_lite.files import (
     atomic_write,
+    check_writable,
     differing,
     locked,
     locked_file,
@@ -90,6 +91,12 @@ def test_a_lock_that_cannot_be_made_is_said_with_its_folder(
 
     assert cli.run_script(lambda parser: None, run, "make.py", "", "", []) == 2
     assert capsys.readouterr().err == f"make.py: {tmp_path / 'run'}: Is a directory\n"
+
+
+def test_a_file_in_the_place_of_a_folder_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(NotADirectoryError, match="a is no folder"):
+        check_writable(tmp_path / "a" / "b.txt")
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:

@@ -525,10 +525,12 @@ def test_options_beside_an_input_count_more(tmp_path, monkeypatch, capsys):
         ("charge = true\n", "--charge: invalid int value: 'True'"),
         ("kernels = true\n", "--kernels: invalid choice: 'True'"),
         ("seed = -1\n", "seed -1 is not a whole number, 0 or more"),
-        ("temperature = inf\n", "must be between"),
-        ("pressure = nan\n", "pressure nan is not finite"),
+        ("temperature = inf\n", "--temperature: inf is not finite"),
+        ("temperature = 6000\n", "must be between"),
+        ("pressure = nan\n", "--pressure: nan is not finite"),
         ('time = "10"\n', "write a number and fs, ps or ns"),
         ("temperature = 3\n", "names no structure"),
+        ('structure = ""\n', "names no structure"),
         ('structure = "absent.xyz"\n', "absent.xyz"),
     ],
 )
@@ -670,3 +672,9 @@ def test_a_damaged_state_falls_back_on_the_one_before(tmp_path):
         (tmp_path / "run" / name).write_bytes(b"PK")
     with pytest.raises(RunError, match="none before it is there"):
         run_md(copper(), EMT(), longer, tmp_path / "run", progress=False)
+    whole = dict(np.load(tmp_path / "whole" / "state.npz"))
+    for change in ({"cell": None}, {"positions": np.zeros((2, 3))}, {"random": "no table"}):
+        kept = {name: value for name, value in (whole | change).items() if value is not None}
+        np.savez(tmp_path / "whole" / "state.npz", **kept)
+        with pytest.raises(RunError, match="whole/state.npz is not the state of this run"):
+            run_md(copper(), EMT(), longer, tmp_path / "whole", progress=False)

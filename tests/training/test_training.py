@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -574,6 +575,27 @@ def test_the_gradient_is_clipped_as_a_whole_whoever_takes_the_step(
     model = run(data, tmp_path, (2, 1), muon=3.0)
     direct = sum(1 for _ in start_stage(model, direct_stage(1)).parameters())
     assert seen == [direct, direct, sum(1 for _ in model.parameters())]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["model"],
+        lambda state: None,
+        lambda state: {**state, "stage": 0, "model": {}},
+        lambda state: {**state, "stage": 0, "optimizers": []},
+    ],
+)
+def test_a_state_of_something_else_is_said(
+    data: Dataset, tmp_path: Path, change: Callable[[Any], Any]
+) -> None:
+    run(data, tmp_path, (1, 1))
+    (tmp_path / "state.before.pt").unlink(missing_ok=True)
+    file = tmp_path / "state.pt"
+    torch.save(change(torch.load(file, weights_only=True)), file)
+    with pytest.raises(RunError, match="state.pt is (not the state of this run|damaged)") as said:
+        run(data, tmp_path, (1, 1))
+    assert "\n" not in str(said.value)
 
 
 def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> None:
