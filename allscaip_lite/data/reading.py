@@ -7,6 +7,7 @@ drops what a database keeps beside the atoms, and what a Gaussian input says of 
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import ase.db
 import ase.io
 from ase import Atoms
+from ase.io.formats import open_with_compression
 from ase.utils import string2index
 
 from allscaip_lite.data.aselmdb import Dataset, atoms_of_row
@@ -23,6 +25,7 @@ from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import listed_paths
 
 DATABASES = ("db", "json", "aselmdb")  # names of formats in ASE
+BEYOND = 100  # lines behind the end of a file that a reader may ask for
 
 
 def file_and_index(name: str | Path, index: str = ":") -> tuple[str, str]:
@@ -62,8 +65,10 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
             check_atoms(atoms, where := f"{whole}, structure {number}")
             yield f"{where} ({atoms.symbols})", atoms
             count += 1
-    except (InputError, MemoryError):
+    except InputError:
         raise
+    except MemoryError as error:
+        raise DataError(f"{path} asks for more memory than there is") from error
     except Exception as error:  # ASE's readers raise whatever their parsing comes across
         if isinstance(error, OSError) and error.filename:  # the system's, not a parser's
             raise
@@ -71,7 +76,7 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
         place = f" after structure {count - 1}" if count else ""
         raise DataError(f"{path} is not a file that ASE can read{place} ({reason})") from error
     if not count:
-        raise DataError(f"{path}{'' if index == ':' else '@' + index} has no structures")
+        raise DataError(f"{name} has no structures")
 
 
 def read_structure(name: str | Path) -> Atoms:
@@ -84,11 +89,34 @@ def _read(file: Path, wanted: int | slice) -> Iterator[Atoms]:
     kind = suffix if suffix == "aselmdb" else ase.io.formats.filetype(str(file))
     if kind in DATABASES:
         return _read_database(file, kind, wanted)
+    if kind == "extxyz":
+        return _read_lines(file, kind, wanted)
     options: dict[str, Any] = {"attach_calculator": True} if kind == "gaussian-in" else {}
     read = ase.io.iread(
         str(file), index=wanted, format=kind, do_not_split_by_at_sign=True, **options
     )
     return map(_with_parameters, read) if options else read
+
+
+def _read_lines(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
+    with (
+        open_with_compression(str(file), "rb") as content,
+        _Lines(content, encoding="utf-8") as lines,
+    ):
+        yield from ase.io.iread(lines, index=wanted, format=kind)
+
+
+class _Lines(io.TextIOWrapper):
+    """Text, behind whose end nobody reads for ever because a count of atoms says so."""
+
+    beyond = 0
+
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]  # as in typeshed
+        line = super().readline(size)
+        self.beyond = 0 if line else self.beyond + 1
+        if self.beyond > BEYOND:
+            raise EOFError("it has fewer lines than it says")
+        return line
 
 
 def _read_database(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:

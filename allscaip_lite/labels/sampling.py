@@ -18,6 +18,7 @@ from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.data.aselmdb import SPLITS, split_by_molecule
+from allscaip_lite.errors import InputError
 from allscaip_lite.labels import LabelError
 from allscaip_lite.labels.xtb import GFN2xTB
 
@@ -56,7 +57,7 @@ class System:
 
 def parse_system(domain: str, word: str) -> System:
     """The system of a word: SMILES, or SMILES|charge|multiplicity where these differ from those of
-    the SMILES with the fewest unpaired electrons.
+    the SMILES with the fewest unpaired electrons. Raises InputError for a state of another form.
     """
     from rdkit import Chem
 
@@ -65,7 +66,11 @@ def parse_system(domain: str, word: str) -> System:
     charge = sum(Chem.GetFormalCharge(molecule) for molecule in molecules)
     unpaired = sum(a.GetNumRadicalElectrons() for m in molecules for a in m.GetAtoms())
     if state:
-        charge, unpaired = int(state[0]), int(state[1]) - 1
+        try:
+            charge, unpaired = map(int, state)
+        except ValueError as error:
+            raise InputError(f"{word}: write SMILES|charge|multiplicity") from error
+        unpaired -= 1
     parts = tuple(Chem.MolToSmiles(molecule) for molecule in molecules)
     return System(domain, parts, charge, unpaired + 1)
 

@@ -19,7 +19,7 @@ from allscaip_lite import cli
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.data.checks import labels_under_any_name
 from allscaip_lite.data.convert import convert
-from allscaip_lite.data.reading import read_structure
+from allscaip_lite.data.reading import read_structure, read_structures
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import DataError, InputError, StructureWarning
 
@@ -211,6 +211,24 @@ def bulk_with(**labels: object) -> Atoms:
 
 SYMMETRIC = np.array([(1.0, 0.1, 0.2), (0.1, 2.0, 0.3), (0.2, 0.3, 3.0)])
 FORCES = np.arange(6.0).reshape(2, 3)
+
+
+def test_a_count_of_atoms_beyond_the_file_is_no_work_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_text("99999999999\n\nO 0 0 0\n")
+    with pytest.raises(DataError, match="a.xyz .* fewer lines than it says"):
+        list(read_structures(tmp_path / "a.xyz"))
+
+
+def test_a_file_that_asks_for_all_memory_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*others: object, **named: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "a.xyz").write_text("1\n\nO 0 0 0\n")
+    monkeypatch.setattr(ase.io, "iread", too_much)
+    with pytest.raises(DataError, match="a.xyz asks for more memory"):
+        list(read_structures(tmp_path / "a.xyz"))
 
 
 def test_labels_under_other_names_and_in_other_shapes() -> None:

@@ -113,6 +113,14 @@ def test_what_is_no_file_and_no_smiles_is_said(
     assert "no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["C|5", "C|a|1", "C|0|1|2"])
+def test_a_state_behind_smiles_has_two_numbers(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["predict", word]) == 2
+    assert f"{word}: write SMILES|charge|multiplicity" in capsys.readouterr().err
+
+
 SMALL = "H2 N2 O2 F2 Cl2 CO HF HCl LiH H2O CO2 HCN N2O NH3 CH4 C2H2 C2H4 H2CO CH3OH C2H6".split()
 ROUGH = {"CO2"}  # its bend, by the weights: most optimisers do not get below 0.005 eV/Å
 
