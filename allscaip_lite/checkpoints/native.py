@@ -132,7 +132,7 @@ def _locate(name_or_path: str | Path) -> Path:
         raise IsADirectoryError(f"{name} is a folder: give the path of the model file in it")
     if path.suffix in (".pt", ".safetensors") or path.parent != Path():
         raise FileNotFoundError(f"no file {name}; the models known by name are {', '.join(known)}")
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.3) or known
+    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.3) or known
     raise InputError(
         f"no model is called {name!r}, and there is no such file. Did you mean {' or '.join(near)}?"
     )

@@ -26,6 +26,7 @@ from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db.core import now
 from ase.db.row import AtomsRow, atoms2dict
+from ase.io.jsonio import encode
 from tqdm import tqdm
 
 from allscaip_lite.data.checks import LABELS, check_apart, check_atoms, checked_labels, held_results
@@ -48,7 +49,8 @@ def write_aselmdb(
     row's `data`. The file appears under its name only once it is complete.
 
     Raises FileExistsError where the file exists and `overwrite` is false, DataError for a
-    structure without energy and forces, and for labels that `checks` does not take.
+    structure without energy and forces, for labels that `checks` does not take, and for an `info`
+    that is no JSON.
     """
     path = Path(path)
     if path.suffix != ".aselmdb":
@@ -60,26 +62,27 @@ def write_aselmdb(
         )
     natoms: list[int] = []
 
-    def entries() -> Iterator[tuple[str, Any]]:
+    def entries() -> Iterator[tuple[str, str]]:
         for index, atoms in enumerate(structures):
             yield str(index + 1), _row(atoms, f"structure {index}")
             natoms.append(len(atoms))
-        yield from (("nextid", len(natoms) + 1), ("metadata", {"natoms": natoms}))
+        yield "nextid", encode(len(natoms) + 1)
+        yield "metadata", encode({"natoms": natoms})
 
     with atomic_write(path) as partial:
         write_lmdb(partial, entries())
     return len(natoms)
 
 
-def _row(atoms: Atoms, where: str) -> dict[str, Any]:
-    """A row of ASE's databases; raises `DataError` as `write_aselmdb` does."""
+def _row(atoms: Atoms, where: str) -> str:
+    """A row of ASE's databases, in JSON; raises `DataError` as `write_aselmdb` does."""
     check_atoms(atoms, where)
     check_apart(atoms, where)
     where = f"{where} ({atoms.symbols})"
     labels = checked_labels(held_results(atoms), len(atoms), where)
     labelled = atoms.copy()
     labelled.calc = SinglePointCalculator(labelled, **labels)
-    return {
+    row = {
         "ctime": now(),
         "mtime": now(),
         **atoms2dict(labelled),
@@ -87,6 +90,10 @@ def _row(atoms: Atoms, where: str) -> dict[str, Any]:
         "pbc": atoms.pbc,
         "data": dict(atoms.info),
     }
+    try:
+        return encode(row)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: its info cannot be written as JSON ({error})") from error
 
 
 class Dataset:

@@ -153,8 +153,8 @@ class LMDBFile:
         return DataError(f"{self.path} is damaged: copy it again")
 
 
-def write_lmdb(path: Path, entries: Iterable[tuple[str, Any]]) -> None:
-    """Write keys and values, as `unpack_json` reads them, to a file that nobody else opens.
+def write_lmdb(path: Path, entries: Iterable[tuple[str, str]]) -> None:
+    """Write keys and values in JSON, as `unpack_json` reads them, to a file nobody else opens.
 
     Raises LMDB's errors, such as that of a full disk.
     """
@@ -163,9 +163,7 @@ def write_lmdb(path: Path, entries: Iterable[tuple[str, Any]]) -> None:
     with lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=_MAP) as file:
         rest = iter(entries)
         while some := list(itertools.islice(rest, _AT_ONCE)):
-            packed = [
-                (key.encode(), zlib.compress(jsonio.encode(value).encode())) for key, value in some
-            ]
+            packed = [(key.encode(), zlib.compress(value.encode())) for key, value in some]
             while True:
                 try:
                     with file.begin(write=True) as transaction:

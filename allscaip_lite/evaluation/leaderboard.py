@@ -284,7 +284,8 @@ def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
         store_text(journal, _line(header))
         return {}
     head, *lines = whole.splitlines()
-    first = _entry(head) or {}
+    if not (first := _entry(head)):
+        raise RunError(f"{journal} is damaged in its first line: remove it to start anew")
     other = [name for name in header if first.get(name) != header[name]]
     if other:
         raise RunError(
@@ -294,7 +295,7 @@ def _resume(journal: Path, header: Tree) -> dict[Keys, Tree]:
     if len(whole) < len(content):
         with journal.open("r+b") as stream:
             stream.truncate(len(whole))
-    entries = [entry for line in lines if (entry := _entry(line))]
+    entries = [entry for line in lines if (entry := _entry(line)) and _is_result(entry)]
     if len(entries) < len(lines):
         warnings.warn(
             f"{journal}: {len(lines) - len(entries)} damaged lines, which are computed again",
@@ -313,9 +314,14 @@ def _entry(line: bytes) -> Tree | None:
     try:
         entry = json.loads(line)
         right = entry.pop("check", None) in (None, _check(entry))  # older ones have no checksum
-    except (AttributeError, ValueError, RecursionError):
+    except (AttributeError, RecursionError, TypeError, ValueError):
         return None
     return entry if right else None
+
+
+def _is_result(entry: Tree) -> bool:
+    kinds = {name: type(value) for name, value in entry.items()}
+    return kinds == {"system": list, "result": dict}
 
 
 def _check(entry: Tree) -> str:

@@ -75,6 +75,12 @@ def test_a_file_is_written_without_locks_and_grows(tmp_path, monkeypatch) -> Non
     assert_same(read[149], written[149])
 
 
+def test_an_info_that_is_no_json_is_named(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"structure 1 \(OH2\): its info cannot be written"):
+        write_aselmdb(tmp_path / "a.aselmdb", [labelled("H2O"), labelled("H2O", note=object())])
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_index_is_a_whole_number(folder) -> None:
     data_set = Dataset(folder)
     assert len(data_set[np.int64(1)]) == len(data_set[1])

@@ -529,6 +529,25 @@ def test_a_stopped_run_goes_on(model, inputs, tmp_path, monkeypatch):
     assert out.read_text() == (tmp_path / "whole.json").read_text()
 
 
+def test_lines_of_something_else_in_a_journal_are_computed_again(tmp_path):
+    """They are JSON, and without a checksum, as those of an older version."""
+    journal, header = tmp_path / "a.journal", {"task": "singlepoint"}
+    lines = [
+        "[1]",
+        "3",
+        '{"system": 3, "result": {}}',
+        '{"system": ["a"]}',
+        '{"system": [], "x": {}}',
+    ]
+    good = leaderboard._line({"system": ["a"], "result": {"energy": 1.0}})
+    journal.write_text(leaderboard._line(header) + good + "\n".join(lines) + "\n")
+    with pytest.warns(UserWarning, match="5 damaged lines"):
+        assert leaderboard._resume(journal, header) == {("a",): {"energy": 1.0}}
+    journal.write_text("[1]\n")
+    with pytest.raises(RunError, match="damaged in its first line"):
+        leaderboard._resume(journal, header)
+
+
 def test_a_journal_of_another_model_task_or_inputs_is_refused(model, inputs, tmp_path):
     out = tmp_path / "out.json"
     predict(model, "singlepoint", inputs("singlepoint"), out)
