@@ -154,10 +154,14 @@ def _split_of_part(smiles: str) -> str:
 # --- Geometries ------------------------------------------------------------------------------
 
 
-def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
+def embed(smiles: str, rng: np.random.Generator, number: int, wary: bool = False) -> list[Atoms]:
     """At most so many conformers of a molecule, at minima of MMFF94 or UFF where these have its
     parameters. Raises LabelError if there is none.
+
+    wary: take UFF where MMFF94 changes a bond by more than a tenth: it guesses some parameters, and
+    has N2 at 1.46 Å and CO2 at 1.41 Å.
     """
+    from rdkit import Chem
     from rdkit.Chem import AllChem
 
     molecule = with_hydrogens(smiles)
@@ -174,12 +178,24 @@ def embed(smiles: str, rng: np.random.Generator, number: int) -> list[Atoms]:
         raise LabelError(f"no conformer of {smiles}")
     try:
         if AllChem.MMFFHasAllMoleculeParams(molecule):
+            embedded, before = Chem.Mol(molecule), _bond_lengths(molecule)
             AllChem.MMFFOptimizeMoleculeConfs(molecule)
+            if wary and np.abs(_bond_lengths(molecule) / before - 1).max(initial=0) > 0.1:
+                molecule = embedded
+                AllChem.UFFOptimizeMoleculeConfs(molecule)
         elif AllChem.UFFHasAllMoleculeParams(molecule):
             AllChem.UFFOptimizeMoleculeConfs(molecule)
     except (RuntimeError, ValueError):
         pass  # no force field for it: GFN2-xTB relaxes the embedded structure
     return [Atoms(numbers, molecule.GetConformer(index).GetPositions()) for index in found]
+
+
+def _bond_lengths(molecule: Mol) -> np.ndarray:
+    """(conformers, bonds) in Å."""
+    ends = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in molecule.GetBonds()], int)
+    first, second = ends.reshape(-1, 2).T
+    places = np.stack([conformer.GetPositions() for conformer in molecule.GetConformers()])
+    return np.linalg.norm(places[:, first] - places[:, second], axis=2)
 
 
 def assemble(

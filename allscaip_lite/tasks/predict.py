@@ -76,7 +76,7 @@ def _from_smiles(word: str) -> Iterator[tuple[str, Atoms]]:
             raise FileNotFoundError(f"{absent}, and no SMILES")
         system = parse_system("", word)
         generator = np.random.default_rng(0)
-        parts = [embed(part, generator, 1)[0] for part in system.parts]
+        parts = [embed(part, generator, 1, wary=True)[0] for part in system.parts]
     atoms = assemble(parts, generator, 2.2) if len(parts) > 1 else parts[0]
     atoms.info = {"charge": system.charge, "spin": system.multiplicity, "smiles": word}
     yield word, atoms

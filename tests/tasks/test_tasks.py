@@ -18,6 +18,7 @@ from ase.constraints import FixAtoms
 from ase.optimize import BFGS, FIRE, LBFGS
 
 from allscaip_lite import AllScAIPCalculator, cli, load_model
+from allscaip_lite.tasks.predict import _from_smiles
 from allscaip_lite.tasks.relax import NoTorque, relax
 from allscaip_lite.tasks.vibrations import vibrations
 from docs.studies.stability.run import side_by_side
@@ -111,6 +112,13 @@ def test_what_is_no_file_and_no_smiles_is_said(
 ) -> None:
     assert cli.main(["predict", word, "--device", "cpu"]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "length"), [("N#N", 1.10), ("O=C=O", 1.16), ("S=C=S", 1.55)])
+def test_bonds_of_smiles_are_not_those_that_a_force_field_guesses(word: str, length: float) -> None:
+    """Experimental lengths, Å."""
+    ((_, atoms),) = _from_smiles(word)
+    assert atoms.get_distance(0, 1) == pytest.approx(length, rel=0.08)
 
 
 @pytest.mark.parametrize("word", ["C|5", "C|a|1", "C|0|1|2"])
