@@ -326,6 +326,11 @@ def _collect(
         print(f"{split}: {len(structures)} structures")
     store_text(out / "failed.json", json.dumps(failed, indent=1))
     store_text(out / "checksums.json", json.dumps(checksums, indent=1))
+    if left := sum(not _is_done(folder / job.file) for job in jobs):
+        print(
+            f"{left} of {len(jobs)} jobs are not done: another run has them, or stopped there",
+            file=sys.stderr,
+        )
     if failed:
         message = f"{len(failed)} of {len(jobs)} jobs failed: see {out / 'failed.json'}"
         print(message, file=sys.stderr)

@@ -163,13 +163,14 @@ def test_collecting_writes_what_is_there_and_what_failed(tmp_path, capsys):
     collect(store, JOBS, tmp_path)
     assert lengths(tmp_path / "train.aselmdb") == [0.6, 0.7]
     assert not (tmp_path / "val.aselmdb").exists()
+    assert "5 of 7 jobs are not done: another run" in capsys.readouterr().err
 
     run_jobs(store, JOBS, label, workers=2)
     assert "7 of 7 jobs, 1 failed" in capsys.readouterr().err
     found = collect(store, JOBS, tmp_path)
     printed = capsys.readouterr()
     assert printed.out == "train: 4 structures\nval: 1 structures\ntest: 1 structures\n"
-    assert "1 of 7 jobs failed" in printed.err
+    assert "1 of 7 jobs failed" in printed.err and "not done" not in printed.err
     assert {split: len(structures) for split, structures in found.items()} == {
         "train": 4,
         "val": 1,
