@@ -27,7 +27,7 @@ from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints.official import check_numbers, check_weights, read_official
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.errors import CheckpointError, InputError
-from allscaip_lite.files import atomic_write
+from allscaip_lite.files import atomic_write, fingerprint
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, check_model, check_number_type
@@ -84,17 +84,21 @@ def load_model(
         config, _, seen = _read_metadata(path)
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            written = file.metadata().get("checksum")  # older files have none
+        changed = written not in (None, _checksum(state))
     else:
         config, state = read_official(path)
         released = {Path(file).name for file in OFFICIAL_FILES.values()}
         known = name_or_path in OFFICIAL_FILES or path.name in released
-        seen = copy.deepcopy(OMOL25) if known else None
+        seen, changed = copy.deepcopy(OMOL25) if known else None, False
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model = AllScAIP(config)
     state.setdefault("charge_reference", torch.zeros((), dtype=torch.float64))  # of old files
     posterior = state.pop("posterior", None)
     check_weights(model.state_dict(), state, path.name)
     check_numbers(state, path.name)
+    if changed:
+        raise CheckpointError(f"{path.name} is damaged: its weights have another checksum")
     model.load_state_dict(state, assign=True)
     model.seen, model.posterior = seen, _factor(posterior, model, path)
     model = model.to(device=device, dtype=dtype).eval()
@@ -234,6 +238,7 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
     if model.posterior is not None:  # half of it, since the other half is zero
         row, column = torch.tril_indices(*model.posterior.shape)
         state["posterior"] = model.posterior[row, column].float().cpu().contiguous()
+    metadata["checksum"] = _checksum(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         save_file(state, partial, metadata)  # which only its owner may read
@@ -241,6 +246,10 @@ def save_model(model: AllScAIP, path: str | Path, card: Mapping[str, Any] | None
         plain.touch()
         partial.chmod(plain.stat().st_mode)
     return path
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    return fingerprint(state[name].reshape(-1).view(torch.uint8).numpy() for name in sorted(state))
 
 
 def check_file_name(path: Path, shown: str) -> None:

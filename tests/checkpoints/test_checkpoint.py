@@ -648,6 +648,16 @@ def test_a_configuration_of_shared_lists_is_not_copied_for_ever(tmp_path: Path) 
         to_plain(read_torch_file(path))
 
 
+def test_a_flipped_bit_in_the_weights_is_found(tmp_path: Path) -> None:
+    path = save_model(AllScAIP(TINY), tmp_path / "m.safetensors")
+    load_model(path)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="m.safetensors is damaged: .* another checksum"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "integer", "scale"])
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, bad: float | str) -> None:
     model = AllScAIP(TINY)
