@@ -38,7 +38,7 @@ METHODS = {
         ("tblite",),
     ),
     "wb97m-v": Method(
-        "with def2-TZVPD, OMol25's level of theory: molecules of elements up to krypton, "
+        "with def2-TZVPD, OMol25's level of theory: molecules of elements up to radon, "
         "15 s for six atoms, some minutes for sixteen",
         "dft",
         ("pyscf", "numba"),

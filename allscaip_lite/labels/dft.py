@@ -52,24 +52,26 @@ COARSE = Level(grid=1, nonlocal_grid=0, convergence=1e-6)
 SMALL_GAP = 11.0
 LOW_TRIPLET = 2.5
 LOWER = 1e-6  # hartree by which a state must be lower to be taken instead
-HEAVIEST = 36  # krypton: from there on the basis is made for effective core potentials
+CORE, HEAVIEST = 36, 86  # krypton, radon: between them the basis has effective core potentials
 MAX_NET_FORCE = 0.02  # eV/Å: more says that something went wrong
 
 
 def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
     """The structure with energy (eV), forces (N, 3) (eV/Å) and metadata, by density-fitted DFT.
 
-    Charge and spin multiplicity come from `atoms.info["charge"]` and `["spin"]`. Singlets are
-    restricted; where gap and triplet are low, an unrestricted, broken-symmetry solution is sought
-    too, and the lower state is kept. Other multiplicities are unrestricted. An SCF that does not
-    converge is tried again with a level shift, then with a second-order solver.
+    From rubidium on the inner electrons are an effective core potential, and the energy is without
+    theirs. Charge and spin multiplicity come from `atoms.info["charge"]` and `["spin"]`. Singlets
+    are restricted; where gap and triplet are low, an unrestricted, broken-symmetry solution is
+    sought too, and the lower state is kept. Other multiplicities are unrestricted. An SCF that does
+    not converge is tried again with a level shift, then with a second-order solver.
 
     `info` of the result is that of `atoms` and: num_atoms, num_electrons, num_basis_functions,
     composition, unrestricted, s_squared and its deviation s_squared_dev, homo_energy and
     homo_lumo_gap (eV; one of a restricted state, else alpha and beta), nl_energy (VV10's, eV),
     mulliken_charges, mulliken_spins, lowdin_charges, lowdin_spins (N,), dipole (3,) (e Å, about the
     centre of nuclear charge), n_scf_steps, seconds, warnings, label.
-    Raises LabelError where the SCF does not converge, or charge and spin are impossible.
+    Raises LabelError where the SCF does not converge, charge and spin are impossible, or an element
+    has no basis.
     """
     from pyscf import gto, lib
 
@@ -78,9 +80,7 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
 
     if atoms.numbers.max() > HEAVIEST:
         heavy = atoms.symbols[int(atoms.numbers.argmax())]
-        raise LabelError(
-            f"{heavy} needs a core potential, and elements beyond Kr are not supported"
-        )
+        raise LabelError(f"{level.basis} has no functions for {heavy}, nor for others beyond Rn")
     started = time.process_time()
     lib.num_threads(1)  # sums in one order: the same label every time, and fastest on few cores
     try:
@@ -91,6 +91,7 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
         molecule = gto.M(
             atom=list(zip(atoms.symbols, atoms.positions, strict=True)),
             basis=level.basis,
+            ecp=dict.fromkeys(atoms.symbols[atoms.numbers > CORE], level.basis),
             charge=charge,
             spin=spin - 1,  # PySCF counts unpaired electrons
             unit="Angstrom",

@@ -11,6 +11,8 @@ With `--set thermal`: pieces of drugs, peptides, electrolytes and reagents at 30
 with ions and water from contact to 8 Å. Of several candidates the one is labelled on whose forces
 `lite` and `lite-local` disagree most.
 
+With `--set iodine`: molecules and ions with iodine, whose inner electrons are a core potential.
+
 With `--method gfn2-xtb` the same systems, sampled by the same rules, are labelled with GFN2-xTB
 alone: many more structures, and other ones, half of them far from any minimum (the set `reactive`
 of `data/xtb/README.md`).
@@ -212,6 +214,14 @@ O=[N+]([O-])[O-].O F[B-](F)(F)F.O NC=O.O CC(N)=O.O NC(N)=O.O OC=O.O c1c[nH]cn1.O
 [NH4+].[NH4+] [Na+].[K+] [Cl-].[F-] [NH4+].[Na+] C[NH3+].[K+] O=C[O-].[Cl-] CC(=O)[O-].[F-]
 """
 
+# The set `iodine`.
+IODINE = """
+I II FI ClI BrI OI CI ICI IC(I)I CCI CC(C)I ICCI C=CI C#CI N#CI FCI ClCI BrCI NCI OCI SCI C[SiH2]I
+O=CI CC(=O)I OC(=O)CI O=C(N)CI N#CCI COCI C=CCI Ic1ccccc1 Ic1ccno1 Ic1cc[nH]n1 Ic1cscn1 IC1CC1 CSI
+[I-].O [I-].[Li+] [I-].[Na+] [I-].[K+] [I-].CO [I-].[NH4+] I.O I.N CI.O CI.N II.O II.N [I-].I
+C#N.ClI
+"""
+
 # How many structures each domain gets.
 SIZES = {
     "organic": 380,
@@ -237,6 +247,7 @@ REACTIVE = SIZES | {
     "metal_complexes": 120,
 }
 THERMAL = {"fragments": 2200, "contacts": 600}
+IODINE_SIZES = {"iodine": 120}
 SHARES = {"train": 0.80, "val": 0.08, "test": 0.12}
 MOST_ATOMS = 12
 MAX_FORCE = 30.0  # eV/Å, by GFN2-xTB: a structure with a larger one is left out
@@ -298,6 +309,11 @@ def thermal_systems() -> dict[str, list[System]]:
     return _each_once({"fragments": FRAGMENTS.split(), "contacts": CONTACTS.split()})
 
 
+def iodine_systems() -> dict[str, list[System]]:
+    """The systems of the set `iodine`, each once."""
+    return _each_once({"iodine": IODINE.split()})
+
+
 def _each_once(words: dict[str, list[str]]) -> dict[str, list[System]]:
     found: dict[str, list[System]] = {}
     for domain, listed in words.items():
@@ -311,7 +327,11 @@ def _each_once(words: dict[str, list[str]]) -> dict[str, list[System]]:
 
 
 # The systems of a set, and how many structures each of its domains gets.
-SETS = {"mini": (systems, SIZES), "thermal": (thermal_systems, THERMAL)}
+SETS = {
+    "mini": (systems, SIZES),
+    "thermal": (thermal_systems, THERMAL),
+    "iodine": (iodine_systems, IODINE_SIZES),
+}
 
 
 def plan(seed: int = 0, kind: str = "mini") -> list[Item]:
@@ -511,6 +531,10 @@ def _separated(item: Item, rng: np.random.Generator) -> Made:
     return [(_rattled(whole, 0.03, rng), f"{gaps[index]:.2f} A apart")]
 
 
+def _iodine(item: Item, rng: np.random.Generator) -> Made:
+    return (_molecule if len(item.system.parts) == 1 else _complex)(item, rng)
+
+
 _MAKERS: dict[str, Callable[[Item, np.random.Generator], Made]] = {
     "organic": _molecule,
     "stretches": _stretched,
@@ -524,6 +548,7 @@ _MAKERS: dict[str, Callable[[Item, np.random.Generator], Made]] = {
     "metal_complexes": _complex,
     "fragments": _thermal,
     "contacts": _separated,
+    "iodine": _iodine,
 }
 
 
@@ -668,7 +693,7 @@ def _assembled(
 # Multiplicities of the ground states of the neutral atoms.
 GROUND_STATES = {
     "H": 2, "Li": 2, "B": 2, "C": 3, "N": 4, "O": 3, "F": 2, "Na": 2, "Mg": 1, "Si": 3, "P": 4,
-    "S": 3, "Cl": 2, "K": 2, "Ca": 1, "Zn": 1, "Br": 2,
+    "S": 3, "Cl": 2, "K": 2, "Ca": 1, "Zn": 1, "Br": 2, "I": 2,
 }  # fmt: skip
 
 
@@ -858,7 +883,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(SETS),
         default="mini",
         help="with wb97m-v: thermal is pieces of drugs, peptides, electrolytes and reagents at 300 "
-        "to 600 K, and ions with ions and water",
+        "to 600 K, and ions with ions and water; iodine is molecules and ions with it",
     )
     queue.add_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="another seed, other structures")
