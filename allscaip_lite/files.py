@@ -32,6 +32,16 @@ Named = TypeVar("Named", bound=str | os.PathLike[str])
 FULL = 1 << 20  # bytes; a disk with less is full
 LOCK = ".lock"  # the name of the file that is locked in a folder
 WAIT = 5.0  # seconds, for another process that writes the same file
+# What readers of zip files, arrays and pickles raise where a file is damaged.
+UNREADABLE = (
+    EOFError,
+    LookupError,
+    RuntimeError,
+    ValueError,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
 
 
 @contextmanager
@@ -223,9 +233,7 @@ def read_state(path: Path, read: Callable[[Path], Result]) -> Result | None:
                     raise zipfile.BadZipFile(f"{part} has another checksum")
             if (found := read(file)) is None:
                 raise ValueError("nothing is in it")
-        except (EOFError, LookupError, RuntimeError, ValueError, zlib.error) as error:
-            damage = f"{file} is damaged ({_first_line(error)})"
-        except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except UNREADABLE as error:
             damage = f"{file} is damaged ({_first_line(error)})"
         else:
             if damage:

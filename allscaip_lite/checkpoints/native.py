@@ -85,7 +85,7 @@ def load_model(
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             written = file.metadata().get("checksum")  # older files have none
-        changed = written not in (None, _checksum(state))
+        changed = written is not None and written != _checksum(state)
     else:
         config, state = read_official(path)
         released = {Path(file).name for file in OFFICIAL_FILES.values()}

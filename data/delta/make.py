@@ -31,10 +31,10 @@ import hashlib
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
@@ -385,6 +385,12 @@ class Molecule:
     xtb_forces: np.ndarray
 
 
+def _label_of(atoms: Atoms, found: Mapping[str, Any], teachers: Teachers) -> Answer | None:
+    """The teachers' label of one structure, of which GFN2-xTB says what is `found`."""
+    by_xtb = _labelled(atoms, found["energy"], found["forces"], "GFN2-xTB")
+    return teachers([by_xtb])[0]
+
+
 class Molecules:
     """The geometries of every molecule, each labelled once.
 
@@ -418,12 +424,9 @@ class Molecules:
             if not self.teachers.knows(atoms):
                 return
             found = xtb.results_of(atoms)
-            energy, forces = found["energy"], found["forces"]
-            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
-            (answer,) = self.teachers([atoms])
-            atoms.calc = None
+            answer = _label_of(atoms, found, self.teachers)
             if answer is not None:
-                yield Molecule(atoms, answer, found["charges"], energy, forces)
+                yield Molecule(atoms, answer, found["charges"], found["energy"], found["forces"])
 
 
 def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> Atoms | None:
@@ -468,8 +471,7 @@ def _as_a_whole(atoms: Atoms, teachers: Teachers) -> Answer | None:
         found = xtb.results_of(atoms)
     except LabelError:
         return None
-    labelled = _labelled(atoms, found["energy"], found["forces"], "GFN2-xTB")
-    return teachers([labelled])[0]
+    return _label_of(atoms, found, teachers)
 
 
 def _put_together(

@@ -381,17 +381,11 @@ def charged_systems() -> list[SampledSystem]:
         for system in main
         if system.domain in CHARGED
     ]
-    molecules = [
-        system
-        for system in main
-        if system.domain in ("organic", "organic_grid") and system.multiplicity == 1
-    ]
-    for system in molecules:
+    for system in _closed_shells(main, "organic", "organic_grid"):
         for charge, multiplicity in VERTICAL:
             state = replace(system, domain="vertical", charge=charge, multiplicity=multiplicity)
             found.append(replace(state, weight=0.5, moves_as=(0, 1)))
-        for smiles, _ in protomers(system.molecule):
-            found.append(_system("protomers", smiles))
+        found += _protomers_of(system)
     return _each_once(found)
 
 
@@ -458,15 +452,17 @@ def larger_systems() -> list[SampledSystem]:
 
 def further_ions() -> list[SampledSystem]:
     """The closed-shell molecules of `main`, each with a proton more or less."""
-    molecules = [
-        system.molecule
-        for system in main_systems()
-        if system.domain in ("organic", "organic_grid", "organic_pairs", "peptides")
-        and system.multiplicity == 1
-    ]
-    return _each_once(
-        [_system("protomers", ion) for molecule in molecules for ion, _ in protomers(molecule)]
-    )
+    domains = ("organic", "organic_grid", "organic_pairs", "peptides")
+    molecules = _closed_shells(main_systems(), *domains)
+    return _each_once([ion for molecule in molecules for ion in _protomers_of(molecule)])
+
+
+def _closed_shells(systems: Iterable[SampledSystem], *domains: str) -> list[SampledSystem]:
+    return [one for one in systems if one.domain in domains and one.multiplicity == 1]
+
+
+def _protomers_of(system: System) -> list[SampledSystem]:
+    return [_system("protomers", ion) for ion, _ in protomers(system.molecule)]
 
 
 def salts() -> list[SampledSystem]:
