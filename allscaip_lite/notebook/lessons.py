@@ -14,12 +14,23 @@ from pathlib import Path
 import torch
 
 from allscaip_lite.checkpoints.native import load_model
+from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.errors import DataError
 from allscaip_lite.model import AllScAIP
 
 BUNDLED_MODEL = "lite-xtb"  # has all parts that a lesson may need
 BUNDLED_DATA = Path(__file__).parents[2] / "data" / "xtb"
+SMALL = AllScAIPConfig(  # learns one molecule in minutes: lesson 06, and the study `rivals`
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    angular_channels=(10, 6, 2, 4, 10),
+    k=16,
+    num_distance_basis=64,
+    direction_degree=0,
+    smooth_bond_order=True,
+)
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"  # their results, where this is the source
 
 # parts that a lesson may need: the name in messages, and whether a configuration has the part

@@ -31,22 +31,13 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset, Subset
 from allscaip_lite.files import store_text
 from allscaip_lite.machine import processor_name
+from allscaip_lite.notebook.lessons import SMALL
 from allscaip_lite.tables import insert_table, markdown_table
 from allscaip_lite.training.loop import Stage, fresh_model, train
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 LESSON = ROOT / "notebooks" / "15_rivals_and_scaling.ipynb"
-CONFIG = AllScAIPConfig(  # that of lesson 06
-    hidden_size=64,
-    num_layers=2,
-    num_heads=2,
-    angular_channels=(10, 6, 2, 4, 10),
-    k=16,
-    num_distance_basis=64,
-    direction_degree=0,
-    smooth_bond_order=True,
-)
 Predict = Callable[[Sequence[Atoms]], tuple[np.ndarray, np.ndarray]]  # eV (S,), eV/Å (S, N, 3)
 
 
@@ -152,8 +143,8 @@ def _network(data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
 
 
 MODELS: dict[str, Callable[[Subset, int, int], tuple[Predict, int]]] = {
-    "AllScAIP": partial(_allscaip, CONFIG.replace(direction_degree=5)),
-    "AllScAIP without directions": partial(_allscaip, CONFIG),
+    "AllScAIP": partial(_allscaip, SMALL.replace(direction_degree=5)),
+    "AllScAIP without directions": partial(_allscaip, SMALL),
     "invariant network": _network,
 }
 
