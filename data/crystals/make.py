@@ -68,6 +68,14 @@ HALF, THIRD, QUARTER = 1 / 2, 1 / 3, 1 / 4
 ORIGIN, CENTRE = (0.0, 0.0, 0.0), (HALF, HALF, HALF)
 FACES = ((HALF, HALF, 0.0), (HALF, 0.0, HALF), (0.0, HALF, HALF))
 U = 0.305  # of rutile's anions
+RUTILE = (
+    ORIGIN,
+    CENTRE,
+    (U, U, 0.0),
+    (1 - U, 1 - U, 0.0),
+    (HALF + U, HALF - U, HALF),
+    (HALF - U, HALF + U, HALF),
+)
 PROTOTYPES = {
     "fcc": Prototype((0,), (ORIGIN,), "F"),
     "bcc": Prototype((0,), (ORIGIN,), "I"),
@@ -81,17 +89,9 @@ PROTOTYPES = {
     "zinc blende": Prototype((0, 1), (ORIGIN, (QUARTER,) * 3), "F"),
     "fluorite": Prototype((0, 1, 1), (ORIGIN, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
     "perovskite": Prototype((0, 1, 2, 2, 2), (ORIGIN, CENTRE, *FACES)),
-    "rutile": Prototype(
-        (0, 0, 1, 1, 1, 1),
-        (
-            ORIGIN,
-            CENTRE,
-            (U, U, 0.0),
-            (1 - U, 1 - U, 0.0),
-            (HALF + U, HALF - U, HALF),
-            (HALF - U, HALF + U, HALF),
-        ),
-        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65)),
+    "rutile": Prototype((0, 0, 1, 1, 1, 1), RUTILE, lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65))),
+    "ordered rutile": Prototype(
+        (0, 1, 2, 2, 2, 2), RUTILE, lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65))
     ),
     "ordered rock salt": Prototype(
         (0, 1, 2, 2),
@@ -99,6 +99,26 @@ PROTOTYPES = {
         lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
     ),
     "half-Heusler": Prototype((0, 1, 2), (ORIGIN, CENTRE, (QUARTER,) * 3), "F"),
+    "Heusler": Prototype((0, 1, 2, 2), (ORIGIN, CENTRE, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
+    "ordered zinc blende": Prototype(
+        (0, 1, 2, 2),
+        (ORIGIN, CENTRE, (HALF, 0.0, QUARTER), (0.0, HALF, 3 * QUARTER)),
+        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
+    ),
+    "ordered fluorite": Prototype(
+        (0, 1, 2, 2, 2, 2),
+        (
+            ORIGIN,
+            CENTRE,
+            (HALF, 0.0, QUARTER),
+            (0.0, HALF, QUARTER),
+            (HALF, 0.0, 3 * QUARTER),
+            (0.0, HALF, 3 * QUARTER),
+        ),
+        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
+    ),
+    "ordered antifluorite": Prototype((2, 0, 1), (ORIGIN, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
+    "ordered L1_2": Prototype((0, 1, 2, 2), (ORIGIN, *FACES)),
     "B2": Prototype((0, 1), (ORIGIN, CENTRE)),
     "L1_2": Prototype((0, 1, 1, 1), (ORIGIN, *FACES)),
     "L1_0": Prototype((0, 1), (ORIGIN, CENTRE), lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5))),
@@ -133,10 +153,15 @@ PAIRED = {
     "metals": ("B2", "L1_0", "L1_2"),
     "anions": ("rock salt", "zinc blende", "B2", "fluorite", "rutile"),
 }
-# What the set `triples` has of two elements and an anion, so many of each anion; three metals are
-# half-Heusler alloys.
-TRIPLED = ("perovskite", "ordered rock salt", "half-Heusler")
-TRIPLES_OF_ANION, TRIPLES_OF_METALS = 30, 40
+# What the set `triples` has, and how many: of two metals or tetrahedral elements and an anion, of
+# one of them and two anions, and of three metals. In ordered structures two elements share a site.
+ORDERED = ("ordered rock salt", "ordered zinc blende", "ordered fluorite", "ordered antifluorite")
+TRIPLED = {
+    "cations": (*ORDERED, "ordered rutile", "perovskite", "half-Heusler"),
+    "anions": ORDERED,
+    "metals": ("Heusler", "ordered L1_2", "half-Heusler"),
+}
+TRIPLES = {"N": 150, "O": 250, "F": 120, "S": 150, "Cl": 80, "anions": 150, "metals": 300}
 # All compounds of these elements, in any structure, are in the split; the others are trained on.
 HELD_OUT = {
     "test": "Pd Na-Cl Ca-O Zn-S Na-O K-Mg-F Ge-O Cu-Au Ni-Al",
@@ -239,16 +264,18 @@ def triples() -> list[Crystal]:
     Here two elements meet even if their own compounds are held out.
     """
     rng = np.random.default_rng(1)
-    metals = METALS.split()
+    metals, anions = METALS.split(), ANIONS.split()
     others = metals + TETRAHEDRAL.split()
-    drawn: list[tuple[str, Sequence[str]]] = [
-        (rng.choice(TRIPLED), (*rng.choice(others, 2, replace=False), anion))
-        for anion in ANIONS.split()
-        for _ in range(TRIPLES_OF_ANION)
-    ]
-    drawn += [
-        ("half-Heusler", rng.choice(metals, 3, replace=False)) for _ in range(TRIPLES_OF_METALS)
-    ]
+    drawn: list[tuple[str, Sequence[str]]] = []
+    for kind, count in TRIPLES.items():
+        for _ in range(count):
+            if kind == "metals":
+                elements = rng.choice(metals, 3, replace=False)
+            elif kind == "anions":
+                elements = (*rng.choice(anions, 2, replace=False), rng.choice(others))
+            else:
+                elements = (*rng.choice(others, 2, replace=False), kind)
+            drawn.append((rng.choice(TRIPLED.get(kind, TRIPLED["cations"])), elements))
     return _to_train_on(drawn)
 
 
@@ -308,12 +335,13 @@ def conventional(primitive: Atoms, centring: str) -> Atoms:
 def relaxed(crystal: Crystal) -> Atoms:
     """The primitive cell at CHGNet's lattice constants; symmetry stays, as its forces keep it.
 
-    Raises LabelError where no minimum is found.
+    Compounds that are not in the tables are relaxed less far. Raises LabelError where no minimum
+    is found.
     """
     atoms = _built(crystal.prototype, crystal.elements, crystal.a)
     atoms.calc = CHGNet()
     optimizer = BFGS(FrechetCellFilter(atoms), logfile=None)
-    if not optimizer.run(fmax=0.03, steps=60):
+    if not optimizer.run(fmax=0.03 if crystal.natural else 0.1, steps=60):
         raise LabelError(f"{crystal.name}: no minimum in 60 steps")
     atoms.calc = None
     return atoms
