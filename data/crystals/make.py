@@ -161,7 +161,7 @@ TRIPLED = {
     "anions": ORDERED,
     "metals": ("Heusler", "ordered L1_2", "half-Heusler"),
 }
-TRIPLES = {"N": 150, "O": 250, "F": 120, "S": 150, "Cl": 80, "anions": 150, "metals": 300}
+TRIPLES = {"N": 100, "O": 170, "F": 90, "S": 100, "Cl": 60, "anions": 100, "metals": 200}
 # All compounds of these elements, in any structure, are in the split; the others are trained on.
 HELD_OUT = {
     "test": "Pd Na-Cl Ca-O Zn-S Na-O K-Mg-F Ge-O Cu-Au Ni-Al",

@@ -108,7 +108,7 @@ def test_pairs_are_new_compounds_of_the_elements_and_none_is_held_out():
 
 
 def test_in_triples_elements_of_held_out_pairs_meet_and_no_triple_is_held_out_or_twice():
-    triples = drawn(make.triples, 900)
+    triples = drawn(make.triples, 700)
     assert all(len(set(c.elements)) == 3 for c in triples)
     assert {c.prototype for c in triples} == set().union(*make.TRIPLED.values())
     met = {frozenset(two) for c in triples for two in itertools.combinations(c.elements, 2)}

@@ -1,4 +1,4 @@
-"""What people compute of crystals: lattice and elastic constants, phonons, vacancies, surfaces.
+"""What people compute of crystals: elastic constants, phonons, vacancies, surfaces, expansion.
 
 In: a model (name or path) or `chgnet`. Out: a file of results for each, and a page with tables of
 all beside experiment:
@@ -27,8 +27,10 @@ from ase.build import bulk, fcc100, fcc111
 from ase.calculators.calculator import Calculator
 from ase.eos import EquationOfState
 from ase.filters import FrechetCellFilter
+from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from ase.md.verlet import VelocityVerlet
-from ase.optimize import BFGS
+from ase.mep import NEB
+from ase.optimize import BFGS, FIRE
 from ase.phonons import Phonons
 from ase.stress import full_3x3_to_voigt_6_stress
 
@@ -63,6 +65,8 @@ def _known(
     vacancy: float | None = None,
     surface: float | None = None,
     optical: float | None = None,
+    migration: float | None = None,
+    expansion: float | None = None,
 ) -> dict[str, float]:
     """Experiment, by the names of `QUANTITIES`; what is not given is left out."""
     c11, c12, c44 = elastic or (None, None, None)
@@ -74,18 +78,32 @@ def _known(
         "vacancy": vacancy,
         "surface_111": surface,
         "optical": optical,
+        "migration": migration,
+        "expansion": expansion,
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
 # Sources are on the page. GPa; eV; J/m²; THz.
 SOLIDS = {
-    "Al": Solid("fcc", 4.05, _known(72.2, (114.3, 61.9, 31.6), 0.67, 1.14)),
-    "Cu": Solid("fcc", 3.61, _known(137, (176.2, 124.9, 81.8), 1.28, 1.79)),
-    "Ni": Solid("fcc", 3.52, _known(186, (261.2, 150.8, 131.7), 1.79, 2.38)),
-    "Ag": Solid("fcc", 4.09, _known(100.7, (131.5, 97.3, 51.1), 1.11, 1.25)),
-    "Pd": Solid("fcc", 3.89, _known(180.8, (234.1, 176.1, 71.2), 1.85, 2.00)),
-    "Au": Solid("fcc", 4.08, _known(173.2, (201.6, 169.7, 45.4), 0.93, 1.51)),
+    "Al": Solid(
+        "fcc", 4.05, _known(72.2, (114.3, 61.9, 31.6), 0.67, 1.14, migration=0.61, expansion=23.1)
+    ),
+    "Cu": Solid(
+        "fcc", 3.61, _known(137, (176.2, 124.9, 81.8), 1.28, 1.79, migration=0.7, expansion=16.5)
+    ),
+    "Ni": Solid(
+        "fcc", 3.52, _known(186, (261.2, 150.8, 131.7), 1.79, 2.38, migration=1.04, expansion=13.4)
+    ),
+    "Ag": Solid(
+        "fcc", 4.09, _known(100.7, (131.5, 97.3, 51.1), 1.11, 1.25, migration=0.66, expansion=18.9)
+    ),
+    "Pd": Solid(
+        "fcc", 3.89, _known(180.8, (234.1, 176.1, 71.2), 1.85, 2.00, migration=1.03, expansion=11.8)
+    ),
+    "Au": Solid(
+        "fcc", 4.08, _known(173.2, (201.6, 169.7, 45.4), 0.93, 1.51, migration=0.71, expansion=14.2)
+    ),
     "Si": Solid("diamond", 5.43, _known(98.8, (166, 64, 79.6), optical=15.5)),
     "C": Solid("diamond", 3.567, _known(443, (1076, 125, 576), optical=39.9)),
     "MgO": Solid("rocksalt", 4.21, _known(None, (297, 95, 156))),
@@ -102,8 +120,10 @@ QUANTITIES = {  # what it is called on the page, and its decimals
     "longitudinal": ("longitudinal phonon at X, THz", 1),
     "transverse": ("transverse phonon at X, THz", 1),
     "vacancy": ("vacancy, eV", 2),
+    "migration": ("barrier of the vacancy's hop, eV", 2),
     "surface_111": ("surface (111), J/m²", 2),
     "surface_100": ("surface (100), J/m²", 2),
+    "expansion": ("thermal expansion of lengths, 10⁻⁶/K", 0),
 }
 CHECKS = {
     "spread": ("primitive, conventional and repeated cell: spread, meV/atom", 1),
@@ -115,6 +135,7 @@ CHECKS = {
 }
 STRETCHES = np.linspace(0.97, 1.03, 7)  # of the lattice constant, for the equation of state
 STRAIN = 0.005
+TEMPERATURES = (300.0, 600.0)  # K, between which lengths expand
 
 
 def calculator_of(method: str) -> tuple[Calculator, set[str] | None]:
@@ -211,6 +232,68 @@ def vacancy(conventional: Atoms, calculator: Calculator) -> float:
     return energy - len(holed) * energy_per_atom(whole, calculator)
 
 
+def migration(conventional: Atoms, calculator: Calculator, images: int = 1) -> float:
+    """In eV, what a neighbour of a vacancy has to climb to jump into it, by a nudged elastic band.
+
+    The cell is that of `vacancy`. The path has so many images, of which the highest climbs; as the
+    jump is symmetric, one that climbs is enough.
+    """
+    whole = conventional.repeat(2)
+    jumping = int(np.argsort(whole.get_distances(0, range(len(whole)), mic=True))[1])
+    start, end = whole.copy(), whole.copy()
+    end.positions[jumping] -= whole.get_distance(0, jumping, mic=True, vector=True)
+    ends = []
+    for atoms in (start, end):
+        del atoms[0]
+        ends.append(at_rest(atoms, calculator))
+    path = [ends[0], *(ends[0].copy() for _ in range(images)), ends[1]]
+    for atoms in path[1:-1]:
+        atoms.calc = calculator
+    band = NEB(path, climb=True, method="improvedtangent", allow_shared_calculator=True)
+    band.interpolate(mic=True)
+    FIRE(band, logfile=None).run(fmax=0.05, steps=100)
+    energies = [atoms.get_potential_energy() for atoms in path]
+    return max(energies) - energies[0]
+
+
+def expansion(conventional: Atoms, calculator: Calculator, picoseconds: float) -> float:
+    """Mean growth of a length in 10⁻⁶/K between TEMPERATURES, at zero pressure.
+
+    From two NPT runs (Martyna, Tobias and Klein) of 32 or 64 atoms in steps of 2 fs, without their
+    first fifths. Nuclei are classical.
+    """
+    lengths = []
+    for temperature in TEMPERATURES:
+        atoms = conventional.repeat(2)
+        atoms.calc = calculator
+        _warm(atoms, 2 * temperature)
+        dynamics = IsotropicMTKNPT(
+            atoms,
+            timestep=2 * units.fs,
+            temperature_K=temperature,
+            pressure_au=0.0,
+            tdamp=100 * units.fs,
+            pdamp=500 * units.fs,
+        )
+        found: list[float] = []
+        dynamics.attach(_note_length, 5, found, atoms)
+        dynamics.run(round(500 * picoseconds))
+        lengths.append(np.mean(found[len(found) // 5 :]))
+    cold, warm = TEMPERATURES
+    return 1e6 * (lengths[1] / lengths[0] - 1) / (warm - cold)
+
+
+def _warm(atoms: Atoms, temperature: float) -> None:
+    """Give the atoms momenta of a temperature (K), half of which becomes potential energy."""
+    spread = np.sqrt(atoms.get_masses() * units.kB * temperature)
+    momenta = np.random.default_rng(0).normal(size=(len(atoms), 3)) * spread[:, None]
+    atoms.set_momenta(momenta - momenta.mean(0))
+
+
+def _note_length(found: list[float], atoms: Atoms) -> None:
+    found.append(atoms.get_volume() ** (1 / 3))
+
+
 def surface(symbol: str, a: float, face: str, calculator: Calculator) -> float:
     """In J/m², of a relaxed slab of six layers.
 
@@ -260,9 +343,7 @@ def drift(conventional: Atoms, calculator: Calculator, picoseconds: float) -> fl
     """
     atoms = conventional.repeat(2)
     atoms.calc = calculator
-    spread = np.sqrt(atoms.get_masses() * units.kB * 600)
-    momenta = np.random.default_rng(0).normal(size=(len(atoms), 3)) * spread[:, None]
-    atoms.set_momenta(momenta - momenta.mean(0))
+    _warm(atoms, 600)
     dynamics = VelocityVerlet(atoms, 2 * units.fs)
     times, energies = [], []
 
@@ -275,8 +356,8 @@ def drift(conventional: Atoms, calculator: Calculator, picoseconds: float) -> fl
     return float(np.polyfit(times, energies, 1)[0])
 
 
-def properties(name: str, calculator: Calculator, picoseconds: float = 0.0) -> dict[str, float]:
-    """All that is computed of a solid, by the names of `QUANTITIES` and `CHECKS`."""
+def properties(name: str, calculator: Calculator) -> dict[str, float]:
+    """What is computed of a solid at rest, by the names of `QUANTITIES` and `CHECKS`."""
     solid = SOLIDS[name]
     start = _crystal(name)
     volume = at_rest(start, calculator, cell=True).get_volume()
@@ -301,20 +382,24 @@ def properties(name: str, calculator: Calculator, picoseconds: float = 0.0) -> d
     values |= phonons(primitive, calculator)
     if solid.structure == "fcc":
         values["vacancy"] = vacancy(cube, calculator)
+        values["migration"] = migration(cube, calculator)
         for face in ("111", "100"):
             values[f"surface_{face}"] = surface(name, a, face, calculator)
     if isinstance(calculator, AllScAIPCalculator):
         values["jump"] = image_jump(cube, calculator)
-    if picoseconds:
-        values["drift"] = drift(cube, calculator, picoseconds)
     return {key: float(value) for key, value in values.items()}
 
 
 # --- The command -----------------------------------------------------------------------------
 
 
-def run_study(method: str, solids: Sequence[str], out: Path, picoseconds: float) -> None:
-    """Compute what `out` does not have yet. Raises InputError for an `out` of another method."""
+def run_study(
+    method: str, solids: Sequence[str], out: Path, nve: float = 0.0, npt: float = 0.0
+) -> None:
+    """Compute what `out` does not have yet, with runs of so many picoseconds.
+
+    Raises InputError for an `out` of another method.
+    """
     found: dict[str, Any] = {"method": method, "solids": {}}
     if out.exists():
         found = json.loads(out.read_text())
@@ -325,12 +410,18 @@ def run_study(method: str, solids: Sequence[str], out: Path, picoseconds: float)
         if known is not None and not set(_crystal(name).symbols) <= known:
             print(f"{name}: left out, the model was not trained on it")
             continue
-        done = found["solids"].get(name, {})
-        if done and ("drift" in done or not picoseconds):
-            continue
-        found["solids"][name] = properties(name, calculator, picoseconds)
-        store_text(out, json.dumps(found, indent=1))
-        print(f"{name}: {found['solids'][name]}", flush=True)
+        done = found["solids"].setdefault(name, {})
+        before = len(done)
+        if not done:
+            done |= properties(name, calculator)
+        cube = _crystal(name, done["a"], cubic=True)
+        if nve and "drift" not in done:
+            done["drift"] = drift(cube, calculator, nve)
+        if npt and "expansion" not in done and SOLIDS[name].structure == "fcc":
+            done["expansion"] = expansion(cube, calculator, npt)
+        if len(done) > before:
+            store_text(out, json.dumps(found, indent=1))
+            print(f"{name}: {done}", flush=True)
 
 
 def table(files: Sequence[Path]) -> str:
@@ -372,6 +463,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compute.add_argument(
         "--nve", type=float, default=0.0, metavar="PS", help="also the drift in so many picoseconds"
     )
+    compute.add_argument(
+        "--npt",
+        type=float,
+        default=0.0,
+        metavar="PS",
+        help="also the expansion of metals, likewise",
+    )
     write = commands.add_parser("table", help="write the tables of several methods into the page")
     write.add_argument("files", type=Path, nargs="+", help="JSON files, in the order of columns")
     write.add_argument("--page", type=Path, default=HERE / "README.md")
@@ -380,7 +478,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.command == "run":
         with locked(args.out.parent, f".{args.out.name}-lock"):
-            run_study(args.method, args.solids, args.out, args.nve)
+            run_study(args.method, args.solids, args.out, args.nve, args.npt)
     else:
         insert_table(args.page, table(args.files))
 
