@@ -154,6 +154,26 @@ def test_an_exercise_says_how_hard_it_is_and_how_long_it_takes(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_lesson_asks_for_a_prediction_a_derivation_and_an_opinion(path: Path) -> None:
+    """The last two are graded by hand: a question, and an answer with points that students lack."""
+    cells = read_notebook(path)["cells"]
+    by_hand = [
+        (source(cells[index - 1]), source(cell), marks(cell)["points"])
+        for index, cell in enumerate(cells)
+        if cell["cell_type"] == "markdown" and marks(cell).get("solution")
+    ]
+    assert len(by_hand) == 2
+    (paper, _, _), (opinion, _, _) = by_hand
+    assert re.search("(?i)on paper", paper) and re.search(r"(?i)\bopen\b", opinion)
+    for question, answer, points in by_hand:
+        assert re.search(r"\d+ min", question) and points >= 3 and re.search(r"(?i)point", answer)
+    assert "**Predict first" in "".join(texts(path, "markdown"))
+    rows = (path.parents[1] / "docs" / "teaching.md").read_text(encoding="utf-8")
+    kinds = re.findall(rf"(?m)^\| {path.stem[:2]} \*\S+\* \| (on paper|open)?", rows)
+    assert kinds == [""] * len(exercises(read_notebook(path))) + ["on paper", "open"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_check_does_not_give_the_answer_away(path: Path) -> None:
     """No line of a solution stands in the check that follows it."""
     cells = read_notebook(path)["cells"]
@@ -263,3 +283,30 @@ def test_a_part_of_the_bundled_data_is_not_replaced(monkeypatch, capsys) -> None
     assert {str(atoms.symbols) for atoms in val} == {"C2OH6"} and not runs[0] & runs[1]
     with pytest.raises(DataError, match="copy of the repository"):
         open_data("train", part="propanol")
+
+
+@pytest.mark.slow
+def test_the_lesson_on_released_models_runs_with_a_file_of_their_kind(
+    monkeypatch, tmp_path, capsys
+):
+    """Random weights in the official format, with neither of the two encodings: as with 85M."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from allscaip_lite import AllScAIP
+    from allscaip_lite.checkpoints import save_official
+    from allscaip_lite.config import PRESETS
+    from allscaip_lite.notebook import plots
+
+    small = PRESETS["85M"].replace(hidden_size=64, num_layers=2, num_heads=2)
+    file = save_official(AllScAIP(small).eval(), tmp_path / "theirs.pt")
+    plt.switch_backend("Agg")
+    monkeypatch.setenv("ALLSCAIP_MODEL", str(file))
+    monkeypatch.delenv("ALLSCAIP_DATA", raising=False)
+    monkeypatch.chdir(NOTEBOOKS[0].parent)
+    monkeypatch.setattr(plots, "show", lambda text: plt.close("all"))
+    scope = {"__name__": "__main__"}
+    (lesson,) = (path for path in NOTEBOOKS if path.stem == "11_released_model")
+    for text in texts(lesson, "code"):
+        exec(text, scope)
+    printed = capsys.readouterr().out
+    assert "official format: theirs.pt" in printed and scope["without"] is scope["model"]
+    assert list(scope["curves"]) == ["the model of the file"] and printed.count("Right.") == 3
