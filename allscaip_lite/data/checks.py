@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
@@ -31,12 +31,21 @@ _SPELLING = re.compile(
 )
 COINCIDENT = 1e-4  # Å, as for the model's neighbours
 SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
+# Units that energies of other programs are in, in eV.
+UNITS = {
+    "hartree": units.Hartree,
+    "kcal/mol": units.kcal / units.mol,
+    "kJ/mol": units.kJ / units.mol,
+}
+BOUND = (0.99, 1.03)  # energies of molecules over those of their atoms by `free_atom`
 
 
 def check_atoms(atoms: Atoms, where: str) -> None:
-    """Raise `DataError`, naming it, for an atom without an element or a place."""
+    """Raise `DataError`, naming it, for an atom without an element or a place, or none."""
     if not isinstance(atoms, Atoms):
         raise DataError(f"{where} is a {type(atoms).__name__}, not an ase.Atoms")
+    if not len(atoms):
+        raise DataError(f"{where} has no atoms")
     for index, number in enumerate(atoms.numbers):
         if not 0 < number < len(chemical_symbols) or number % 1:
             raise DataError(f"{where}: atom {index} has the atomic number {number}, of no element")
@@ -84,6 +93,27 @@ def checked_labels(
     if lacking := [name for name in required if name not in labels]:
         raise DataError(f"{where} has no {' and no '.join(lacking)}; {_listed(found)}")
     return labels
+
+
+def free_atom(number: int) -> float:
+    """Energy in hartree of all electrons of a neutral atom, to 1 % beyond beryllium.
+
+    E = −0.7687 Z^(7/3) + Z²/2 − 0.2699 Z^(5/3), of Thomas and Fermi with the corrections of Scott
+    and Schwinger (B.-G. Englert and J. Schwinger, Phys. Rev. A 32, 26 (1985)).
+    """
+    return -0.7687 * number ** (7 / 3) + number**2 / 2 - 0.2699 * number ** (5 / 3)
+
+
+def unit_of_total(atoms: Atoms, energy: float) -> str | None:
+    """The unit of `UNITS` in which a number is the energy of all electrons; None of any other.
+
+    Energies in eV without the core electrons are of the size of hartree, and some come as near: of
+    GFN2-xTB one in twenty. Hydrogen and helium alone tell nothing.
+    """
+    total = units.Hartree * sum(free_atom(int(number)) for number in atoms.numbers)
+    low, high = BOUND
+    names = (name for name, unit in UNITS.items() if low < energy * unit / total < high)
+    return next(names, None) if atoms.numbers.max() > 2 else None
 
 
 def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> Labels:

@@ -18,7 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
-from allscaip_lite.data.checks import check_apart, labels_under_any_name
+from allscaip_lite.data.checks import UNITS, check_apart, labels_under_any_name, unit_of_total
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import (
     Assumptions,
@@ -57,12 +57,15 @@ def convert(
     Raises:
         FileNotFoundError: for a file that does not exist.
         DataError: for a file that ASE cannot read, and for a structure without energy or forces,
-            with labels that `checks` does not take, or with a multiplicity its electrons forbid.
+            with labels that `checks` does not take, or with a multiplicity its electrons forbid;
+            at its end, for a file whose energies are in another unit than eV (a warning, where
+            they are of one or two molecules, and hartree).
     """
     assumed: Assumptions = {}
     taken: Counter[str] = Counter()
     for name in listed_paths(files):
         path, _ = file_and_index(name)
+        energies: list[tuple[str, str | None]] = []  # formulas and units
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
             check_apart(atoms, where)
             labels = labels_under_any_name(atoms, where, taken)
@@ -77,11 +80,28 @@ def convert(
             if domain:
                 atoms.info["data_id"] = domain
             atoms.calc = SinglePointCalculator(atoms, **labels)
+            energies.append((atoms.get_chemical_formula(), unit_of_total(atoms, labels["energy"])))
             yield atoms
+        _check_unit(path, energies)
     say_assumptions(assumed)
     if taken:
         listed = "; ".join(f"{count} structures: {what}" for what, count in taken.items())
         warnings.warn(f"labels under other names: {listed}", StructureWarning, stacklevel=2)
+
+
+def _check_unit(path: str, energies: Sequence[tuple[str, str | None]]) -> None:
+    """Raise `DataError`, or warn where it may be chance, for energies of a file in another unit."""
+    ((unit, count),) = Counter(unit for _, unit in energies).most_common(1)
+    if unit is None or 2 * count < len(energies):
+        return
+    text = (
+        f"{path}: {count} of its {len(energies)} energies are, in {unit}, what all electrons of "
+        f"these atoms have, and are read as eV: multiply them by {UNITS[unit]:.6g}, and the forces "
+        "by their unit in eV/Å (1 hartree/bohr is 51.4221 eV/Å)"
+    )
+    if unit != "hartree" or len({formula for formula, _ in energies}) > 2:
+        raise DataError(text)
+    warnings.warn(text, StructureWarning, stacklevel=3)
 
 
 # --- The command -----------------------------------------------------------------------------

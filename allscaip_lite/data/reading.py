@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,34 @@ from typing import Any
 import ase.db
 import ase.io
 from ase import Atoms
-from ase.io.formats import open_with_compression
+from ase.io.formats import ioformats, open_with_compression
 from ase.utils import string2index
 
 from allscaip_lite.data.aselmdb import Dataset, atoms_of_row
 from allscaip_lite.data.checks import check_atoms
-from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.errors import DataError, InputError, StructureWarning
 from allscaip_lite.files import listed_paths
 
 DATABASES = ("db", "json", "aselmdb")  # names of formats in ASE
 BEYOND = 100  # lines behind the end of a file that a reader may ask for
+# Text of which ASE takes what is left where it was cut short, by format: how it says its number of
+# atoms, and how it ends.
+COUNTS = {
+    "dlp4": r".*\n\s*\d+\s+\d+\s+(\d+)",
+    "gen": r"\s*(\d+)\s",
+    "gromacs": r".*\n\s*(\d+)\s*\n",
+    "mol": r"(?:.*\n){3} *(\d+)",
+    "rmc6f": r"(?s:.*)Number of atoms:\s*(\d+)",
+    "sdf": r"(?:.*\n){3} *(\d{1,3})",
+}
+ENDS = {
+    "dmol-car": r"\nend\s*\nend\s*\Z",
+    "gromos": r"\nEND\s*\Z",
+    "proteindatabank": r"\nEND.*\s*\Z",
+    "res": r"\nEND",
+    "runnerdata": r"\nend\s*\Z",
+    "turbomole": r"\n\$end",
+}
 
 
 def file_and_index(name: str | Path, index: str = ":") -> tuple[str, str]:
@@ -89,21 +109,40 @@ def _read(file: Path, wanted: int | slice) -> Iterator[Atoms]:
     kind = suffix if suffix == "aselmdb" else ase.io.formats.filetype(str(file))
     if kind in DATABASES:
         return _read_database(file, kind, wanted)
-    if kind == "extxyz":
-        return _read_lines(file, kind, wanted)
-    options: dict[str, Any] = {"attach_calculator": True} if kind == "gaussian-in" else {}
-    read = ase.io.iread(
-        str(file), index=wanted, format=kind, do_not_split_by_at_sign=True, **options
+    form = ioformats[kind]
+    read = (
+        _read_lines(file, kind, wanted)
+        if form.acceptsfd and not form.isbinary
+        else ase.io.iread(str(file), index=wanted, format=kind, do_not_split_by_at_sign=True)
     )
-    return map(_with_parameters, read) if options else read
+    return _whole(file, kind, read) if kind in COUNTS | ENDS else read
 
 
 def _read_lines(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
+    options: dict[str, Any] = {"attach_calculator": True} if kind == "gaussian-in" else {}
     with (
         open_with_compression(str(file), "rb") as content,
-        _Lines(content, encoding="utf-8") as lines,
+        _Lines(content, encoding=ioformats[kind].encoding or "utf-8") as lines,
     ):
-        yield from ase.io.iread(lines, index=wanted, format=kind)
+        for atoms in ase.io.iread(lines, index=wanted, format=kind, **options):
+            yield _with_parameters(atoms) if options else atoms
+
+
+def _whole(file: Path, kind: str, read: Iterator[Atoms]) -> Iterator[Atoms]:
+    """Raise EOFError for fewer atoms than the file says; warn where it ends in another way."""
+    with open_with_compression(str(file), "rb") as content:
+        text = content.read().decode(errors="replace")
+    said = re.match(COUNTS.get(kind, "()"), text)
+    for atoms in read:
+        if said and said[1] and int(said[1]) > len(atoms):
+            raise EOFError(f"it has {len(atoms)} of the {said[1]} atoms that it says")
+        yield atoms
+    if kind in ENDS and not re.search(ENDS[kind], text):
+        warnings.warn(
+            f"{file} has no line at its end that says so: was it cut short?",
+            StructureWarning,
+            stacklevel=2,
+        )
 
 
 class _Lines(io.TextIOWrapper):

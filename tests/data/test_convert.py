@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import ase.db
 import ase.io
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -22,6 +24,8 @@ from allscaip_lite.data.convert import convert
 from allscaip_lite.data.reading import read_structure, read_structures
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import DataError, InputError, StructureWarning
+
+DATA = Path(__file__).parents[2] / "data"
 
 
 def labelled(name: str, seed: int = 0, **info) -> Atoms:
@@ -339,3 +343,61 @@ def test_what_is_no_path_is_named(path: object, tmp_path: Path) -> None:
             read(path)
     with pytest.raises(DataError, match="structure 0 is a Atom, not an ase.Atoms"):
         write_aselmdb(tmp_path / "a.aselmdb", molecule("H2O"))
+
+
+@pytest.mark.parametrize("unit", [1.0, units.Hartree, units.kcal / units.mol])
+def test_total_energies_in_another_unit_are_not_taken_as_ev(tmp_path: Path, unit: float) -> None:
+    """ωB97M-V of OMol25's level."""
+    data = Dataset(DATA / "omol-mini" / "val.aselmdb")
+    frames = [data[index] for index in range(0, len(data), 10)]
+    for atoms in frames:
+        atoms.calc.results["energy"] /= unit
+    ase.io.write(tmp_path / "a.traj", frames)
+    if unit == 1:
+        assert len(list(convert([tmp_path / "a.traj"], progress=False))) == len(frames)
+        return
+    with pytest.raises(DataError, match=rf"11 of its 11 .*multiply them by {unit:.6g}"):
+        list(convert([tmp_path / "a.traj"], progress=False))
+    one = convert([f"{tmp_path}/a.traj@0"], progress=False)
+    if unit == units.Hartree:  # of one molecule it may be chance
+        with pytest.warns(StructureWarning, match="1 of its 1 energies are, in hartree"):
+            assert len(list(one)) == 1
+    else:
+        with pytest.raises(DataError, match="1 of its 1 energies are, in kcal/mol"):
+            list(one)
+
+
+def test_energies_of_gfn2_xtb_are_taken(tmp_path: Path) -> None:
+    """They leave out the core electrons: in eV some are as large as all electrons' in hartree."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("train", "ethanol/val"):
+            list(convert(DATA / "xtb" / f"{name}.aselmdb", progress=False))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.gen", "a.mol", "a.sdf", "a.gro", "a.dlp4", "a.rmc6f", "a.nwi", "a.xyz"]
+)
+def test_text_that_was_cut_short_is_not_taken(tmp_path: Path, name: str) -> None:
+    box = molecule("CH3OH", cell=[9, 9, 9], pbc=name.endswith("rmc6f"))
+    ase.io.write(tmp_path / name, box)
+    assert len(read_structure(tmp_path / name)) == 6
+    text = (tmp_path / name).read_text()
+    lines = text.splitlines(keepends=True)
+    index = next(i for i, line in enumerate(lines) if re.search(r"\bC", line) and "C H" not in line)
+    (tmp_path / name).write_text("".join(lines[: index + 2]))
+    with pytest.raises(DataError, match=rf"{name} is not a file that ASE can read|has no"):
+        read_structure(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.pdb", "a.car", "a.g96", "a.res", "coord"])
+def test_text_without_its_end_is_told(tmp_path: Path, name: str) -> None:
+    ase.io.write(tmp_path / name, molecule("CH3OH", cell=[9, 9, 9], pbc=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_structure(tmp_path / name)) == 6
+    lines = (tmp_path / name).read_text().splitlines(keepends=True)
+    last = max(index for index, line in enumerate(lines) if "END" in line.upper())
+    (tmp_path / name).write_text("".join(lines[: last - 1]))
+    with pytest.warns(StructureWarning, match="was it cut short"):
+        read_structure(tmp_path / name)
