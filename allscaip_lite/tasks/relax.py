@@ -30,6 +30,7 @@ from allscaip_lite.tasks.predict import (
     calculator_of,
     check_format,
     inputs,
+    what_is_lost,
     write,
 )
 
@@ -145,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
         done.append(still)
         restless += [] if converged else [name]
     write(out, done)
-    print(f"written: {out}")
+    lost = what_is_lost(out)
+    print(f"written: {out}{lost and f' (without {lost}, which .extxyz and .traj hold)'}")
     for name in restless:
         print(f"forces above {args.fmax} eV/Å after {args.steps} steps: {name}")
     return 2 if restless else 0
