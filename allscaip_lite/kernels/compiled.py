@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from allscaip_lite import attention, neighbors, operations
 from allscaip_lite.attention import Heads, Neighborhoods, SystemTable
 from allscaip_lite.errors import KernelError
+from allscaip_lite.files import sha256_of
 from allscaip_lite.graph import Graph
 from allscaip_lite.kernels import elementwise, fused_attention
 from allscaip_lite.kernels.elementwise import RMSNormDerivative
@@ -75,13 +76,13 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
     # -march=native makes another file on another processor
     machine = f"{platform.machine()} {_processor()} {shutil.which(command[0])}"
     key = hashlib.sha256("\0".join([SOURCE.read_text(), machine, *command]).encode())
-    library = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    name = f"kernels-{key.hexdigest()[:16]}"
     try:
-        return _compiled(command, library)
+        return _compiled(command, cache_folder(), name)
     except OSError:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                return _compiled(command, Path(folder) / library.name)
+                return _compiled(command, Path(folder), name)
         except OSError as error:
             raise KernelError(
                 f'kernels="c" cannot be kept or run here ({error}): set XDG_CACHE_HOME or TMPDIR '
@@ -89,32 +90,36 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL:
             ) from error
 
 
-def _compiled(command: list[str], library: Path) -> ctypes.CDLL:
-    _keep_to_user(library)
-    if not library.exists():
-        _compile(command, library)
-    return ctypes.CDLL(str(library))
-
-
-def _keep_to_user(library: Path) -> None:
-    """Take the right to write the library from others; what they may have written is removed.
-
-    Raises `KernelError` where the folder is somebody else's.
+def _compiled(command: list[str], folder: Path, name: str) -> ctypes.CDLL:
+    """The library `name`-CHECKSUM.so of a folder; it is made where none is there that is whole, for
+    a damaged one would end the process, and that nobody else could write.
     """
-    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in (library.parent, library):
-        if not path.exists() or not hasattr(os, "getuid"):
-            continue
-        found = path.stat()
-        if found.st_uid not in (os.getuid(), 0):
-            raise KernelError(
-                f"{path} is another user's, whose code would run here: set XDG_CACHE_HOME to a "
-                'folder of your own, or ask for kernels="torch"'
-            )
-        if found.st_mode & 0o022:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    open_to_others = _kept_to_user(folder)
+    for library in folder.glob(f"{name}-*.so"):
+        changed = _kept_to_user(library) or open_to_others
+        if changed or library.stem != f"{name}-{sha256_of(library)[:16]}":
             library.unlink(missing_ok=True)
-            if path.exists():
-                path.chmod(found.st_mode & 0o755)
+        else:
+            return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(_compile(command, folder, name)))
+
+
+def _kept_to_user(path: Path) -> bool:
+    """Take the right to write from others; whether they had it.
+
+    Raises `KernelError` for what is somebody else's.
+    """
+    found = path.stat()
+    if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
+        raise KernelError(
+            f"{path} is another user's, whose code would run here: set XDG_CACHE_HOME to a "
+            'folder of your own, or ask for kernels="torch"'
+        )
+    if hasattr(os, "getuid") and found.st_mode & 0o022:
+        path.chmod(found.st_mode & 0o755)
+        return True
+    return False
 
 
 def _processor() -> str:
@@ -126,9 +131,9 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(command: list[str], library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+def _compile(command: list[str], folder: Path, name: str) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        made = Path(partial) / name
         command = [*command, "-o", str(made), str(SOURCE), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -140,7 +145,8 @@ def _compile(command: list[str], library: Path) -> None:
                 f'kernels="auto"; it said:\n{done.stderr.strip()[-2000:]}'
             )
         made.chmod(0o755)
-        made.replace(library)  # at once, so that no other process sees half a file
+        library = folder / f"{name}-{sha256_of(made)[:16]}.so"
+        return made.replace(library)  # at once, so that no other process sees half a file
 
 
 class _Rows(ctypes.Structure):

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,23 @@ def test_compiled_once_on_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "a bit"])
+def test_a_damaged_library_is_made_again(fresh: Path, damage: str) -> None:
+    """To load it would end the process."""
+    load_kernels(torch.float32)
+    (library,) = fresh.iterdir()
+    content = library.read_bytes()
+    library.unlink()  # this process has mapped it
+    half = len(content) // 2
+    rest = b"" if damage == "cut" else bytes([content[half] ^ 1]) + content[half + 1 :]
+    library.write_bytes(content[:half] + rest)
+    load_kernels.cache_clear()
+    load_kernels(torch.float32)
+    (again,) = fresh.iterdir()
+    assert sha256(again.read_bytes()).hexdigest()[:16] == again.stem[-16:]
+
+
+@needs_compiler
 def test_where_the_cache_is_no_folder_a_process_compiles_its_own(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,13 +256,15 @@ def test_a_library_that_others_could_write_is_not_loaded(tmp_path, monkeypatch) 
     compiled.load_kernels.__wrapped__(torch.float64)
     (library,) = folder.iterdir()
     assert not (folder.stat().st_mode | library.stat().st_mode) & 0o022
-    for loose in (folder, library):
-        content = library.read_bytes()
+    for loose in ("folder", "library"):
+        kept = library.read_bytes()
         library.unlink()
-        library.write_bytes(b"code of another")
-        loose.chmod(0o777)
+        library.write_bytes(kept)  # as another may have written it, under the right name
+        (folder if loose == "folder" else library).chmod(0o777)
+        written = library.stat().st_mtime_ns
         compiled.load_kernels.__wrapped__(torch.float64)
-        assert library.read_bytes()[:4] == content[:4] == b"\x7fELF"
+        (library,) = folder.iterdir()
+        assert library.stat().st_mtime_ns > written
         assert not (folder.stat().st_mode | library.stat().st_mode) & 0o022
     monkeypatch.setattr(compiled.os, "getuid", lambda: 12345)
     if folder.stat().st_uid:
