@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -172,9 +172,9 @@ def _by_dask(folder: Path, jobs: Sequence[Job], work: Work, scheduler: str) -> N
         raise RunError(f"no Dask scheduler answers at {scheduler}: {error}") from error
     sent: dict[distributed.Future[Any], tuple[Job, ExitStack]] = {}
     left, killed, noted = _claimed(folder, jobs), [], 0.0
-    with client:
+    with client, _interrupts_noted() as stop:
         try:
-            while True:
+            while not stop.is_set():
                 threads = client.nthreads().values()
                 if (most := max(threads, default=1)) > 1:
                     raise RunError(
@@ -206,11 +206,35 @@ def _by_dask(folder: Path, jobs: Sequence[Job], work: Work, scheduler: str) -> N
         finally:
             for _, claim in sent.values():
                 claim.close()
+    if stop.is_set():
+        raise KeyboardInterrupt
     if killed:
         raise RunError(
             f"every worker that tried {', '.join(killed)} died, often of too little memory; "
             "the same command tries again"
         )
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event, and stops at once when it comes again. Python would raise it wherever
+    the process is, and where that is a destructor of Dask's it would only be printed.
+    """
+    stop = threading.Event()
+
+    def note(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.set()
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield stop
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _path(stem: Path, kind: str) -> Path:
@@ -223,10 +247,10 @@ def _is_done(stem: Path) -> bool:
 
 
 def _count(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
-    """How many jobs are done, and how many of these have failed."""
-    names = set(os.listdir(folder))
-    failed = sum(f"{job.file}.failed" in names for job in jobs)
-    return failed + sum(f"{job.file}.aselmdb" in names for job in jobs), failed
+    """How many jobs are done, and how many of these have failed; none where there is no folder."""
+    names = set(os.listdir(folder)) if folder.exists() else set()
+    failed = {job.file for job in jobs if f"{job.file}.failed" in names}
+    return len(failed | {job.file for job in jobs if f"{job.file}.aselmdb" in names}), len(failed)
 
 
 def _do_all(folder: Path, jobs: Sequence[Job], work: Work) -> None:
@@ -326,7 +350,7 @@ def _collect(
         print(f"{split}: {len(structures)} structures")
     store_text(out / "failed.json", json.dumps(failed, indent=1))
     store_text(out / "checksums.json", json.dumps(checksums, indent=1))
-    if left := sum(not _is_done(folder / job.file) for job in jobs):
+    if left := len(jobs) - _count(folder, jobs)[0]:
         print(
             f"{left} of {len(jobs)} jobs are not done: another run has them, or stopped there",
             file=sys.stderr,

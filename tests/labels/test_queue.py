@@ -159,11 +159,18 @@ def test_a_killed_run_goes_on_and_two_runs_share_the_work(tmp_path):
 
 def test_collecting_writes_what_is_there_and_what_failed(tmp_path, capsys):
     store = tmp_path / "jobs"
+    collect(store, JOBS, tmp_path)  # of a folder that is not there
+    assert "7 of 7 jobs are not done" in capsys.readouterr().err
     run_jobs(store, JOBS[:2], label)
     collect(store, JOBS, tmp_path)
     assert lengths(tmp_path / "train.aselmdb") == [0.6, 0.7]
     assert not (tmp_path / "val.aselmdb").exists()
     assert "5 of 7 jobs are not done: another run" in capsys.readouterr().err
+
+    (store / f"{JOBS[0].file}.failed").write_text("both")  # of another version of the method
+    collect(store, JOBS, tmp_path)
+    assert "5 of 7 jobs are not done" in capsys.readouterr().err
+    (store / f"{JOBS[0].file}.failed").unlink()
 
     run_jobs(store, JOBS, label, workers=2)
     assert "7 of 7 jobs, 1 failed" in capsys.readouterr().err
@@ -306,6 +313,23 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     raise AssertionError("the worker outlived its parent")
+
+
+class Interrupting:
+    """Ctrl-C comes while it is destroyed, where Python prints an error and goes on."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+
+def test_ctrl_c_is_not_lost_in_a_destructor() -> None:
+    with queue._interrupts_noted() as stop:
+        Interrupting()
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):  # the second time, at once
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- A Dask cluster -----------------------------------------------------------------------------
