@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 from ase.symbols import Symbols
 
+from allscaip_lite.electrons import MAX_CHARGE, MAX_MULTIPLICITY
 from allscaip_lite.errors import WAYS, InputError, StructureError, StructureWarning
 from allscaip_lite.neighbors import candidate_pairs, pair_vectors
 from allscaip_lite.structures import Structures
@@ -120,32 +121,36 @@ class Seen:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Seen:
         """Of what `to_dict` made; a name that is missing is not known. TypeError for what is not
-        of the kind that `to_dict` makes.
+        of the kind and in the range of what `to_dict` makes.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"what was seen is a {type(values).__name__}, not a table")
         made: dict[str, Any] = dict.fromkeys(_JOIN)
-        for name, (join, kind) in _JOIN.items():
+        for name, (join, possible) in _JOIN.items():
             value = values.get(name)
             if value is None:
                 continue
             items = value if join is set.union else [value]
-            right = isinstance(items, list) and all(isinstance(item, kind) for item in items)
-            if not right or (name == "elements" and not {*items} <= {*chemical_symbols}):
+            if not isinstance(items, list) or not all(map(possible, items)):
                 raise TypeError(f"{name} of what was seen is {reprlib.repr(value)}")
             made[name] = set(items) if join is set.union else value
         return cls(**made)
 
 
-# How two trainings are joined, and the kind of a number or of what a set has in it.
-_JOIN: dict[str, tuple[Any, Any]] = {
-    "elements": (set.union, str),
-    "charges": (set.union, int),
-    "multiplicities": (set.union, int),
-    "atoms": (max, int),
-    "closest": (min, (int, float)),
-    "farthest": (max, (int, float)),
-    "kinds": (set.union, str),
+def _number(kind: Any, low: float, high: float) -> Callable[[Any], bool]:
+    """Whether a value is a number of a kind from `low` to `high`; NaN is in no range."""
+    return lambda v: isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
+
+
+# How two trainings are joined, and what a number, or one of a set, can be.
+_JOIN: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "elements": (set.union, tuple(chemical_symbols[1:]).__contains__),
+    "charges": (set.union, _number(int, -MAX_CHARGE, MAX_CHARGE)),
+    "multiplicities": (set.union, _number(int, 1, MAX_MULTIPLICITY)),
+    "atoms": (max, _number(int, 0, 10**9)),
+    "closest": (min, _number((int, float), 0, np.inf)),
+    "farthest": (max, _number((int, float), 0, np.inf)),
+    "kinds": (set.union, KINDS.__contains__),
 }
 
 

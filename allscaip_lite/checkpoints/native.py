@@ -81,8 +81,8 @@ def load_model(
     check_number_type(dtype)
     path = _locate(name_or_path)
     if _is_safetensors(path):
-        config, _, seen = _read_metadata(path)
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
+            config, _, seen = _read_metadata(file, path)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             written = file.metadata().get("checksum")  # older files have none
         changed = written is not None and written != _checksum(state)
@@ -109,7 +109,10 @@ def load_model(
 def read_card(name_or_path: str | Path) -> dict[str, Any]:
     """The card of a bundled model or of a `.safetensors` file of ours; see `save_model`."""
     path = _locate(name_or_path)
-    return _read_metadata(path)[1] if _is_safetensors(path) else {}
+    if not _is_safetensors(path):
+        return {}
+    with _opened(path) as file:
+        return _read_metadata(file, path)[1]
 
 
 def _locate(name_or_path: str | Path) -> Path:
@@ -284,15 +287,18 @@ def _factor(values: Tensor | None, model: AllScAIP, path: Path) -> Tensor | None
     return factor
 
 
-def _read_metadata(path: Path) -> tuple[AllScAIPConfig, dict[str, Any], Seen | None]:
-    """The configuration, the card, and what training saw, where the file says so."""
+def _opened(path: Path) -> Any:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise CheckpointError(
             f"{path.name} is damaged ({error}); fetch or write it again"
         ) from error
+
+
+def _read_metadata(file: Any, path: Path) -> tuple[AllScAIPConfig, dict[str, Any], Seen | None]:
+    """The configuration, the card, and what training saw, where the file says so."""
+    metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path.name} holds tensors, but is no {FORMAT} model: it must come from save_model"

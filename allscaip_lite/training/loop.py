@@ -472,6 +472,8 @@ def train(
                     "another --out, or remove it"
                 )
             start = (int(saved["stage"]), int(saved["step"]))
+            if not (start[0] in range(len(stages)) and 0 <= start[1] <= stages[start[0]].steps):
+                raise ValueError(f"stage {start[0]} and step {start[1]} are none of its plan")
             if "log" in saved and fabric.global_rank == 0:  # without what came after the state
                 store_text(log_file, saved["log"])
     else:

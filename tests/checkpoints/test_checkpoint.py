@@ -197,8 +197,11 @@ def _config(metadata: dict, **changes: object) -> None:
         (lambda state, meta: meta.update(seen="[1]"), "what was seen is a list"),
         (lambda state, meta: meta.update(seen='{"elements": ["Qq"]}'), "elements of what was seen"),
         (lambda state, meta: meta.update(seen='{"atoms": "many"}'), "atoms of what was seen"),
+        (lambda state, meta: meta.update(seen='{"atoms": -1}'), "atoms of what was seen is -1"),
+        (lambda state, meta: meta.update(seen='{"closest": NaN}'), "closest of what was seen"),
+        (lambda state, meta: meta.update(seen='{"charges": [true]}'), "charges of what was seen"),
+        (lambda state, meta: meta.update(seen='{"kinds": ["all"]}'), "kinds of what was seen"),
     ],
-    ids="missing unknown shape format version key value seen elements atoms".split(),
 )
 def test_wrong_safetensors(tmp_path: Path, change: Callable, complaint: str) -> None:
     path = rewrite(save_model(random_model(), tmp_path / "m.safetensors"), change)

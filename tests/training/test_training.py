@@ -584,6 +584,8 @@ def test_the_gradient_is_clipped_as_a_whole_whoever_takes_the_step(
         lambda state: None,
         lambda state: {**state, "stage": 0, "model": {}},
         lambda state: {**state, "stage": 0, "optimizers": []},
+        lambda state: {**state, "stage": 7},  # which would skip all stages
+        lambda state: {**state, "step": -1},
     ],
 )
 def test_a_state_of_something_else_is_said(
