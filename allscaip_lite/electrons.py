@@ -27,7 +27,7 @@ CHARGE_NAMES = (
 SPIN_NAMES = (
     "spin multiplicity spin_multiplicity molecular_multiplicity total_multiplicity mult spin_mult"
 ).split()
-_PERHAPS = re.compile("charge|spin|multipl|unpaired|uhf")
+_PERHAPS = re.compile("charge|chrg|spin|multipl|unpaired|uhf|magmom|magneti|(?:^|total_)2?[qs]$")
 NOT_GIVEN = ("", "none", "nan", "null")  # as text
 
 
@@ -141,7 +141,7 @@ def _contradicted(atoms: Atoms, charge: int, spin: int, missing: list[str]) -> s
     """
     told = []
     for name, value in atoms.info.items() if missing else ():
-        unread = isinstance(name, str) and _PERHAPS.search(name.lower())
+        unread = isinstance(name, str) and _PERHAPS.search(_spelt(name))
         if unread and not states_charge_or_spin(name) and np.ndim(value) == 0:
             told.append(f'info["{name}"] = {reprlib.repr(value)} is not read')
     if atoms.has("initial_charges"):

@@ -474,7 +474,8 @@ def write_sample(
         picked = (dataset[index] for index in progress)
         counts[split] = write_aselmdb(out / f"{split}.aselmdb", picked, overwrite)
     if (source / "references.json").exists():
-        shutil.copyfile(source / "references.json", out / "references.json")
+        with atomic_write(out / "references.json") as partial:
+            shutil.copyfile(source / "references.json", partial)
     return counts
 
 

@@ -127,7 +127,8 @@ def fetch(
             if suffix:
                 archive = fetched
             else:
-                shutil.copyfile(fetched, archive)
+                with atomic_write(archive) as partial:
+                    shutil.copyfile(fetched, partial)
         else:
             free = shutil.disk_usage(folder).free
             download(address, archive, free=free, progress=progress)

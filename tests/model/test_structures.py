@@ -182,9 +182,10 @@ def test_initial_charges_and_moments_that_contradict_are_mentioned() -> None:
         structures_from_atoms(ion)
 
 
-def test_a_name_whose_meaning_is_not_certain_is_mentioned() -> None:
-    atoms = molecule("H2O", info={"total_spin": 0.5, "mulliken_charges": [0.1, 0.2, -0.3]})
-    words = r'^H2O \(whose info\["total_spin"\] = 0.5 is not read\): no charge'
+@pytest.mark.parametrize("name", ["total_spin", "S", "2S", "q", "total_magnetization"])
+def test_a_name_whose_meaning_is_not_certain_is_mentioned(name: str) -> None:
+    atoms = molecule("H2O", info={name: 0.5, "mulliken_charges": [0.1, 0.2, -0.3], "pbcs": 1})
+    words = rf'^H2O \(whose info\["{name}"\] = 0.5 is not read\): no charge'
     with pytest.warns(StructureWarning, match=words):
         structures_from_atoms(atoms)
 
