@@ -56,7 +56,7 @@ class Level:
 LEVELS = {"pbe": Level("PBE", True, 800.0, 3.0), "rpbe": Level("RPBE", False, 500.0, 2.5, False)}
 
 
-def k_points(atoms: Atoms, density: float) -> tuple[int, int, int]:
+def k_points(atoms: Atoms, density: float) -> tuple[int, ...]:
     """How many k-points each vector of the cell has: one where there is a vacuum along it.
 
     Raises LabelError for a structure that is charged, without a cell, without a vacuum along a
