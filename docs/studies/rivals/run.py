@@ -1,17 +1,20 @@
-"""Error against the number of structures, for AllScAIP and an exactly invariant network.
+"""Error against structures and throughput, for AllScAIP, eSEN and an invariant network.
 
 In: the snapshots of ethanol in `data/xtb/ethanol`. Out: a file of results, and a page's table:
 
     python docs/studies/rivals/run.py --page docs/studies/rivals/README.md
 
 A cell is a model, a number of structures and a seed. Each is trained for the same seconds of the
-processor, to the end of its schedule, and kept as soon as it is done. The invariant network is the
-one that lesson 15 writes; its cells are read from there, so that there is one of it.
+processor, to the end of its schedule, and kept as soon as it is done. The invariant network and the
+loop that trains it are those of lesson 15, whose cells are read from there, so that there is one of
+each. eSEN is the backbone of fairchem-core (the extra `parity`) in the same loop; without that
+package its cells are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -25,11 +28,13 @@ import numpy as np
 import torch
 from ase import Atoms
 from scipy.spatial.transform import Rotation
+from torch import Tensor
 
 from allscaip_lite import AllScAIPConfig
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset, Subset
 from allscaip_lite.files import store_text
+from allscaip_lite.kernels import choose
 from allscaip_lite.machine import processor_name
 from allscaip_lite.notebook.lessons import SMALL
 from allscaip_lite.tables import insert_table, markdown_table
@@ -46,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seconds", type=float, default=40, help="of training, for each")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
+    parser.add_argument("--speed", action="store_true", help="time energies and forces anew, first")
     parser.add_argument("--page", type=Path, help="write the table into this page")
 
 
@@ -53,16 +59,19 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     done = [row["cell"] for row in found]
-    for seed in args.seeds:
-        for structures in args.structures:
-            for name in MODELS:
-                cell = [name, structures, seed, args.seconds]
-                if cell not in done:
-                    found.append(measure(name, structures, seed, args.seconds))
-                    store_text(args.out, json.dumps(found, indent=1) + "\n")
-                    print(found[-1], flush=True)
+    if args.speed:
+        store_text(args.out.with_name("speed.json"), json.dumps(throughput(), indent=1) + "\n")
+    grid = [(n, name, seed) for seed in args.seeds for n in args.structures for name in MODELS]
+    for structures, name, seed in grid:
+        cell = [name, structures, seed, args.seconds]
+        if cell in done or (name.startswith("eSEN") and not HAS_FAIRCHEM):
+            continue
+        found.append(measure(name, structures, seed, args.seconds))
+        store_text(args.out, json.dumps(found, indent=1) + "\n")
+        print(found[-1], flush=True)
     if args.page:
-        insert_table(args.page, table(found))
+        speeds = json.loads(args.out.with_name("speed.json").read_text(encoding="utf-8"))
+        insert_table(args.page, table(found, speeds))
 
 
 def measure(name: str, structures: int, seed: int, seconds: float) -> dict[str, Any]:
@@ -70,8 +79,9 @@ def measure(name: str, structures: int, seed: int, seconds: float) -> dict[str, 
     whole = Dataset(ROOT / "data" / "xtb" / "ethanol" / "train.aselmdb")
     data = Subset(whole, np.arange(0, len(whole), len(whole) // structures))
     fit = MODELS[name]
+    fit(data, seed, 1)  # the first call imports and compiles
     clock = [time.process_time()]
-    fit(data, seed, 3)  # the first call compiles
+    fit(data, seed, 3)
     clock.append(time.process_time())
     fit(data, seed, 13)
     a_step = (time.process_time() - 2 * clock[1] + clock[0]) / 10
@@ -102,6 +112,24 @@ def measure(name: str, structures: int, seed: int, seconds: float) -> dict[str, 
     }
 
 
+def throughput() -> dict[str, float]:
+    """Atoms a second: energies and forces of twenty molecules in a call, all models in turn."""
+    data, held = (
+        Dataset(ROOT / "data" / "xtb" / "ethanol" / f"{part}.aselmdb") for part in ("train", "val")
+    )
+    twenty = [held[index] for index in range(20)]
+    names = [name for name in MODELS if HAS_FAIRCHEM or not name.startswith("eSEN")]
+    few = Subset(data, np.arange(20))
+    calls = {name: MODELS[name](few, 0, 1)[0] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(9):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call(twenty)
+            seconds[name].append(time.process_time() - begin)
+    return {name: 20 * len(twenty[0]) / float(np.median(s[2:])) for name, s in seconds.items()}
+
+
 def _allscaip(config: AllScAIPConfig, data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
     stage = Stage(
         "conservative",
@@ -118,6 +146,7 @@ def _allscaip(config: AllScAIPConfig, data: Subset, seed: int, steps: int) -> tu
         few = Subset(data, np.arange(5))
         options: dict[str, Any] = {"max_atoms": 90, "validate_every": 10**6, "save_every": 10**6}
         model = train(start, [stage], data, few, Path(folder) / "run", seed=seed, **options)
+    model.operations = choose()  # the fastest, as `load_model` chooses
 
     def predict(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
         results = model.predict(list(frames), outside_training="ignore")
@@ -126,31 +155,63 @@ def _allscaip(config: AllScAIPConfig, data: Subset, seed: int, steps: int) -> tu
     return predict, model.num_parameters
 
 
-def _network(data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
+def _network(data: Subset, seed: int, steps: int, **network: Any) -> tuple[Predict, int]:
+    """Train a network in the loop of lesson 15, by default the one that is written there."""
     scope: dict[str, Any] = {"np": np, "torch": torch, "F": torch.nn.functional}
     for cell in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]:
         if cell["id"] in ("rivals-network", "rivals-train"):
             exec("".join(cell["source"]), scope)  # noqa: S102 -- code of this repository
-    trained = scope["train_rival"](data, steps, seed)
+    trained = scope["train_rival"](data, steps, seed, **network)
+    call = {"network": network["network"]} if network else {}
 
     def predict(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
         positions = torch.tensor(np.array([atoms.positions for atoms in frames])).float()
         numbers = torch.tensor(frames[0].numbers)
-        energies, forces = scope["rival_predict"](trained, numbers, positions)
+        energies, forces = scope["rival_predict"](trained, numbers, positions, **call)
         return energies.numpy(), forces.numpy()
 
     return predict, sum(part.numel() for parts in trained[0].values() for part in parts)
 
 
+def _esen(data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
+    """Two layers of eSEN with 32 channels of degree 0 to 2, and forces from the energy."""
+    from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+    from fairchem.core.models.uma.escn_md import MLP_EFS_Head, eSCNMDBackbone
+
+    torch.manual_seed(seed)
+    backbone = eSCNMDBackbone(
+        sphere_channels=32, hidden_channels=32, edge_channels=32, num_layers=2,
+        lmax=2, mmax=2, cutoff=6.0, num_distance_basis=64, ff_type="spectral", otf_graph=True,
+        direct_forces=False, always_use_pbc=False, use_dataset_embedding=False,
+    )  # fmt: skip
+    head = MLP_EFS_Head(backbone, wrap_property=False)
+
+    def network(weights: Any, numbers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        info = {"charge": 0, "spin": 1}
+        structures = [Atoms(numbers.numpy(), one.numpy(), info=info) for one in positions]
+        options: dict[str, Any] = {"task_name": "omol", "r_data_keys": ["charge", "spin"]}
+        batch = atomicdata_list_to_batch([AtomicData.from_ase(s, **options) for s in structures])
+        found = head(batch, backbone(batch))
+        return found["energy"], found["forces"].view_as(positions)
+
+    weights = {"all": [*backbone.parameters(), *head.parameters()]}
+    found = _network(data, seed, steps, network=network, weights=weights, rate=ESEN_RATE)
+    head.eval()  # no second derivatives from here on
+    return found
+
+
+HAS_FAIRCHEM = importlib.util.find_spec("fairchem") is not None
+ESEN_RATE = 3e-3  # the best of 1e-3, 3e-3 and 1e-2
 MODELS: dict[str, Callable[[Subset, int, int], tuple[Predict, int]]] = {
     "AllScAIP": partial(_allscaip, SMALL.replace(direction_degree=5)),
     "AllScAIP without directions": partial(_allscaip, SMALL),
     "invariant network": _network,
+    "eSEN": _esen,
 }
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds, and the lowest and highest of the forces."""
+def table(found: Sequence[dict[str, Any]], speeds: dict[str, float]) -> str:
+    """Means over the seeds, the lowest and highest of the forces, and atoms a second by model."""
     rows = []
     for name in MODELS:
         for structures in sorted({row["cell"][1] for row in found}):
@@ -171,10 +232,11 @@ def table(found: Sequence[dict[str, Any]]) -> str:
                     f"{mean['forces']:.0f} ({low:.0f}–{high:.0f})",
                     f"{mean['energy']:.1f}",
                     f"{mean['rotation']:.3f}",
+                    f"{speeds[name]:,.0f}" if name in speeds else "",
                 ]
             )
     head = ["model", "structures", "parameters", "steps", "forces, meV/Å", "energy, meV/atom"]
-    return markdown_table([*head, "spread over rotations, meV/atom"], rows)
+    return markdown_table([*head, "spread over rotations, meV/atom", "atoms/s"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
