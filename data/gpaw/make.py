@@ -303,7 +303,8 @@ def references(folder: Path, jobs: Sequence[queue.Job]) -> dict[str, float]:
                 found[name] = atoms.get_potential_energy()
     gases = [found.pop(gas, np.nan) for gas in GASES]
     hydrogen, oxygen = gases[0] / 2, gases[1] - gases[0]
-    return found | {"H": hydrogen, "O": oxygen, "C": gases[2] - oxygen, "N": gases[3] / 2}
+    found |= {"H": hydrogen, "O": oxygen, "C": gases[2] - oxygen, "N": gases[3] / 2}
+    return {name: energy for name, energy in found.items() if np.isfinite(energy)}
 
 
 def adsorption_energy(atoms: Atoms, energies: Mapping[str, float]) -> float:

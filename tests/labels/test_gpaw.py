@@ -53,11 +53,12 @@ def test_only_structures_with_a_magnetic_element_are_spin_polarised():
     np.testing.assert_array_equal(gpaw.moments(bulk("NiAl", "cesiumchloride", a=2.9)), [1.0, 0.0])
 
 
+@pytest.mark.slow
 def test_forces_and_stress_are_the_energy_s_derivatives():
     pytest.importorskip("gpaw")
     level = replace(gpaw.LEVELS["pbe"], cutoff=800.0, density=0.5)
     atoms = bulk("LiH", "rocksalt", a=4.0)
-    atoms.positions[0, 0] += 0.2
+    atoms.positions[0, 0] += 0.5
     done = gpaw.label(atoms, level)
     assert (done.info["spin"], done.info["magnetic_moment"]) == (1, 0)
     assert done.info["label"].startswith("PBE, 800 eV")
@@ -76,8 +77,8 @@ def test_forces_and_stress_are_the_energy_s_derivatives():
     def stretch(moved, step):
         moved.set_cell(moved.cell.array @ np.diag([1 + step, 1, 1]), scale_atoms=True)
 
-    assert abs(done.get_forces()[0, 0]) > 0.3
-    assert done.get_forces()[0, 0] == pytest.approx(-slope(shift, 0.01), abs=0.02)
+    assert abs(done.get_forces()[0, 0]) > 0.15
+    assert done.get_forces()[0, 0] == pytest.approx(-slope(shift, 0.01), abs=0.01)
     stress = voigt_6_to_full_3x3_stress(done.get_stress())[0, 0]
     # at a fixed cutoff the number of plane waves jumps with the cell
     assert stress == pytest.approx(slope(stretch, 0.01) / atoms.get_volume(), abs=0.003)
