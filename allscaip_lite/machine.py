@@ -7,6 +7,7 @@ takes many times longer.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -23,6 +24,9 @@ ATOMS_PER_THREAD = 50  # fewer are not worth a thread (measured: docs/speed.md)
 STARTED_WITH = torch.get_num_threads()
 THREADS_OF_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables
 PERIOD = 0.5  # s of work over which the load of other programs is averaged
+
+if hasattr(os, "register_at_fork"):  # a forked process has no threads, and would wait for them
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def processor_name() -> str:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
 import pytest
 import torch
 from ase.build import molecule
@@ -92,3 +98,32 @@ def test_the_counters_of_the_kernel_are_read() -> None:
         pass
     assert machine._busy() - before > 0.2
     assert machine._running() >= 1
+
+
+FORKS = """
+import os, torch
+from ase import Atoms
+from allscaip_lite import load_model
+torch.set_num_threads(2)
+model = load_model("lite", kernels="torch")
+water = Atoms("OH2", [(0, 0, 0), (0.8, 0, 0.6), (-0.8, 0, 0.6)], info={"charge": 0, "spin": 1})
+model.predict([water] * 60)
+child = os.fork()
+model.predict([water] * 60)
+if not child:
+    os._exit(0)
+print("status", os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_not_wait_for_the_threads_of_its_parent() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        try:
+            said = parent.communicate(timeout=300)[0]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)  # the child too
+    assert b"status 0" in said
