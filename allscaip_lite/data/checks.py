@@ -89,7 +89,7 @@ def checked_labels(
         if found.get(name) is not None:
             labels[name] = _SHAPES[name](_numbers(found[name], name, where), natoms, where)
             if not np.isfinite(labels[name]).all():
-                raise DataError(f"{where}: its {name} is not finite; leave the structure out")
+                raise DataError(f"{where}: {name} is not finite; leave the structure out")
     if lacking := [name for name in required if name not in labels]:
         raise DataError(f"{where} has no {' and no '.join(lacking)}; {_listed(found)}")
     return labels
