@@ -325,14 +325,17 @@ def convergence_table(folder: Path, jobs: Sequence[queue.Job]) -> str:
             [own], task = base, job.task
             energy = own.get_potential_energy() - fine.get_potential_energy()
             forces = np.abs(own.get_forces() - fine.get_forces()).max()
-            stress = np.abs(own.get_stress() - fine.get_stress()).max() / crystals.units.GPa
+            stress = ""
+            if task.level.stress:
+                off = np.abs(own.get_stress() - fine.get_stress()).max() / crystals.units.GPa
+                stress = f"{off:.2f}"
             rows.append(
                 [
                     task.name,
                     f"{task.level.cutoff:g}, {task.level.density:g}",
                     f"{1000 * energy / len(own):+.1f}",
                     f"{1000 * forces:.1f}",
-                    f"{stress:.2f}",
+                    stress,
                 ]
             )
     head = ["structure", "finer: eV, k-points in 1/Å", "energy (meV/atom)"]

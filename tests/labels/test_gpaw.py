@@ -156,3 +156,22 @@ def test_adsorption_energies_are_differences_of_labels(monkeypatch, tmp_path):
     assert found["C"] == pytest.approx(-14.8 + 7.4)
     _, atoms = Dataset(tmp_path / "train.aselmdb")
     assert make.adsorption_energy(atoms, found) == pytest.approx(-20.0 + 14.8)
+
+
+def test_the_table_of_convergence_has_stresses_where_they_are_labelled(tmp_path):
+    def labelled(entry):
+        atoms = bulk("Cu", a=3.6)
+        results = {"energy": entry.level.cutoff / 1e3, "forces": np.zeros((1, 3))}
+        if entry.level.stress:
+            results["stress"] = np.full(6, entry.level.cutoff / 1e6)
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms.info = {"charge": 0, "spin": 2}
+        return [atoms]
+
+    jobs = [job for job in make.jobs_of(make.converging()) if "Cu" in job.task.name]
+    assert len(jobs) == 6  # the crystal, by PBE, and the slab, by RPBE
+    for job in jobs:
+        make.queue._do(job, tmp_path / job.file, labelled)
+    crystal, _, slab, _ = make.convergence_table(tmp_path, jobs).splitlines()[2:]
+    assert [cell.strip() for cell in crystal.split("|")[3:6]] == ["-200.0", "0.0", "0.03"]
+    assert [cell.strip() for cell in slab.split("|")[3:6]] == ["-200.0", "0.0", ""]
