@@ -103,6 +103,14 @@ def test_deviations_of_the_water_models_have_the_size_of_their_errors(name: str)
     assert 0.5 < scaled < 2 and rank_correlation(found) > 0.2
 
 
+def test_a_larger_cell_is_only_new_to_a_model_with_node_attention(model: AllScAIP) -> None:
+    crystals = Dataset(SAMPLE.parent / "crystals" / "val.aselmdb")
+    for attention, atoms in ((True, 24), (False, None)):
+        other = AllScAIP(model.config.replace(node_attention=attention))
+        seen = calibrate(other, crystals, structures=0, progress=False).seen
+        assert seen is not None and seen.atoms == atoms and seen.kinds == {"periodic systems"}
+
+
 def test_labels_of_another_zero_are_refused(model: AllScAIP, data: Dataset) -> None:
     other = copy.deepcopy(model)
     other.element_references += 30.0
