@@ -105,6 +105,14 @@ def test_the_command_leaves_out_what_a_model_has_not_seen_and_goes_on(
     assert "Al: left out" in capsys.readouterr().out
     assert study.main(command) == 0
     assert calls == ["NaCl", "Cu"]
+
+    def stop(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "drift", lambda *_: 0.25)
+    monkeypatch.setattr(study, "expansion", stop)
+    assert study.main([*command[:4], "--solids", "Cu", "--nve", "1", "--npt", "1"]) == 130
+    assert json.loads(out.read_text())["solids"]["Cu"]["drift"] == 0.25
     assert study.main(["run", "chgnet", "--out", str(out)]) == 2
     assert "give another --out" in capsys.readouterr().err
 

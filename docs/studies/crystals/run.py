@@ -6,8 +6,8 @@ all beside experiment:
     python docs/studies/crystals/run.py run lite-crystal --out FILE.json
     python docs/studies/crystals/run.py table FILE.json OTHER.json
 
-Each solid is kept as soon as it is done: the same command goes on where it was stopped. A solid
-with an element that a model was not trained on is left out.
+Each part of a solid is kept as soon as it is done: the same command goes on where it was stopped. A
+solid with an element that a model was not trained on is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -411,17 +411,23 @@ def run_study(
             print(f"{name}: left out, the model was not trained on it")
             continue
         done = found["solids"].setdefault(name, {})
-        before = len(done)
-        if not done:
-            done |= properties(name, calculator)
-        cube = _crystal(name, done["a"], cubic=True)
-        if nve and "drift" not in done:
-            done["drift"] = drift(cube, calculator, nve)
-        if npt and "expansion" not in done and SOLIDS[name].structure == "fcc":
-            done["expansion"] = expansion(cube, calculator, npt)
-        if len(done) > before:
+        for values in _missing(name, done, calculator, nve, npt):
+            done |= values
             store_text(out, json.dumps(found, indent=1))
             print(f"{name}: {done}", flush=True)
+
+
+def _missing(
+    name: str, done: dict[str, float], calculator: Calculator, nve: float, npt: float
+) -> Iterator[dict[str, float]]:
+    """Compute what `done` lacks of a solid; each part is put there before the next is asked for."""
+    if not done:
+        yield properties(name, calculator)
+    cube = _crystal(name, done["a"], cubic=True)
+    if nve and "drift" not in done:
+        yield {"drift": drift(cube, calculator, nve)}
+    if npt and "expansion" not in done and SOLIDS[name].structure == "fcc":
+        yield {"expansion": expansion(cube, calculator, npt)}
 
 
 def table(files: Sequence[Path]) -> str:
