@@ -64,6 +64,11 @@ class Prototype:
     lattice: tuple[tuple[float, float, float], ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 
 
+def tetragonal(ratio: float) -> tuple[tuple[float, float, float], ...]:
+    """Vectors of a cell with a square base, whose height is `ratio` of its width."""
+    return ((1, 0, 0), (0, 1, 0), (0, 0, ratio))
+
+
 HALF, THIRD, QUARTER = 1 / 2, 1 / 3, 1 / 4
 ORIGIN, CENTRE = (0.0, 0.0, 0.0), (HALF, HALF, HALF)
 FACES = ((HALF, HALF, 0.0), (HALF, 0.0, HALF), (0.0, HALF, HALF))
@@ -89,21 +94,19 @@ PROTOTYPES = {
     "zinc blende": Prototype((0, 1), (ORIGIN, (QUARTER,) * 3), "F"),
     "fluorite": Prototype((0, 1, 1), (ORIGIN, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
     "perovskite": Prototype((0, 1, 2, 2, 2), (ORIGIN, CENTRE, *FACES)),
-    "rutile": Prototype((0, 0, 1, 1, 1, 1), RUTILE, lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65))),
-    "ordered rutile": Prototype(
-        (0, 1, 2, 2, 2, 2), RUTILE, lattice=((1, 0, 0), (0, 1, 0), (0, 0, 0.65))
-    ),
+    "rutile": Prototype((0, 0, 1, 1, 1, 1), RUTILE, lattice=tetragonal(0.65)),
+    "ordered rutile": Prototype((0, 1, 2, 2, 2, 2), RUTILE, lattice=tetragonal(0.65)),
     "ordered rock salt": Prototype(
         (0, 1, 2, 2),
         (ORIGIN, CENTRE, (HALF, HALF, 0.0), (0.0, 0.0, HALF)),
-        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
+        lattice=tetragonal(2**0.5),
     ),
     "half-Heusler": Prototype((0, 1, 2), (ORIGIN, CENTRE, (QUARTER,) * 3), "F"),
     "Heusler": Prototype((0, 1, 2, 2), (ORIGIN, CENTRE, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
     "ordered zinc blende": Prototype(
         (0, 1, 2, 2),
         (ORIGIN, CENTRE, (HALF, 0.0, QUARTER), (0.0, HALF, 3 * QUARTER)),
-        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
+        lattice=tetragonal(2**0.5),
     ),
     "ordered fluorite": Prototype(
         (0, 1, 2, 2, 2, 2),
@@ -115,13 +118,13 @@ PROTOTYPES = {
             (HALF, 0.0, 3 * QUARTER),
             (0.0, HALF, 3 * QUARTER),
         ),
-        lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5)),
+        lattice=tetragonal(2**0.5),
     ),
     "ordered antifluorite": Prototype((2, 0, 1), (ORIGIN, (QUARTER,) * 3, (3 * QUARTER,) * 3), "F"),
     "ordered L1_2": Prototype((0, 1, 2, 2), (ORIGIN, *FACES)),
     "B2": Prototype((0, 1), (ORIGIN, CENTRE)),
     "L1_2": Prototype((0, 1, 1, 1), (ORIGIN, *FACES)),
-    "L1_0": Prototype((0, 1), (ORIGIN, CENTRE), lattice=((1, 0, 0), (0, 1, 0), (0, 0, 2**0.5))),
+    "L1_0": Prototype((0, 1), (ORIGIN, CENTRE), lattice=tetragonal(2**0.5)),
 }
 # Vectors of the primitive cell in units of the conventional ones.
 PRIMITIVE = {

@@ -25,9 +25,10 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import add_adsorbate, fcc100, fcc111, molecule
 from ase.constraints import FixAtoms
+from ase.data import covalent_radii
 from ase.optimize import BFGS
 
 from allscaip_lite.cli import run_script
@@ -172,7 +173,7 @@ class OnSurface:
             binding = len(slab) - len(put)
             top = np.flatnonzero(slab.get_tags() == 1)
             away = slab.get_distances(binding, top, mic=True, vector=True)[:, :2]
-            radii = crystals.covalent_radii[slab.numbers[[0, binding]]].sum()
+            radii = covalent_radii[slab.numbers[[0, binding]]].sum()
             height = np.sqrt(max(radii**2 - (away**2).sum(1).min(), 0.6**2))
             slab.positions[binding:, 2] += height - 1.0
         slab.center(VACUUM, axis=2)
@@ -318,16 +319,17 @@ def convergence_table(folder: Path, jobs: Sequence[queue.Job]) -> str:
     """What changes from an entry's own settings to finer ones, of all that is labelled."""
     rows = []
     for start in range(0, len(jobs), 3):
-        base, *finer = [queue.stored(folder, job) for job in jobs[start : start + 3]]
-        for job, [fine] in [
-            pair for pair in zip(jobs[start + 1 : start + 3], finer, strict=True) if pair[1]
-        ]:
-            [own], task = base, job.task
+        base, *finer = jobs[start : start + 3]
+        for job in finer:
+            pair = [*queue.stored(folder, base), *queue.stored(folder, job)]
+            if len(pair) < 2:
+                continue
+            (own, fine), task = pair, job.task
             energy = own.get_potential_energy() - fine.get_potential_energy()
             forces = np.abs(own.get_forces() - fine.get_forces()).max()
             stress = ""
             if task.level.stress:
-                off = np.abs(own.get_stress() - fine.get_stress()).max() / crystals.units.GPa
+                off = np.abs(own.get_stress() - fine.get_stress()).max() / units.GPa
                 stress = f"{off:.2f}"
             rows.append(
                 [

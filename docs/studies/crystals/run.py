@@ -60,49 +60,81 @@ class Solid:
 
 
 def _known(
-    bulk_modulus: float | None = None,
-    elastic: tuple[float, float, float] | None = None,
-    vacancy: float | None = None,
-    surface: float | None = None,
-    optical: float | None = None,
-    migration: float | None = None,
-    expansion: float | None = None,
+    bulk_modulus: float | None, elastic: tuple[float, float, float], **others: float
 ) -> dict[str, float]:
-    """Experiment, by the names of `QUANTITIES`; what is not given is left out."""
-    c11, c12, c44 = elastic or (None, None, None)
-    values = {
-        "bulk_modulus": bulk_modulus,
-        "c11": c11,
-        "c12": c12,
-        "c44": c44,
-        "vacancy": vacancy,
-        "surface_111": surface,
-        "optical": optical,
-        "migration": migration,
-        "expansion": expansion,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    """Experiment, by the names of `QUANTITIES`; a bulk modulus of None is left out."""
+    values = dict(zip(("c11", "c12", "c44"), elastic, strict=True)) | others
+    return values if bulk_modulus is None else {"bulk_modulus": bulk_modulus} | values
 
 
 # Sources are on the page. GPa; eV; J/m²; THz.
 SOLIDS = {
     "Al": Solid(
-        "fcc", 4.05, _known(72.2, (114.3, 61.9, 31.6), 0.67, 1.14, migration=0.61, expansion=23.1)
+        "fcc",
+        4.05,
+        _known(
+            72.2,
+            (114.3, 61.9, 31.6),
+            vacancy=0.67,
+            surface_111=1.14,
+            migration=0.61,
+            expansion=23.1,
+        ),
     ),
     "Cu": Solid(
-        "fcc", 3.61, _known(137, (176.2, 124.9, 81.8), 1.28, 1.79, migration=0.7, expansion=16.5)
+        "fcc",
+        3.61,
+        _known(
+            137, (176.2, 124.9, 81.8), vacancy=1.28, surface_111=1.79, migration=0.7, expansion=16.5
+        ),
     ),
     "Ni": Solid(
-        "fcc", 3.52, _known(186, (261.2, 150.8, 131.7), 1.79, 2.38, migration=1.04, expansion=13.4)
+        "fcc",
+        3.52,
+        _known(
+            186,
+            (261.2, 150.8, 131.7),
+            vacancy=1.79,
+            surface_111=2.38,
+            migration=1.04,
+            expansion=13.4,
+        ),
     ),
     "Ag": Solid(
-        "fcc", 4.09, _known(100.7, (131.5, 97.3, 51.1), 1.11, 1.25, migration=0.66, expansion=18.9)
+        "fcc",
+        4.09,
+        _known(
+            100.7,
+            (131.5, 97.3, 51.1),
+            vacancy=1.11,
+            surface_111=1.25,
+            migration=0.66,
+            expansion=18.9,
+        ),
     ),
     "Pd": Solid(
-        "fcc", 3.89, _known(180.8, (234.1, 176.1, 71.2), 1.85, 2.00, migration=1.03, expansion=11.8)
+        "fcc",
+        3.89,
+        _known(
+            180.8,
+            (234.1, 176.1, 71.2),
+            vacancy=1.85,
+            surface_111=2.00,
+            migration=1.03,
+            expansion=11.8,
+        ),
     ),
     "Au": Solid(
-        "fcc", 4.08, _known(173.2, (201.6, 169.7, 45.4), 0.93, 1.51, migration=0.71, expansion=14.2)
+        "fcc",
+        4.08,
+        _known(
+            173.2,
+            (201.6, 169.7, 45.4),
+            vacancy=0.93,
+            surface_111=1.51,
+            migration=0.71,
+            expansion=14.2,
+        ),
     ),
     "Si": Solid("diamond", 5.43, _known(98.8, (166, 64, 79.6), optical=15.5)),
     "C": Solid("diamond", 3.567, _known(443, (1076, 125, 576), optical=39.9)),
