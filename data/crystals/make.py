@@ -165,6 +165,16 @@ TRIPLED = {
     "metals": ("Heusler", "ordered L1_2", "half-Heusler"),
 }
 TRIPLES = {"N": 100, "O": 170, "F": 90, "S": 100, "Cl": 60, "anions": 100, "metals": 200}
+# What the set `mixtures` has: structures, and which elements share the sites of each kind.
+MIXED = (
+    *(("fcc", ("metals",)), ("bcc", ("metals",)), ("hcp", ("metals",))),
+    *(("rock salt", ("cations", "anions")), ("zinc blende", ("cations", "anions"))),
+    *(("B2", ("cations", "anions")), ("rutile", ("cations", "anions"))),
+    *(("fluorite", ("cations", "anions")), ("fluorite", ("anions", "cations"))),
+    ("perovskite", ("cations", "cations", "anions")),
+)
+SHARING = {"metals": METALS, "cations": f"{METALS} {TETRAHEDRAL}", "anions": ANIONS}
+MIXTURES = 3000
 # All compounds of these elements, in any structure, are in the split; the others are trained on.
 HELD_OUT = {
     "test": "Pd Na-Cl Ca-O Zn-S Na-O K-Mg-F Ge-O Cu-Au Ni-Al",
@@ -181,6 +191,7 @@ SPLIT_OF = {
 # Structures of a crystal in each round: of the tables', and of an element in another's structure.
 COUNTS = {"strained": 6, "displaced": 6, "defect": 3, "slab": 3, "hot": 2}
 FEWER = {"strained": 3, "displaced": 3, "defect": 2, "slab": 0, "hot": 0}
+FEWEST = {"strained": 2, "displaced": 2, "defect": 1, "slab": 0, "hot": 0}  # of a mixture
 MOST_ATOMS = 24
 SIZES = {6: 0.3, 8: 0.25, 12: 0.2, 16: 0.15, MOST_ATOMS: 0.1}  # most atoms of a cell, and how often
 VACUUM = 10.0  # Å between a slab and its image; more than any cutoff
@@ -188,6 +199,7 @@ SPREADS = (0.01, 0.03, 0.06, 0.10)  # of displacements, in units of the nearest 
 CLOSEST = 0.65  # a structure with two atoms nearer than this, in the same units, is left out
 MAX_FORCE = 20.0  # eV/Å: a structure with a larger one is left out
 TEMPERATURES = (300.0, 3000.0)  # K
+MIXED_STEPS = 12  # of the relaxation of a mixture, which does not have to end at a minimum
 STEP, STEPS_BEFORE, STEPS_BETWEEN = 3.0, 6, 5  # fs; of Langevin runs, which start displaced
 
 
@@ -197,7 +209,7 @@ class Crystal:
 
     Attributes:
         prototype: One of PROTOTYPES.
-        elements: In the order of the prototype's sites.
+        elements: In the order of the prototype's sites; "Na+K" where two share the sites at random.
         a: Where the relaxation of the lattice constant starts, Å.
         natural: Whether it is in the tables; if not, fewer structures are made of it, and no slabs.
     """
@@ -208,9 +220,19 @@ class Crystal:
     natural: bool = True
 
     @property
+    def mixed(self) -> bool:
+        """Whether elements share sites."""
+        return any("+" in shared for shared in self.elements)
+
+    @property
+    def centring(self) -> str:
+        """Of its structures' cells; a mixture's have no smaller cell inside."""
+        return "P" if self.mixed else PROTOTYPES[self.prototype].centring
+
+    @property
     def split(self) -> str:
         """The split of its chemical system."""
-        return split_of(self.elements)
+        return split_of([symbol for shared in self.elements for symbol in shared.split("+")])
 
     @property
     def name(self) -> str:
@@ -293,13 +315,39 @@ def _to_train_on(drawn: list[tuple[str, Sequence[str]]]) -> list[Crystal]:
     return list(found.values())
 
 
-SETS = {"tables": crystals, "pairs": pairs, "triples": triples}
+def mixtures() -> list[Crystal]:
+    """Crystals of two to nine elements, one to three of which share the sites of each kind.
+
+    Each structure has the neighbourhoods of many compounds.
+    """
+    rng = np.random.default_rng(2)
+    drawn: list[tuple[str, Sequence[str]]] = []
+    while len(drawn) < MIXTURES:
+        prototype, kinds = MIXED[rng.integers(len(MIXED))]
+        pool = {kind: list(rng.permutation(SHARING[kind].split())) for kind in set(kinds)}
+        elements = []
+        for kind in kinds:
+            count = int(rng.integers(1, 4)) + (kind == "metals")
+            elements.append("+".join(pool[kind].pop() for _ in range(count)))
+        if any("+" in shared for shared in elements):
+            drawn.append((prototype, elements))
+    return _to_train_on(drawn)
+
+
+SETS = {"tables": crystals, "pairs": pairs, "triples": triples, "mixtures": mixtures}
 
 
 def _start(prototype: str, elements: Sequence[str]) -> float:
-    """A lattice constant (Å) where atoms touch, by their covalent radii, and none overlap."""
+    """A lattice constant (Å) where atoms touch, by their covalent radii, and none overlap.
+
+    The radius of a site that elements share is their mean.
+    """
     atoms = _built(prototype, elements, 10.0)
-    radii = [covalent_radii[number] for number in atoms.numbers]
+    of_kinds = [
+        np.mean([covalent_radii[atomic_numbers[symbol]] for symbol in shared.split("+")])
+        for shared in elements
+    ]
+    radii = [of_kinds[kind] for kind in PROTOTYPES[prototype].kinds]
     return 10.0 * max(
         (radii[i] + radii[j]) / distance
         for i, j, distance in zip(*neighbor_list("ijd", atoms, 10.1), strict=True)
@@ -313,10 +361,10 @@ def _volume(prototype: str) -> float:
 
 
 def _built(prototype: str, elements: Sequence[str], a: float, primitive: bool = True) -> Atoms:
-    """A crystal in its primitive or its conventional cell."""
+    """A crystal in its primitive or its conventional cell; shared sites have the first element."""
     form = PROTOTYPES[prototype]
     cell = a * np.array(form.lattice)
-    symbols = [elements[kind] for kind in form.kinds]
+    symbols = [elements[kind].split("+")[0] for kind in form.kinds]
     vectors = PRIMITIVE[form.centring]
     motif = Atoms(symbols, np.array(form.places) @ cell, cell=vectors @ cell, pbc=True)
     return motif if primitive else conventional(motif, form.centring)
@@ -342,12 +390,34 @@ def relaxed(crystal: Crystal) -> Atoms:
     is found.
     """
     atoms = _built(crystal.prototype, crystal.elements, crystal.a)
-    atoms.calc = CHGNet()
-    optimizer = BFGS(FrechetCellFilter(atoms), logfile=None)
-    if not optimizer.run(fmax=0.03 if crystal.natural else 0.1, steps=60):
+    if not _relax(atoms, 0.03 if crystal.natural else 0.1, steps=60):
         raise LabelError(f"{crystal.name}: no minimum in 60 steps")
-    atoms.calc = None
     return atoms
+
+
+def mixture(crystal: Crystal, rng: np.random.Generator) -> Atoms:
+    """A cell of at least 4 atoms; the elements of each kind of site take turns at random.
+
+    It is relaxed by MIXED_STEPS steps, which need not lead to a minimum.
+    """
+    primitive = _built(crystal.prototype, crystal.elements, crystal.a)
+    cell = some_cell(primitive, PROTOTYPES[crystal.prototype].centring, rng, 4)
+    symbols = np.array(cell.get_chemical_symbols(), dtype="U2")
+    for shared in crystal.elements:
+        elements = shared.split("+")
+        sites = np.flatnonzero(symbols == elements[0])
+        symbols[rng.permutation(sites)] = np.resize(rng.permutation(elements), len(sites))
+    cell.set_chemical_symbols(list(symbols))
+    _relax(cell, 0.1, MIXED_STEPS)
+    return cell
+
+
+def _relax(atoms: Atoms, fmax: float, steps: int) -> bool:
+    """Relax atoms and cell in place by CHGNet; whether it came to forces below `fmax` (eV/Å)."""
+    atoms.calc = CHGNet()
+    converged = BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax, steps)
+    atoms.calc = None
+    return bool(converged)
 
 
 def nearest(atoms: Atoms) -> float:
@@ -493,8 +563,8 @@ def structures_of(
 ) -> list[tuple[str, Atoms]]:
     """What one round makes of a crystal's relaxed primitive cell: kinds and bare structures."""
     distance = nearest(primitive)
-    centring = PROTOTYPES[crystal.prototype].centring
-    wanted = COUNTS if crystal.natural else FEWER
+    centring = crystal.centring
+    wanted = COUNTS if crystal.natural else FEWEST if crystal.mixed else FEWER
     made = []
     for number in range(wanted["strained"]):
         cell = some_cell(primitive, centring, rng)
@@ -525,12 +595,16 @@ def sample(crystal: Crystal, number: int = 0, seed: int = 0) -> list[Atoms]:
     The first structure of the first round is the relaxed primitive cell.
     """
     rng = np.random.default_rng([seed, number, *crystal.name.encode()])
-    primitive = relaxed(crystal)
+    primitive = mixture(crystal, rng) if crystal.mixed else relaxed(crystal)
     made = structures_of(crystal, primitive, rng)
     if number == 0:
         made.insert(0, ("strained", primitive))
     least = CLOSEST * nearest(primitive)
-    apart = [(kind, atoms) for kind, atoms in made if nearest(atoms) > least]
+    apart = [
+        (kind, atoms)
+        for kind, atoms in made
+        if nearest(atoms) > least and split_of(atoms.get_chemical_symbols()) == crystal.split
+    ]
     kept = []
     labelled = label_all([atoms for _, atoms in apart])
     for index, ((kind, _), atoms) in enumerate(zip(apart, labelled, strict=True)):
@@ -594,7 +668,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set",
         choices=tuple(SETS),
         default="tables",
-        help="crystals of the tables; pairs, triples: two or three elements, whether it exists",
+        help="crystals of the tables; pairs, triples: two or three elements, whether it exists; "
+        "mixtures: elements share sites",
     )
     parser.add_argument(
         "--rounds", type=int, default=2, help="each makes up to 20 structures of every crystal"
