@@ -64,11 +64,6 @@ COMMANDS = {
     "md": Command(
         "md.dynamics", "molecular dynamics at constant energy, volume or pressure", GOES_ON
     ),
-    "leaderboard": Command(
-        "evaluation.leaderboard",
-        "predictions for an evaluation of OMol25's leaderboard, from its input file",
-        GOES_ON,
-    ),
 }
 
 # Import names of what the core does without, and the extra that brings them.

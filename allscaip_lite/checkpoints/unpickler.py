@@ -121,10 +121,10 @@ _EFFECTS = {
 }
 
 
-def check_program(content: bytes, steps: int) -> None:
+def check_program(content: bytes) -> None:
     """Walk through a pickle without running it.
 
-    Raises `CheckpointError` for more than `steps` instructions, containers that are nested deeper
+    Raises `CheckpointError` for more than `PROGRAM_STEPS` instructions, containers nested deeper
     than `PROGRAM_DEPTH` (a deep tuple that is hashed ends the process), integers of more than 64
     bits, and numbers of remembered objects (each is a place in a table) that no pickler writes.
     """
@@ -135,8 +135,8 @@ def check_program(content: bytes, steps: int) -> None:
     argument: Any
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content), start=1):
         name = instruction.name
-        if count > steps:
-            raise CheckpointError(f"it has more than {steps:,} instructions")
+        if count > PROGRAM_STEPS:
+            raise CheckpointError(f"it has more than {PROGRAM_STEPS:,} instructions")
         if isinstance(argument, int) and abs(argument) >= 2**64:
             raise CheckpointError("it has an integer of more than 64 bits")
         if name == "MARK":
@@ -218,7 +218,7 @@ def read_torch_file(path: str | Path) -> Any:
                     f"its pickle is larger than {PROGRAM_BYTES >> 20} MB, as no checkpoint's is"
                 )
             program = archive.read(pickles[0])
-            check_program(program, PROGRAM_STEPS)
+            check_program(program)
             # the weights once, each tensor's part of them, and as much again for shared ones
             memory = Budget(4 * path.stat().st_size + 1024, "bytes of weights", CheckpointError)
             copies = Budget(len(program), "copied items", CheckpointError)

@@ -1,4 +1,4 @@
-"""How large a model's errors are: on data sets, in physical tasks, on OMol25's leaderboard."""
+"""How large a model's errors are: on data sets and in physical tasks."""
 
 from allscaip_lite.evaluation.errors import evaluate, residuals, summary
 

@@ -4,7 +4,6 @@ process, fills the memory or takes for ever."""
 from __future__ import annotations
 
 import os
-import pickle
 import resource
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from allscaip_lite.checkpoints.official import save_official
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.errors import InputError
-from allscaip_lite.evaluation.omol_files import read
 from allscaip_lite.model import AllScAIP
 
 MUTATIONS = 60  # of each kind of file
@@ -40,8 +38,6 @@ def labelled(number: int) -> Atoms:
 def read_all(file: Path) -> object:
     if file.suffix in (".pt", ".safetensors"):
         return load_model(file, kernels="plain")
-    if file.suffix == ".pkl":
-        return read(file)
     return [Dataset(file).natoms, list(Dataset(file))]
 
 
@@ -98,10 +94,9 @@ def make(folder: Path) -> list[Path]:
     config = AllScAIPConfig(angular_channels=(4, 2, 2), num_rotary_frequencies=4, **size)
     structures = [labelled(number) for number in range(3)]
     write_aselmdb(folder / "a.aselmdb", structures)
-    (folder / "a.pkl").write_bytes(pickle.dumps({"a": structures[0], "b": [structures[1]]}, 2))
     save_official(AllScAIP(config), folder / "a.pt")
     save_model(AllScAIP(config), folder / "a.safetensors", {"data": ["text", 1]})
-    return [folder / f"a.{suffix}" for suffix in ("aselmdb", "pkl", "pt", "safetensors")]
+    return [folder / f"a.{suffix}" for suffix in ("aselmdb", "pt", "safetensors")]
 
 
 def main(folder: Path) -> None:
