@@ -75,7 +75,6 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
     """
     from pyscf import gto, lib
 
-    from allscaip_lite.labels.faster_pyscf import products_by_numpy
     from allscaip_lite.labels.vv10 import compiled_vv10
 
     if atoms.numbers.max() > HEAVIEST:
@@ -100,7 +99,7 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
         )
     except RuntimeError as error:
         raise LabelError(f"charge {charge}, multiplicity {spin}: {error}") from error
-    with compiled_vv10(), products_by_numpy(), warnings.catch_warnings():
+    with compiled_vv10(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PySCF's, on its own future
         state = _ground_state(molecule, spin, level)
         forces = np.zeros((1, 3))  # a free atom's, which PySCF's grid response cannot do
@@ -172,10 +171,7 @@ def _coarse(level: Level) -> Level:
 
 def _method(kind: Any, molecule: Any, level: Level, integrals: Any = None) -> Any:
     """`integrals`: `with_df` of another state of these atoms in this basis, to be used again."""
-    from allscaip_lite.labels.faster_pyscf import SmallBlocks
-
     state = kind(molecule, xc=level.functional).density_fit()
-    state._numint = SmallBlocks()
     if integrals is not None:
         state.with_df = integrals
     state.grids.level = level.grid

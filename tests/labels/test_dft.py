@@ -74,43 +74,6 @@ def test_the_vv10_kernel_gives_pyscf_s_grid_forces(densities):
     assert beta == pytest.approx(expected)
 
 
-def test_products_by_numpy_are_pyscf_s():
-    from pyscf import lib
-
-    from allscaip_lite.labels.faster_pyscf import _product, products_by_numpy
-
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(30, 20)), rng.normal(size=(20, 10))
-    start = rng.normal(size=(30, 10))
-    for left in (a, np.asfortranarray(a)):
-        for right in (b, np.asfortranarray(b)):
-            for alpha, beta in ((1, 0), (2, 0), (1, 1), (-0.5, 3)):
-                expected = lib.dot(left, right, alpha, start.copy(), beta)
-                with products_by_numpy():
-                    found = lib.dot(left, right, alpha, start.copy(), beta)
-                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
-    assert lib.numpy_helper._dgemm is not _product
-    with products_by_numpy():  # what is to be written over may be no number
-        found = lib.dot(a, b, 2, np.full((30, 10), np.nan))
-    np.testing.assert_allclose(found, 2 * a @ b, rtol=0, atol=1e-12)
-
-
-def test_small_blocks_and_products_by_numpy_change_no_label(monkeypatch):
-    import contextlib
-
-    from pyscf.dft import numint
-
-    from allscaip_lite.labels import faster_pyscf
-
-    methanol = in_state(molecule("CH3OH"))
-    ours = label(methanol, SMALL)
-    monkeypatch.setattr(faster_pyscf, "SmallBlocks", numint.NumInt)
-    monkeypatch.setattr(faster_pyscf, "products_by_numpy", contextlib.nullcontext)
-    stock = label(methanol, SMALL)
-    assert ours.get_potential_energy() == pytest.approx(stock.get_potential_energy(), abs=1e-8)
-    np.testing.assert_allclose(ours.get_forces(), stock.get_forces(), rtol=0, atol=1e-5)
-
-
 def test_pyscf_has_its_own_functions_back_afterwards():
     from pyscf.dft import numint
 
