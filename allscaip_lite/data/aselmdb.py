@@ -392,20 +392,6 @@ def _natoms_in_metadata(group: list[Path]) -> np.ndarray | None:
         raise DataError(f"{file} is damaged ({error}): copy it again, or remove it") from error
 
 
-def split_by_molecule(molecules: Sequence[str]) -> list[str]:
-    """The split ("train", "val" or "test") of each molecule, by a hash of its name.
-
-    So it stays where it is when others come or go; 90, 5 and 5 % are expected.
-    """
-    edges = np.cumsum([0.9, 0.05])
-    splits = []
-    for molecule in molecules:
-        digest = hashlib.sha256(f"0:{molecule}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        splits.append(SPLITS[int(np.searchsorted(edges, share, side="right"))])
-    return splits
-
-
 def checksum(structures: Iterable[Atoms]) -> str:
     """SHA-256 of elements, positions, energies and forces, in order, to the last bit.
 

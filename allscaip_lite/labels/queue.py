@@ -125,7 +125,7 @@ def run_jobs(
         bar.refresh()
     for job in jobs:
         stem = folder / job.file
-        if _is_done(stem):
+        if is_done(stem):
             _path(stem, "claim").unlink(missing_ok=True)
             shutil.rmtree(unfinished_folder(_path(stem, "aselmdb")), ignore_errors=True)
 
@@ -242,7 +242,8 @@ def _path(stem: Path, kind: str) -> Path:
     return stem.with_name(f"{stem.name}.{kind}")
 
 
-def _is_done(stem: Path) -> bool:
+def is_done(stem: Path) -> bool:
+    """Whether a job, whose files in the queue's folder begin with `stem`, is done or has failed."""
     return _path(stem, "aselmdb").exists() or _path(stem, "failed").exists()
 
 
@@ -268,10 +269,10 @@ def _claimed(folder: Path, jobs: Sequence[Job]) -> Iterator[tuple[Job, ExitStack
     """The jobs that are not done and that nobody works on, each with its lock, to be closed."""
     for job in jobs:
         stem = folder / job.file
-        if _is_done(stem):
+        if is_done(stem):
             continue
         with ExitStack() as claim:
-            if claim.enter_context(try_lock(_path(stem, "claim"))) and not _is_done(stem):
+            if claim.enter_context(try_lock(_path(stem, "claim"))) and not is_done(stem):
                 yield job, claim.pop_all()
 
 
@@ -367,58 +368,10 @@ def _collect(
 def stored(folder: str | os.PathLike[str], job: Job) -> list[Atoms]:
     """The structures of one job; none if it is not done or has failed."""
     path = Path(folder) / f"{job.file}.aselmdb"
-    return _all_of(path) if path.exists() else []
-
-
-def _all_of(path: Path) -> list[Atoms]:
+    if not path.exists():
+        return []
     data = Dataset(path)
     return [data[index] for index in range(len(data))]
-
-
-def take_over(
-    folder: str | os.PathLike[str],
-    jobs: Sequence[Job],
-    known: str | os.PathLike[str],
-    method: str,
-    others: Mapping[str, list[Atoms]] = MappingProxyType({}),
-) -> int:
-    """Put the structures of a data set that `collect` wrote into a queue.
-
-    What the queue has already stays as it is.
-
-    Args:
-        folder: The queue's folder.
-        jobs: Its jobs.
-        known: Folder of the data set.
-        method: What `info["label"]` of its structures must begin with.
-        others: Structures of more jobs, by the names of these.
-
-    Returns:
-        How many jobs are spared.
-
-    Raises:
-        FileNotFoundError: There is no such data set.
-        LabelError: It was labelled by another method.
-    """
-    folder, known = Path(folder), Path(known)
-    found: dict[str, list[Atoms]] = {}
-    for path in (known / f"{split}.aselmdb" for split in SPLITS):
-        for atoms in _all_of(path) if path.exists() else ():
-            theirs = atoms.info.get("label", "an unknown method")
-            if not theirs.startswith(method):
-                raise LabelError(f"{path} is labelled by {theirs}: no labels for this queue")
-            found.setdefault(atoms.info.get("entry") or atoms.info["source"], []).append(atoms)
-    if not found:
-        raise FileNotFoundError(
-            f"{known} has no train, val or test.aselmdb: --known takes the folder of a data set "
-            "that this command collected"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    found |= others
-    missing = [job for job in jobs if job.name in found and not _is_done(folder / job.file)]
-    for job in missing:
-        write_aselmdb(folder / f"{job.file}.aselmdb", found[job.name])
-    return len(missing)
 
 
 def store_plan(folder: str | os.PathLike[str], plan: Mapping[str, Any]) -> None:

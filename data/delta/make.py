@@ -52,15 +52,14 @@ from allscaip_lite.labels.point_charges import COULOMB
 from allscaip_lite.labels.sampling import (
     System,
     assemble,
-    atom_count,
     embed,
     in_state,
     parse_system,
     relax,
-    split_of,
 )
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
+from data.xtb.splits import atom_count, split_of
 from data.xtb.systems import (
     further_ions,
     ionic_systems,

@@ -49,18 +49,18 @@ from allscaip_lite.labels.sampling import (
     in_state,
     parse_system,
     relax,
-    split_of,
     with_hydrogens,
 )
 from allscaip_lite.labels.xtb import GFN2xTB
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
-from data.xtb.sets import Job, langevin, make_set, take_share
+from data.xtb.sets import Job, langevin, make_set, take_over, take_share
+from data.xtb.splits import split_of
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES
 # with the fewest unpaired electrons. Molecules of three and more heavy atoms are also there to be
-# held out: smaller ones are all trained on (see `sampling.split_of`).
+# held out: smaller ones are all trained on (see `split_of` of `data/xtb/splits.py`).
 
 ORGANIC = """
 [H][H] C O N F Cl Br S P [SiH4] B [C-]#[O+] N#N O=C=O C#N [C-]#[NH+] C=O CO CN CF CCl CBr CS C#C C=C
@@ -850,7 +850,7 @@ def make(
         references = known / "references.json"
         energies = json.loads(references.read_text()) if references.exists() else {}
         atoms = {FreeAtom(one).name: [_with_energy(one, energies[one])] for one in energies}
-        count = queue.take_over(store, jobs, known, dft.OMOL25.name, atoms)
+        count = take_over(store, jobs, known, dft.OMOL25.name, atoms)
         print(f"{count} entries taken from {known}")
     if not collect_only:
         queue.run_jobs(store, jobs, dft.label_entry, workers)

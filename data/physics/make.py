@@ -35,6 +35,7 @@ from allscaip_lite.labels.sampling import (
     in_state,
 )
 from allscaip_lite.labels.xtb import GFN2xTB
+from data.xtb.sets import take_over
 from data.xtb.systems import protomers
 
 MOLECULES = Path(__file__).parent / "molecules.txt"
@@ -264,7 +265,7 @@ def make_dft(
     jobs = [queue.Job(group.name, dft.job_file(group.name), "test", group) for group in groups]
     store.mkdir(parents=True, exist_ok=True)
     if known is not None:
-        count = queue.take_over(store, jobs, known, dft.OMOL25.name)
+        count = take_over(store, jobs, known, dft.OMOL25.name)
         print(f"{count} groups taken from {known}")
     if not collect_only:
         queue.run_jobs(store, jobs, dft.label_entry, workers)

@@ -30,14 +30,13 @@ from allscaip_lite.labels import LabelError, queue, xtb
 from allscaip_lite.labels.sampling import (
     System,
     assemble,
-    atom_count,
     embed,
     parse_system,
     relax,
-    split_of,
     with_hydrogens,
 )
 from data.xtb.sets import Job, langevin, make_set, take_share
+from data.xtb.splits import atom_count, split_of
 from data.xtb.systems import (
     RUN_SPLITS,
     RUN_START,

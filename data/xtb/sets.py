@@ -2,6 +2,7 @@
 
 In: systems with the structures wanted of each, and a function that samples one. Out: the folder of
 a data set, `{train,val,test}.aselmdb` and `references.json` with the energies of the free atoms.
+`take_over` spares the jobs of a queue, of whatever labels, that a set has already.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from ase import Atoms, units
 from ase.data import atomic_numbers
 from ase.md.langevin import Langevin
 
+from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, queue
 from allscaip_lite.labels.sampling import System
@@ -116,3 +119,49 @@ def free_atom_energies(elements: Iterable[str]) -> dict[str, float]:
                 continue  # too many unpaired electrons for the shell
         energies[element] = min(tried)
     return energies
+
+
+def take_over(
+    folder: str | os.PathLike[str],
+    jobs: Sequence[queue.Job],
+    known: str | os.PathLike[str],
+    method: str,
+    others: Mapping[str, list[Atoms]] = MappingProxyType({}),
+) -> int:
+    """Put the structures of a data set that `collect` wrote into a queue.
+
+    What the queue has already stays as it is.
+
+    Args:
+        folder: The queue's folder.
+        jobs: Its jobs.
+        known: Folder of the data set.
+        method: What `info["label"]` of its structures must begin with.
+        others: Structures of more jobs, by the names of these.
+
+    Returns:
+        How many jobs are spared.
+
+    Raises:
+        FileNotFoundError: There is no such data set.
+        LabelError: It was labelled by another method.
+    """
+    folder, known = Path(folder), Path(known)
+    found: dict[str, list[Atoms]] = {}
+    for path in (known / f"{split}.aselmdb" for split in SPLITS):
+        for atoms in Dataset(path) if path.exists() else ():
+            theirs = atoms.info.get("label", "an unknown method")
+            if not theirs.startswith(method):
+                raise LabelError(f"{path} is labelled by {theirs}: no labels for this queue")
+            found.setdefault(atoms.info.get("entry") or atoms.info["source"], []).append(atoms)
+    if not found:
+        raise FileNotFoundError(
+            f"{known} has no train, val or test.aselmdb: --known takes the folder of a data set "
+            "that this command collected"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    found |= others
+    missing = [job for job in jobs if job.name in found and not queue.is_done(folder / job.file)]
+    for job in missing:
+        write_aselmdb(folder / f"{job.file}.aselmdb", found[job.name])
+    return len(missing)

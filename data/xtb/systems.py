@@ -11,13 +11,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from allscaip_lite.labels.sampling import (
-    CAFFEINE,
-    KEPT_IN_TRAIN,
-    System,
-    atom_count,
-    parse_system,
-)
+from allscaip_lite.labels.sampling import System, parse_system
+from data.xtb.splits import CAFFEINE, KEPT_IN_TRAIN, atom_count
 
 # --- Species ---------------------------------------------------------------------------------
 # One word each: SMILES, or SMILES|charge|multiplicity where these are not those of the SMILES

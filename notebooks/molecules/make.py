@@ -22,9 +22,9 @@ from ase.optimize import BFGS
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from allscaip_lite.labels.sampling import CAFFEINE
 from allscaip_lite.labels.xtb import GFN2xTB
 
+CAFFEINE = "Cn1c(=O)c2c(ncn2C)n(C)c1=O"
 ACROLEIN = "C=CC=O"
 ACROLEIN_TORSION = (0, 1, 2, 3)  # C=C-C=O
 SCAN_STEP = 10  # degrees

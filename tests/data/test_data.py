@@ -20,7 +20,6 @@ from allscaip_lite.data import aselmdb as data
 from allscaip_lite.data import lmdb_file
 from allscaip_lite.data.aselmdb import (
     Dataset,
-    split_by_molecule,
     write_aselmdb,
 )
 from allscaip_lite.errors import DataError, InputError
@@ -329,15 +328,6 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
 
 
 # --- splits, samples, neighbours ----------------------------------------------------------------
-
-
-def test_a_molecule_s_split_depends_on_its_name_alone():
-    names = [f"molecule {i}" for i in range(4000)]
-    splits = dict(zip(names, split_by_molecule(names), strict=True))
-    backwards = names[::-2]
-    assert split_by_molecule(backwards) == [splits[n] for n in backwards]
-    shares = [list(splits.values()).count(split) / len(names) for split in data.SPLITS]
-    np.testing.assert_allclose(shares, (0.9, 0.05, 0.05), atol=0.02)
 
 
 def test_a_sample_is_spread_over_each_split(tmp_path, capsys):

@@ -14,10 +14,11 @@ from ase import Atoms
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite.labels import LabelError, sampling
+from allscaip_lite.labels import LabelError
 from allscaip_lite.labels.xtb import GFN2xTB
 
 make = importlib.import_module("data.omol-mini.make")
+splits = importlib.import_module("data.xtb.splits")
 MOST_ATOMS, SIZES, Item = make.MOST_ATOMS, make.SIZES, make.Item
 plan, systems = make.plan, make.systems
 
@@ -55,8 +56,8 @@ def test_the_thermal_set_is_small_systems_split_as_the_others():
     first = [item.system for item in thermal if item.domain == "fragments"][:200]
     assert len(set(first)) > 150  # many systems before the second structure of any
     for item in thermal:
-        assert 2 <= sampling.atom_count(item.system) <= MOST_ATOMS
-        assert item.split == sampling.split_of(item.system)
+        assert 2 <= splits.atom_count(item.system) <= MOST_ATOMS
+        assert item.split == splits.split_of(item.system)
         assert item.system.multiplicity == 1
 
 
@@ -129,7 +130,7 @@ def test_systems_are_small_and_have_electrons_for_their_multiplicity():
 def test_no_molecule_is_in_two_splits_nor_on_two_sides_of_both_data_sets(items):
     split = {}
     for item in items:
-        whole = ".".join(sorted(map(sampling.parent, item.system.parts)))
+        whole = ".".join(sorted(map(splits.parent, item.system.parts)))
         assert split.setdefault(whole, item.split) == item.split, item.name
     theirs = {
         ".".join(sorted(j.system.parts)): j.split
@@ -180,7 +181,7 @@ def test_the_set_reactive_holds_every_system_and_draws_anew(items):
     assert sum(wanted.values()) == pytest.approx(24_000, rel=0.05)
     assert wanted["stretches"] == max(wanted.values())
     for job in jobs:
-        assert job.split == sampling.split_of(job.system)
+        assert job.split == splits.split_of(job.system)
 
     job = next(j for j in jobs if j.system.domain == "stretches" and j.system.parts == ("CCO",))
     assert job.seed == 3_000_000

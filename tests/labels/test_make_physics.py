@@ -13,9 +13,9 @@ Chem = pytest.importorskip("rdkit.Chem")
 
 from allscaip_lite.cli import main as allscaip_lite
 from allscaip_lite.data.aselmdb import Dataset
-from allscaip_lite.labels import sampling
 
 make = importlib.import_module("data.physics.make")
+splits = importlib.import_module("data.xtb.splits")
 Group, main = make.Group, make.main
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "physics"
 
@@ -71,10 +71,10 @@ def test_distance_goes_from_the_minimum_outwards():
 def test_molecules_are_the_small_ones_that_data_xtb_tests_on():
     found = {"molecule": set(), "complex": set()}
     for system in importlib.import_module("data.xtb.systems").main_systems():
-        if sampling.split_of(system) != "test" or system.multiplicity != 1:
+        if splits.split_of(system) != "test" or system.multiplicity != 1:
             continue
         heavy = [Chem.MolFromSmiles(part).GetNumHeavyAtoms() for part in system.parts]
-        if sampling.atom_count(system) > 12 or sum(heavy) > 6:
+        if splits.atom_count(system) > 12 or sum(heavy) > 6:
             continue
         if len(system.parts) == 2:
             found["complex"].add(".".join(sorted(system.parts)))

@@ -22,6 +22,7 @@ from allscaip_lite.labels.xtb import GFN2xTB
 make = importlib.import_module("data.xtb.make")
 systems_of = importlib.import_module("data.xtb.systems")
 sets = importlib.import_module("data.xtb.sets")
+hashed = importlib.import_module("data.xtb.splits")
 Job, make_set = sets.Job, sets.make_set
 plan, sample = make.plan, make.sample
 
@@ -62,10 +63,10 @@ def test_the_plan_covers_what_the_card_says(jobs):
     assert sum(job.count for job in jobs) == pytest.approx(60_000 * 1.05, rel=0.05)
     assert len({job.system.name for job in jobs}) == len(jobs)
     molecules = {job.system.molecule for job in jobs}
-    assert set(sampling.HELD_OUT) | sampling.KEPT_IN_TRAIN <= molecules
+    assert set(hashed.HELD_OUT) | hashed.KEPT_IN_TRAIN <= molecules
     assert {job.system.multiplicity for job in jobs} == {1, 2, 3, 4}
     assert {job.system.charge for job in jobs} == {-2, -1, 0, 1, 2}
-    sizes = [sampling.atom_count(job.system) for job in jobs]
+    sizes = [hashed.atom_count(job.system) for job in jobs]
     assert 30 < max(sizes) <= systems_of.MOST_ATOMS
     fewer = plan(1_000)
     assert [job.split for job in fewer] == [job.split for job in jobs]
@@ -83,11 +84,11 @@ def test_splits_share_no_molecule(jobs):
     # Nor does a molecule that is held out by its hash take part in a complex that is trained on,
     # be it as its ion.
     inside = {
-        split: {sampling.parent(part) for job in found for part in job.system.parts}
+        split: {hashed.parent(part) for job in found for part in job.system.parts}
         for split, found in splits.items()
     }
     alone = {
-        sampling.parent(job.system.molecule)
+        hashed.parent(job.system.molecule)
         for job in splits["test"] + splits["val"]
         if len(job.system.parts) == 1
     }
@@ -97,19 +98,19 @@ def test_splits_share_no_molecule(jobs):
 
 def test_named_molecules_are_where_the_card_says(jobs):
     split = {job.system.molecule: job.split for job in jobs}
-    assert split[sampling.CAFFEINE] == split[f"{sampling.CAFFEINE}.O"] == "test"
+    assert split[hashed.CAFFEINE] == split[f"{hashed.CAFFEINE}.O"] == "test"
     assert split["NCC(=O)O.O"] == split["O.O.O.O.O.O.O"] == "test"
     assert split["O.O.O.O.O"] == "val"
     assert split["NCC(=O)O"] == split["CCO"] == split["CCCC"] == split["O"] == "train"
 
 
 def test_an_acid_goes_with_its_ions():
-    assert sampling.parent("CC(=O)[O-]") == sampling.parent("CC(=O)O") == "CC(=O)O"
-    assert sampling.parent("C[C@H]([NH3+])C(=O)[O-]") == sampling.parent("CC(N)C(=O)O")
+    assert hashed.parent("CC(=O)[O-]") == hashed.parent("CC(=O)O") == "CC(=O)O"
+    assert hashed.parent("C[C@H]([NH3+])C(=O)[O-]") == hashed.parent("CC(N)C(=O)O")
     acids = [f"{'C' * n}(=O)" for n in range(3, 30)]
-    splits = [sampling.split_of(sampling.parse_system("ions", f"{acid}[O-]")) for acid in acids]
+    splits = [hashed.split_of(sampling.parse_system("ions", f"{acid}[O-]")) for acid in acids]
     assert splits == [
-        sampling.split_of(sampling.parse_system("organic", f"{acid}O")) for acid in acids
+        hashed.split_of(sampling.parse_system("organic", f"{acid}O")) for acid in acids
     ]
     assert len(set(splits)) > 1
 
@@ -130,10 +131,10 @@ def test_the_charged_set_has_what_the_main_one_lacks(jobs):
     assert count["neutral singlet"] < 3_000  # salts and metals with their anions
     assert min(count["open-shell ion"], count["triplet"]) > 3_000
     # one split for a molecule, its vertical ions and its protomers, in both sets
-    split = {sampling.parent(j.system.molecule): j.split for j in jobs if len(j.system.parts) == 1}
+    split = {hashed.parent(j.system.molecule): j.split for j in jobs if len(j.system.parts) == 1}
     for job in charged:
         if len(job.system.parts) == 1 and job.system.domain in ("vertical", "protomers"):
-            assert split.get(sampling.parent(job.system.molecule), job.split) == job.split
+            assert split.get(hashed.parent(job.system.molecule), job.split) == job.split
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_the_ionic_set_holds_ions_out_and_has_no_meeting_twice(jobs, ionic):
     ions = [
         make.parse_system("", ion) for ion in systems_of.ANIONS.split() + systems_of.CATIONS.split()
     ]
-    held_out = {ion.molecule for ion in ions if sampling.split_of(ion) == "test"}
+    held_out = {ion.molecule for ion in ions if hashed.split_of(ion) == "test"}
     assert {"[N-]=[N+]=[N-]", "O=P([O-])(O)O"} < held_out
     for job in ionic:
         for part in job.system.parts:
@@ -281,7 +282,7 @@ def test_ions_that_lose_their_charge_are_left_out():
 def test_three_molecules_have_gaps_of_their_own(ionic):
     trios = [job for job in ionic if job.system.domain == "ionic_trios"]
     (atoms,) = sample(replace(trios[3], count=1))
-    sizes = [sampling.atom_count(make.parse_system("", p)) for p in trios[3].system.parts]
+    sizes = [hashed.atom_count(make.parse_system("", p)) for p in trios[3].system.parts]
     first, second, third = np.split(np.arange(len(atoms)), np.cumsum(sizes)[:2])
     distances = atoms.get_all_distances()
     one = distances[np.ix_(first, second)].min()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from allscaip_lite.data.aselmdb import Dataset, checksum
 from allscaip_lite.errors import RunError
 from allscaip_lite.files import locked, unfinished_folder
 from allscaip_lite.labels import LabelError, queue
-from allscaip_lite.labels.queue import Job, collect, run_jobs, stored, take_over
+from allscaip_lite.labels.queue import Job, collect, run_jobs, stored
 
 JOBS = [
     *(Job(f"H2 {length}", f"job{length}", "train", length) for length in (0.6, 0.7, 0.8, 0.9)),
@@ -261,6 +262,7 @@ def test_a_data_set_that_was_collected_is_taken_over(tmp_path):
     run_jobs(first / "jobs", JOBS[:3], label)
     collect(first / "jobs", JOBS[:3], first)
     more = {JOBS[4].name: label(1.0)}
+    take_over = importlib.import_module("data.xtb.sets").take_over
     assert take_over(second / "jobs", JOBS, first, "a method", more) == 4
     assert take_over(second / "jobs", JOBS, first, "a method") == 0, "what is there stays"
     collect(second / "jobs", JOBS, second)

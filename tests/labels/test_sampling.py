@@ -15,6 +15,7 @@ from allscaip_lite.labels import LabelError, sampling
 from allscaip_lite.labels.sampling import parse_system
 
 sets = importlib.import_module("data.xtb.sets")
+splits = importlib.import_module("data.xtb.splits")
 systems = importlib.import_module("data.xtb.systems")
 
 
@@ -36,7 +37,7 @@ def test_a_word_may_say_its_charge_and_multiplicity():
     plain, triplet = parse_system("a", "OC.[Na+]"), parse_system("a", "[O][O]|0|3")
     assert (plain.parts, plain.charge, plain.multiplicity) == (("CO", "[Na+]"), 1, 1)
     assert (triplet.charge, triplet.multiplicity) == (0, 3)
-    assert plain.name == "CO.[Na+]|1|1" and sampling.atom_count(plain) == 7
+    assert plain.name == "CO.[Na+]|1|1" and splits.atom_count(plain) == 7
 
 
 def test_a_molecule_without_a_conformer_is_an_error():
@@ -68,3 +69,11 @@ def test_a_share_is_part_of_a_larger_one_and_never_empty():
     assert len(third) == pytest.approx(60, abs=15)
     with pytest.raises(LabelError, match="a number above 0"):
         sets.take_share(jobs, 0.0)
+
+
+def test_the_split_of_a_name_is_that_of_its_hash():
+    found = [splits.by_hash(f"molecule {number}") for number in range(4000)]
+    shares = [found.count(split) / len(found) for split in ("train", "val", "test")]
+    np.testing.assert_allclose(shares, (0.9, 0.05, 0.05), atol=0.02)
+    examples = {3: "train", 6: "val", 23: "test", 40: "val", 62: "test"}
+    assert {n: splits.by_hash("C" * n) for n in examples} == examples
