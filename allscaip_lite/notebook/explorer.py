@@ -227,35 +227,6 @@ def explore_attention(
     return Explorer(html, title, selected, frames[frame], choice, note)
 
 
-def show_attention(
-    model_or_maps: AllScAIP | AttentionMaps,
-    atoms: Atoms,
-    query: int = 0,
-    block: int = -1,
-    head: int | None = None,
-    size: tuple[int, int] = (600, 400),
-) -> Page:
-    """The node attention of one atom, on the molecule: `explore_attention` without the matrix.
-
-    Links go from the query atom to the atoms that it attends to. Their width and colour show the
-    weight, on a scale up to the widest link of this atom. The ring around the query is its weight
-    on itself. Arguments and errors are those of `explore_attention`.
-    """
-    return explore_attention(
-        model_or_maps,
-        atoms,
-        kind="node",
-        kinds=["node"],
-        query=query,
-        block=block,
-        head=head,
-        scale="row",
-        threshold=0.02,
-        matrix=False,
-        size=size,
-    )
-
-
 def _check_maps(maps: Sequence[AttentionMaps], frames: Sequence[Atoms]) -> None:
     if len(maps) != len(frames):
         raise ValueError(f"{len(maps)} maps for {len(frames)} frames: give one for each frame")

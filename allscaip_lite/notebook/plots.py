@@ -468,15 +468,6 @@ def plot_molecule(
     return axes
 
 
-def plot_table(values: np.ndarray, texts: Sequence[Sequence[str]], axes: Axes) -> Axes:
-    """A table of colours for `values` (rows, columns), 0 to 1, with a text in each cell."""
-    axes.imshow(values, vmin=0, vmax=1, cmap=SEQUENTIAL, aspect="auto")
-    for (i, j), value in np.ndenumerate(np.asarray(values)):
-        color = "white" if value > 0.4 else "0.1"
-        axes.text(j, i, texts[i][j], ha="center", va="center", fontsize=8, color=color)
-    return axes
-
-
 def plot_harmonics(harmonics: Callable[[np.ndarray], np.ndarray], degree: int) -> Figure:
     """Real spherical harmonics as colours on spheres: a row for each l, in it m = -l … l.
 

@@ -20,10 +20,18 @@ from allscaip_lite.graph import build_graph
 from allscaip_lite.kernels import choose
 from allscaip_lite.notebook import plots, viewer
 from allscaip_lite.notebook.attention_maps import attention_maps
-from allscaip_lite.notebook.explorer import show_attention
+from allscaip_lite.notebook.explorer import Explorer, explore_attention
 from allscaip_lite.structures import structures_from_atoms
 
 SMALL = AllScAIPConfig(hidden_size=32, num_heads=2, num_layers=2, angular_channels=(6, 4, 2, 2, 2))
+
+
+def show_attention(model, atoms, query=0, block=-1, head=None) -> Explorer:
+    """The node attention of one atom, without the matrix, as lesson 00 shows it."""
+    view = {"scale": "row", "threshold": 0.02, "matrix": False, "size": (600, 400)}
+    return explore_attention(
+        model, atoms, kind="node", kinds=["node"], query=query, block=block, head=head, **view
+    )
 
 
 def random_model(**changes) -> AllScAIP:
@@ -327,15 +335,6 @@ def test_an_atom_behind_another_has_no_label(figure):
     hidden.positions[1, 0] = 0.4  # the oxygen's radius is 0.36 Å: the label is cut
     labels = {text.get_text() for text in plots.plot_molecule(hidden, axes=figure.axes[0]).texts}
     assert len(labels & {"O0", "H1"}) == 1 and len(labels) == 4
-
-
-def test_a_table_has_colours_and_texts_that_can_be_read_on_them(figure):
-    values = np.array([[0.0, 1.0], [0.2, 0.6]])
-    axes = plots.plot_table(values, [["a", "b"], ["c", "d"]], figure.axes[0])
-    (image,) = axes.get_images()
-    assert np.array_equal(image.get_array(), values)
-    seen = {text.get_text(): (text.get_position(), text.get_color()) for text in axes.texts}
-    assert seen["b"] == ((1, 0), "white") and seen["c"] == ((0, 1), "0.1")
 
 
 def test_spheres_have_a_row_for_each_degree_and_colours_for_signs():
