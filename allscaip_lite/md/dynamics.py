@@ -221,14 +221,6 @@ def run_md(
     return moving
 
 
-def progress_of(folder: str | os.PathLike[str]) -> tuple[int, float]:
-    """How many steps the run in a folder has done, and the hours that it took; 0, 0.0 before it
-    has saved any. Raises RunError where its state is damaged.
-    """
-    state = read_state(Path(folder) / "state.npz", _arrays)
-    return (0, 0.0) if state is None else (int(state["step"]), float(state["seconds"]) / 3600)
-
-
 def make_integrator(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> Integrator:
     """ASE's integrator for the settings.
 

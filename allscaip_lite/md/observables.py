@@ -1,14 +1,13 @@
 """What experiments measure, out of the folders that `allscaip_lite.md.dynamics` writes.
 
 In: runs of water (atoms as O, H, H). Out: radial distribution functions, self-diffusion, energy
-drift, dielectric constant and temperatures, each with an error bar from block averages. Radial
-distributions, mean squared displacements and dipole fluctuations are MDAnalysis' (Michaud-Agrawal
-et al., J. Comput. Chem. 32, 2319, 2011).
+drift and temperatures, each with an error bar from block averages. Radial distributions and mean
+squared displacements are MDAnalysis' (Michaud-Agrawal et al., J. Comput. Chem. 32, 2319, 2011).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,7 +63,7 @@ def block_average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Esti
     The error is right where a block is much longer than `correlation_time`. Values left over at the
     beginning are dropped. Raises RunError for a series shorter than the blocks' number.
     """
-    return _scatter([part.mean() for part in _blocks(np.asarray(series, float), blocks)])
+    return scatter([part.mean() for part in blocks_of(np.asarray(series, float), blocks)])
 
 
 def correlation_time(series: Sequence[float] | np.ndarray) -> float:
@@ -84,7 +83,8 @@ def correlation_time(series: Sequence[float] | np.ndarray) -> float:
     return float(sums[np.argmax(window)] if window.any() else sums[-1])
 
 
-def _blocks(series: np.ndarray, blocks: int) -> list[np.ndarray]:
+def blocks_of(series: np.ndarray, blocks: int) -> list[np.ndarray]:
+    """A series in equal parts; values left over at the beginning are dropped."""
     length = len(series) // blocks
     if length < 1:
         raise RunError(
@@ -93,27 +93,11 @@ def _blocks(series: np.ndarray, blocks: int) -> list[np.ndarray]:
     return np.split(series[len(series) - blocks * length :], blocks)
 
 
-def _scatter(means: Sequence[float]) -> Estimate:
+def scatter(means: Sequence[float]) -> Estimate:
+    """The mean of values that are independent, and its standard error."""
     values = np.asarray(means, float)
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return Estimate(float(values.mean()), float(error))
-
-
-def jackknife(
-    statistic: Callable[..., float], *series: Sequence[float] | np.ndarray, blocks: int = 10
-) -> Estimate:
-    """A statistic of series (T,) that belong together, its error from leaving out blocks in turn.
-
-    The error holds where blocks are longer than the memory of the series. Raises RunError
-    for fewer values than blocks.
-    """
-    parts = _blocks(np.stack([np.asarray(part, float) for part in series], axis=1), blocks)
-
-    def value(parts: Sequence[np.ndarray]) -> float:
-        return statistic(*np.concatenate(parts).T)
-
-    without = [value(parts[:b] + parts[b + 1 :]) for b in range(blocks)]
-    return Estimate(value(parts), float(np.std(without) * np.sqrt(blocks - 1)))
 
 
 def average(series: Sequence[float] | np.ndarray, blocks: int = 5) -> Estimate:
@@ -238,8 +222,8 @@ def drift(log: Mapping[str, np.ndarray], natoms: int) -> Estimate:
     """`energy_drift` of a log (`md.read_log`)."""
     from scipy.stats import linregress
 
-    times = [part.mean() for part in _blocks(log["time_ps"], 10)]
-    energies = [part.mean() for part in _blocks(log["conserved_eV"], 10)]
+    times = [part.mean() for part in blocks_of(log["time_ps"], 10)]
+    energies = [part.mean() for part in blocks_of(log["conserved_eV"], 10)]
     line = linregress(times, energies)
     factor = 1000 / natoms
     return Estimate(float(line.slope * factor), float(line.stderr * factor))
@@ -302,8 +286,8 @@ def radial_distribution(
     Raises:
         RunError: for a run without such pairs or without a box, and for a reach that is too long.
     """
-    everything = np.arange(len(universe.trajectory))
-    r, parts = radial_histograms(universe, first, second, reach, width, _blocks(everything, blocks))
+    frames = blocks_of(np.arange(len(universe.trajectory)), blocks)
+    r, parts = radial_histograms(universe, first, second, reach, width, frames)
     error = np.std(parts, axis=0, ddof=1) / np.sqrt(blocks) if blocks > 1 else np.nan * parts[0]
     return RadialDistribution(r, np.mean(parts, axis=0), error)
 
@@ -343,61 +327,6 @@ def _half_width(cell: np.ndarray) -> float:
     return float(0.5 / np.linalg.norm(np.linalg.inv(cell), axis=0).max())
 
 
-def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
-    """Position (Å) and height of the first peak of g(r), of a parabola through its three bins.
-
-    The height's error is that of its bin; the position's follows from the errors of the three.
-    """
-    g = distribution.g
-    top, offset = peak_bin(g)
-    left, middle, right = g[top - 1 : top + 2]
-    width = distribution.r[1] - distribution.r[0]
-    bend = left - 2 * middle + right  # < 0 at a peak
-    # d offset / d(left, middle, right)
-    slopes = np.array([0.5 - offset, 2 * offset, -0.5 - offset]) / bend
-    uncertainty = float(np.hypot.reduce(slopes * distribution.error[top - 1 : top + 2])) * width
-    height = middle - 0.25 * (left - right) * offset
-    return (
-        Estimate(float(distribution.r[top] + offset * width), uncertainty),
-        Estimate(float(height), float(distribution.error[top])),
-    )
-
-
-def peak_bin(g: np.ndarray) -> tuple[int, float]:
-    """The bin of the first peak, and how far from its middle a parabola puts it, in bins."""
-    from scipy.signal import find_peaks
-
-    found, _ = find_peaks(g, prominence=0.2 * g.max())
-    if not len(found):
-        raise RunError("g(r) has no peak: the run is too short, or the box too narrow")
-    top = int(found[0])
-    left, middle, right = g[top - 1 : top + 2]
-    return top, float(0.5 * (left - right) / (left - 2 * middle + right))
-
-
-def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:
-    """Static dielectric constant from fluctuations of the box's dipole, SPC/Fw's charges assumed.
-
-    For Ewald sums, or a model taught by them, in conducting surroundings. The dipole relaxes over
-    some 10 ps: its fluctuations take nanoseconds to converge, so beware of the error of short runs.
-    """
-    from MDAnalysis.analysis.dielectric import DielectricConstant
-
-    temperature = run.settings["temperature"]
-    values = []
-    for part in _blocks(np.arange(len(run.universe.trajectory)), blocks):
-        # whole already: molecules are followed, never wrapped
-        fluctuation = DielectricConstant(
-            run.universe.atoms, temperature=temperature, make_whole=False
-        )
-        values.append(fluctuation.run(frames=part).results)
-    # the mean dipole is known to be zero, so it is not taken from each short block
-    strength = [result.M2.sum() for result in values]
-    volume = np.mean([frame.volume for frame in run.universe.trajectory])
-    factor = 4 * np.pi / 3 * units.Hartree * units.Bohr / (volume * units.kB * temperature)
-    return _scatter([1 + factor * m2 for m2 in strength])
-
-
 # --- Motion ----------------------------------------------------------------------------------
 
 
@@ -434,7 +363,7 @@ def self_diffusion(
     scatter of blocks, each one and a half times as long as the longest lag at least; else RunError.
     """
     values = []
-    for part in _blocks(np.arange(len(universe.trajectory)), blocks):
+    for part in blocks_of(np.arange(len(universe.trajectory)), blocks):
         length = (len(part) - 1) * universe.trajectory.dt
         if length < 1.5 * window[1]:
             raise RunError(
@@ -444,7 +373,7 @@ def self_diffusion(
         lags, squares = mean_squared_displacement(universe, part)
         inside = (lags >= window[0]) & (lags <= window[1])
         values.append(np.polyfit(lags[inside], squares[inside], 1)[0] / 6)
-    return _scatter([10 * value for value in values])  # 1 Å²/ps = 1e-8 m²/s
+    return scatter([10 * value for value in values])  # 1 Å²/ps = 1e-8 m²/s
 
 
 def size_correction(temperature: float, edge: float, viscosity: float) -> float:

@@ -19,9 +19,7 @@ from allscaip_lite.md.observables import (
     Run,
     block_average,
     correlation_time,
-    dielectric_constant,
     energy_drift,
-    first_peak,
     make_universe,
     mean_squared_displacement,
     radial_distribution,
@@ -33,6 +31,8 @@ from allscaip_lite.md.observables import (
 from allscaip_lite.spcfw import SPCFw, molecules, water_box
 from docs.studies.water.run import (
     closest_contact,
+    dielectric_constant,
+    first_peak,
     heat_of_vaporization,
     pairs_by_structure,
     per_mole,

@@ -21,7 +21,6 @@ from allscaip_lite.md.dynamics import read_log
 from allscaip_lite.md.observables import (
     Estimate,
     average,
-    jackknife,
 )
 from allscaip_lite.spcfw import SPCFw
 from docs.studies.water import run as water_study
@@ -31,6 +30,7 @@ from docs.studies.water.run import (
     WaterBenchmark,
     collect,
     compare,
+    jackknife,
     main,
     on_own_frames,
     pool,

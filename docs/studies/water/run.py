@@ -24,7 +24,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,34 +41,32 @@ from allscaip_lite import __version__
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import evenly_spaced
 from allscaip_lite.errors import RunError
-from allscaip_lite.files import alone, differing, store_text
+from allscaip_lite.files import alone, differing, read_state, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import processor_name
 from allscaip_lite.md.dynamics import (
     Explosion,
     Settings,
     femtoseconds,
-    progress_of,
     read_log,
     run_md,
 )
 from allscaip_lite.md.observables import (
     EXPERIMENT,
     Estimate,
+    RadialDistribution,
     Run,
     average,
     block_average,
+    blocks_of,
     correlation_time,
-    dielectric_constant,
     energy_drift,
-    first_peak,
-    jackknife,
     make_universe,
     make_whole,
-    peak_bin,
     radial_distribution,
     radial_histograms,
     read_run,
+    scatter,
     self_diffusion,
     size_correction,
     temperatures_by_motion,
@@ -188,7 +186,7 @@ def run_water_benchmark(
         if progress:
             print(f"{name}: {what}, {getattr(benchmark, what) / 1000:g} ps", file=sys.stderr)
         settings = benchmark.settings(what)
-        if progress_of(folder / what)[0] < settings.steps("duration"):
+        if _progress_of(folder / what)[0] < settings.steps("duration"):
             _note_machine(folder / MACHINES, what, by)
         try:
             return run_md(atoms, by, settings, folder / what, label, progress)
@@ -210,6 +208,14 @@ def run_water_benchmark(
             for what in boxed:
                 stage(what, start, calculator, name)
     return exploded
+
+
+def _progress_of(folder: Path) -> tuple[int, float]:
+    """How many steps the run in a folder has done, and the hours that it took; 0, 0.0 before it
+    has saved any. Raises RunError where its state is damaged.
+    """
+    state = read_state(folder / "state.npz", lambda file: dict(np.load(file)))
+    return (0, 0.0) if state is None else (int(state["step"]), float(state["seconds"]) / 3600)
 
 
 def _claim(listing: Path, benchmark: WaterBenchmark, name: str) -> None:
@@ -275,7 +281,7 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         except (FileNotFoundError, RunError):
             continue
         result["lengths_ps"][what] = round(float(runs[what].log["time_ps"][-1]), 6)
-        result["hours"][what] = round(progress_of(folder / what)[1], 4)
+        result["hours"][what] = round(_progress_of(folder / what)[1], 4)
 
     is_model = name != TEACHER
     if "gas" in runs:
@@ -294,6 +300,78 @@ def collect(folder: str | os.PathLike) -> dict[str, Any]:
         _keep(found, "temperature_nve_K", average, run.log["temperature_K"])
         result["series"]["nve"] = _thinned(run, "conserved_eV", "temperature_K")
     return result
+
+
+def jackknife(
+    statistic: Callable[..., float], *series: Sequence[float] | np.ndarray, blocks: int = 10
+) -> Estimate:
+    """A statistic of series (T,) that belong together, its error from leaving out blocks in turn.
+
+    The error holds where blocks are longer than the memory of the series. Raises RunError
+    for fewer values than blocks.
+    """
+    parts = blocks_of(np.stack([np.asarray(part, float) for part in series], axis=1), blocks)
+
+    def value(parts: Sequence[np.ndarray]) -> float:
+        return statistic(*np.concatenate(parts).T)
+
+    without = [value(parts[:b] + parts[b + 1 :]) for b in range(blocks)]
+    return Estimate(value(parts), float(np.std(without) * np.sqrt(blocks - 1)))
+
+
+def first_peak(distribution: RadialDistribution) -> tuple[Estimate, Estimate]:
+    """Position (Å) and height of the first peak of g(r), of a parabola through its three bins.
+
+    The height's error is that of its bin; the position's follows from the errors of the three.
+    """
+    g = distribution.g
+    top, offset = peak_bin(g)
+    left, middle, right = g[top - 1 : top + 2]
+    width = distribution.r[1] - distribution.r[0]
+    bend = left - 2 * middle + right  # < 0 at a peak
+    # d offset / d(left, middle, right)
+    slopes = np.array([0.5 - offset, 2 * offset, -0.5 - offset]) / bend
+    uncertainty = float(np.hypot.reduce(slopes * distribution.error[top - 1 : top + 2])) * width
+    height = middle - 0.25 * (left - right) * offset
+    return (
+        Estimate(float(distribution.r[top] + offset * width), uncertainty),
+        Estimate(float(height), float(distribution.error[top])),
+    )
+
+
+def peak_bin(g: np.ndarray) -> tuple[int, float]:
+    """The bin of the first peak, and how far from its middle a parabola puts it, in bins."""
+    from scipy.signal import find_peaks
+
+    found, _ = find_peaks(g, prominence=0.2 * g.max())
+    if not len(found):
+        raise RunError("g(r) has no peak: the run is too short, or the box too narrow")
+    top = int(found[0])
+    left, middle, right = g[top - 1 : top + 2]
+    return top, float(0.5 * (left - right) / (left - 2 * middle + right))
+
+
+def dielectric_constant(run: Run, blocks: int = 5) -> Estimate:
+    """Static dielectric constant from fluctuations of the box's dipole, SPC/Fw's charges assumed.
+
+    For Ewald sums, or a model taught by them, in conducting surroundings. The dipole relaxes over
+    some 10 ps: its fluctuations take nanoseconds to converge, so beware of the error of short runs.
+    """
+    from MDAnalysis.analysis.dielectric import DielectricConstant
+
+    temperature = run.settings["temperature"]
+    values = []
+    for part in blocks_of(np.arange(len(run.universe.trajectory)), blocks):
+        # whole already: molecules are followed, never wrapped
+        fluctuation = DielectricConstant(
+            run.universe.atoms, temperature=temperature, make_whole=False
+        )
+        values.append(fluctuation.run(frames=part).results)
+    # the mean dipole is known to be zero, so it is not taken from each short block
+    strength = [result.M2.sum() for result in values]
+    volume = np.mean([frame.volume for frame in run.universe.trajectory])
+    factor = 4 * np.pi / 3 * units.Hartree * units.Bohr / (volume * units.kB * temperature)
+    return scatter([1 + factor * m2 for m2 in strength])
 
 
 def reweighted_difference(
