@@ -12,6 +12,7 @@ from types import UnionType
 
 # What to do where a structure has what a model did not see in training.
 WAYS = ("warn", "error", "ignore")
+COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
 
 
 class InputError(ValueError):

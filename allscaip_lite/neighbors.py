@@ -14,11 +14,10 @@ from ase.geometry import complete_cell, minkowski_reduce
 from ase.symbols import Symbols
 from torch import Tensor
 
-from allscaip_lite.errors import StructureError
+from allscaip_lite.errors import COINCIDENT, StructureError
 from allscaip_lite.structures import Structures
 
 DENSE_SEARCH_ATOMS = 400  # below this, all pairs of a molecule are tried at once
-COINCIDENT = 1e-4  # Å; closer than this, two atoms stand on one spot
 MAX_PAIRS = 3e7  # of a system; some 10 GB
 MAX_CELLS = 1e5  # of the cell list, which divides by zero in long boxes of more
 SKEWED = 0.1  # distance of two faces over the length of the lattice vector between them

@@ -20,7 +20,7 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 from scipy.spatial import cKDTree
 
-from allscaip_lite.errors import DataError
+from allscaip_lite.errors import COINCIDENT, DataError
 
 LABELS = ("energy", "forces", "stress")
 Labels = dict[str, Any]  # by names of LABELS: a float, arrays (N, 3) and (6,)
@@ -29,7 +29,6 @@ _WORD = r"(?:reference|ref|dft|qm|target|label|total|tot|potential|ev|ang(?:stro
 _SPELLING = re.compile(
     rf"(?:{_WORD}[^a-z0-9]*)*(energy|forces?|stress|virials?)[^a-z0-9]*(?:{_WORD}[^a-z0-9]*)*"
 )
-COINCIDENT = 1e-4  # Å, as for the model's neighbours
 SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
 # Units that energies of other programs are in, in eV.
 UNITS = {

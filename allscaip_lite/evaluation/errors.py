@@ -33,7 +33,6 @@ from allscaip_lite.files import atomic_write, check_writable, locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, check_model
-from allscaip_lite.structures import structures_from_atoms
 from allscaip_lite.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -396,27 +395,22 @@ def _parity(axes: Any, truth: np.ndarray, predicted: np.ndarray, name: str) -> N
     axes.set(xlabel=f"labelled {name}", ylabel=f"predicted {name}")
 
 
-@torch.no_grad()
 def write_predictions(model: AllScAIP, data: Dataset, file: Path) -> None:
     """Predictions as OMol25's leaderboard takes them: a `.npz` with `ids` (each structure's
     `source`), `energy` (S,) eV, `forces` (all atoms, 3) eV/Å and `natoms` (S,); of structures with
     or without labels (`Dataset(..., labelled=False)`).
     """
-    model.eval()
-    ids, energies, forces = [], [], []
+    ids, results = [], []
     with tqdm(total=len(data), unit="structures") as bar:
         for members in fill_batches(data.natoms, 400):
-            atoms = [data[index] for index in members]
-            structures = structures_from_atoms(atoms, device=model.device)
-            energy, force, _ = model(structures, create_graph=False)
-            ids += [str(a.info.get("source", i)) for a, i in zip(atoms, members, strict=True)]
-            energies.append(energy.cpu().double().numpy())
-            forces.append(force.cpu().numpy())
+            structures = [data[index] for index in members]
+            ids += [str(a.info.get("source", i)) for a, i in zip(structures, members, strict=True)]
+            results += model.predict(structures, outside_training="ignore")
             bar.update(len(members))
     arrays: dict[str, Any] = {
         "ids": np.array(ids),
-        "energy": np.concatenate(energies),
-        "forces": np.concatenate(forces),
+        "energy": np.array([result.energy for result in results]),
+        "forces": np.concatenate([result.forces for result in results]).astype(np.float32),
         "natoms": data.natoms,
     }
     with atomic_write(file) as unfinished:

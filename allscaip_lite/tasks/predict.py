@@ -7,7 +7,6 @@ with the results if one is asked for. `relax` and `vibrations` read their struct
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from tqdm import tqdm
 
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
-from allscaip_lite.data.checks import check_apart, held_results
-from allscaip_lite.data.reading import file_and_index, read_structure, read_structures
+from allscaip_lite.data.checks import check_apart
+from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import charge_and_spin, state_charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import WAYS, DataError, InputError
 from allscaip_lite.files import atomic_write, check_writable
@@ -90,8 +89,11 @@ def calculator_of(args: argparse.Namespace, dtype: torch.dtype | None = None) ->
     )
 
 
-def check_format(file: Path, structures: int) -> None:
-    """Raise `InputError`, before any work, for a name whose format cannot hold the structures."""
+def check_format(file: Path, structures: int) -> bool:
+    """Whether the format of a name keeps energies, forces, charge and spin: two of ASE's do.
+
+    Raises `InputError`, before any work, where the format cannot hold the structures.
+    """
     check_writable(file)
     try:
         form = ioformats[filetype(str(file), read=False)]
@@ -103,25 +105,7 @@ def check_format(file: Path, structures: int) -> None:
             f"--out {file}: give a format in which ASE writes {structures} structures, such as "
             ".extxyz"
         )
-
-
-def what_is_lost(file: Path) -> str:
-    """What ASE's format of a name does not keep of a structure and its results, by a trial."""
-    trial = Atoms("OH", [(1, 1, 1), (1, 1, 2)], cell=[5, 5, 5], pbc=True)
-    trial.info = {"charge": -1, "spin": 3}
-    trial.calc = SinglePointCalculator(trial, energy=1.0, forces=np.ones((2, 3)))
-    kept: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file.name
-        write(path, [trial])
-        try:
-            found = read_structure(path)
-        except DataError:  # ASE writes it, but does not read it
-            pass
-        else:
-            stated = zip(("charge", "spin"), stated_charge_and_spin(found), strict=True)
-            kept = {*held_results(found), *(name for name, value in stated if value is not None)}
-    return ", ".join(name for name in ("energy", "forces", "charge", "spin") if name not in kept)
+    return form.name in ("extxyz", "traj")
 
 
 def write(file: Path, structures: list[Atoms]) -> None:
@@ -176,10 +160,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`allscaip-lite predict`."""
     found = list(inputs(args))
-    if args.out:
-        check_format(args.out, len(found))
-        if lost := what_is_lost(args.out):
-            raise InputError(f"--out {args.out} would not hold {lost}: give .extxyz or .traj")
+    if args.out and not check_format(args.out, len(found)):
+        raise InputError(
+            f"--out {args.out}: this format drops energies, forces, charge or spin: give .extxyz "
+            "or .traj"
+        )
     calculator = calculator_of(args)
     uncertain = calculator.model.posterior is not None
     done: list[Atoms] = []

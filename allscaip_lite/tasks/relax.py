@@ -30,7 +30,6 @@ from allscaip_lite.tasks.predict import (
     calculator_of,
     check_format,
     inputs,
-    what_is_lost,
     write,
 )
 
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     """`allscaip-lite relax`: the exit status is 2 where a structure did not come to rest."""
     out = args.out or file_beside(args.structures, "relaxed")
     found = list(inputs(args))
-    check_format(out, len(found))
+    keeps = check_format(out, len(found))
     calculator = calculator_of(args)
     done, restless = [], []
     for name, atoms in found:
@@ -146,8 +145,8 @@ def run(args: argparse.Namespace) -> int:
         done.append(still)
         restless += [] if converged else [name]
     write(out, done)
-    lost = what_is_lost(out)
-    print(f"written: {out}{lost and f' (without {lost}, which .extxyz and .traj hold)'}")
+    note = "" if keeps else " (energies, forces, charges and spins are kept by .extxyz and .traj)"
+    print(f"written: {out}{note}")
     for name in restless:
         print(f"forces above {args.fmax} eV/Å after {args.steps} steps: {name}")
     return 2 if restless else 0
