@@ -31,6 +31,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "num_distance_basis": (2, 16_384),
     "direction_degree": (0, 20),
     "bond_order_degree": (1, 20),
+    "bond_order_softness": (0.0, 1.0),
     "num_rotary_frequencies": (1, 4_096),
     "ffn_ratio": (1, 64),
     "attention_dropout": (0.0, 0.99),
@@ -73,6 +74,7 @@ class AllScAIPConfig:
     direction_degree: int = 5  # Y_lm(direction) up to this degree goes into the edges
     bond_order_degree: int = 9  # Steinhardt orders up to this degree go into the nodes
     smooth_bond_order: bool = False  # edges count by their envelope; False: all alike, by steps
+    bond_order_softness: float = 0.0  # δ of √(q² + δ²); 0: the energy has a kink where q is 0
     angular_channels: tuple[int, ...] | None = (10, 5, 2, 5, 10)  # LAE, by degree; None: off
     node_attention: bool = True
     rotary: bool = True  # ERoPE in the node attention

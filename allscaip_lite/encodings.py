@@ -124,14 +124,20 @@ def pair_sums(legendre: Tensor, weights: Tensor) -> Tensor:
     return (weights.unsqueeze(1) @ legendre @ weights.unsqueeze(2)).flatten(1).T
 
 
-def bond_orientational_order(sums: Tensor, weights: Tensor) -> Tensor:
+def bond_orientational_order(sums: Tensor, weights: Tensor, softness: float = 0.0) -> Tensor:
     """(N, l), (N, K) → (N, l+1): Steinhardt's q_l of each atom, q_0 too, from its `pair_sums`.
 
     By the addition theorem Σ_m (mean_e Y_lm/√(2l+1))² is the mean of P_l(cos θ) over all pairs of
     edges of the row, so no harmonics are needed. In the reference each edge weighs 1, the self-edge
     too. The square is held above 1e-6, as in the reference.
+
+    Symmetry makes many q_l of a perfect crystal 0. Around it they grow like the length of a vector,
+    with a kink, and so does the energy: the crystal has imaginary phonons. √(q² + δ²) with the
+    softness δ above 0 has no kink.
     """
-    order = (sums / weights.sum(1, keepdim=True) ** 2).clamp(min=1e-6).sqrt()
+    squared = sums / weights.sum(1, keepdim=True) ** 2
+    squared = squared.clamp(min=0.0) + softness**2 if softness else squared.clamp(min=1e-6)
+    order = squared.sqrt()
     return torch.cat([torch.ones_like(order[:, :1]), order], dim=1)
 
 

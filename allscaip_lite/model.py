@@ -434,7 +434,7 @@ class AllScAIP(nn.Module):
         sums = geometry.operations.pair_sums(
             geometry.neighborhoods, weights, self.config.bond_order_degree
         )
-        return encodings.bond_orientational_order(sums, weights)
+        return encodings.bond_orientational_order(sums, weights, self.config.bond_order_softness)
 
     def biases(
         self, systems: SystemTable, distances: Tensor | None, operations: Operations

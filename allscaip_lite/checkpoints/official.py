@@ -263,10 +263,11 @@ def config_to_official(config: AllScAIPConfig) -> dict[str, Any]:
 
     Raises `InputError` for what the reference cannot do.
     """
-    if config.smooth_bond_order:
+    if config.smooth_bond_order or config.bond_order_softness:
         raise InputError(
-            "smooth_bond_order is this package's own, the reference would give other numbers: to "
-            "export a model, train it with smooth_bond_order=False"
+            "smooth_bond_order and bond_order_softness are this package's own, the reference would "
+            "give other numbers: to export a model, train it with smooth_bond_order=False and "
+            "bond_order_softness=0"
         )
     backbone = {
         "model": "fairchem.core.models.allscaip.AllScAIP.AllScAIPBackbone",

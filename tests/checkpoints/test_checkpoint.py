@@ -431,9 +431,10 @@ def test_silu_basis_cannot_be_official(tmp_path: Path) -> None:
         save_official(random_model(TINY.replace(distance_basis="silu")), tmp_path / "m.pt")
 
 
-def test_smooth_bond_order_cannot_be_official(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="train it with smooth_bond_order=False"):
-        save_official(random_model(TINY.replace(smooth_bond_order=True)), tmp_path / "m.pt")
+@pytest.mark.parametrize("own", [{"smooth_bond_order": True}, {"bond_order_softness": 0.03}])
+def test_own_bond_order_cannot_be_official(tmp_path: Path, own: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="smooth_bond_order=False and bond_order_softness=0"):
+        save_official(random_model(TINY.replace(**own)), tmp_path / "m.pt")
     assert not (tmp_path / "m.pt").exists()
 
 

@@ -153,9 +153,11 @@ def ones(graph: Graph) -> torch.Tensor:
     return graph.log_weight.isfinite().double()
 
 
-def order_of(graph: Graph, weights: torch.Tensor, degree: int) -> torch.Tensor:
+def order_of(
+    graph: Graph, weights: torch.Tensor, degree: int, softness: float = 0.0
+) -> torch.Tensor:
     sums = pair_sums(slot_legendre(graph, 9)[:degree], weights)
-    return bond_orientational_order(sums, weights)
+    return bond_orientational_order(sums, weights, softness)
 
 
 def test_bond_order_is_the_norm_of_mean_harmonics() -> None:
@@ -198,6 +200,10 @@ def test_bond_order_of_known_shapes(shape: str, known: dict[int, float]) -> None
     absent = [1, 2, 5] if shape == "tetrahedron" else [1, 3, 5, 7, 9]
     for l in absent:  # nothing there: held at the floor
         assert order[l].item() == pytest.approx(1e-3, abs=1e-12)
+    soft = order_of(graph, ones(graph), 9, softness=0.03)[0]
+    exact = torch.where(order > 1e-3, order, 0.0)
+    torch.testing.assert_close(soft[1:], (exact[1:].square() + 0.03**2).sqrt())
+    assert soft[0] == 1
 
 
 # --- radial bases ------------------------------------------------------------------------------

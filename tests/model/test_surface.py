@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 
 from allscaip_lite import AllScAIP
 from allscaip_lite.graph import build_graph
@@ -117,6 +118,25 @@ def test_smooth_bond_order_leaves_no_step(make_model: ModelMaker, cluster: Atoms
     assert steps(smooth, cluster, places).max() < 1e-9
     assert slope_errors(smooth, cluster, [low for low, _ in places]).max() < 2e-7
     assert steps(plain, cluster, places).max() > 1e-4
+
+
+@pytest.mark.parametrize("softness", [0.0, 0.03])
+def test_soft_bond_order_leaves_no_kink_in_a_crystal(
+    make_model: ModelMaker, softness: float
+) -> None:
+    """The force constant of a phonon, by displacements of 0.002 and 0.006 Å, of copper."""
+    model = make_model(smooth_bond_order=True, bond_order_softness=softness)
+    crystal = bulk("Cu", "fcc", a=3.6, cubic=True)
+    crystal.info.update(charge=0, spin=1)
+    layer = crystal.positions[:, 2] > 0.1
+    constants = []
+    for shift in (0.002, 0.006):
+        moved = crystal.copy()
+        moved.positions[layer, 0] += shift
+        forces = model(structures_from_atoms(moved, torch.float64)).forces
+        constants.append(forces[layer, 0].mean().item() / shift)
+    small, large = constants
+    assert (abs(small / large - 1) < 0.1) == (softness > 0)
 
 
 @pytest.mark.slow
