@@ -7,6 +7,7 @@ takes many times longer.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -23,6 +24,9 @@ from allscaip_lite.errors import InputError
 ATOMS_PER_THREAD = 50  # fewer are not worth a thread (measured: docs/speed.md)
 STARTED_WITH = torch.get_num_threads()
 THREADS_OF_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
+KEPT_MEMORY = 2**30  # bytes that stay free at the end of the heap
+MAPPED_ALONE = 2**25  # bytes of a block that is given back; older glibc takes no more
 PERIOD = 0.5  # s of work over which the load of other programs is averaged
 
 if hasattr(os, "register_at_fork"):  # a forked process has no threads, and would wait for them
@@ -52,6 +56,22 @@ def peak_memory(device: str) -> float:
 
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process keep memory that was freed, for the tensors of the next call.
+
+    The C library of Linux (glibc) gives large blocks back to the system, which has to clear them
+    before they are used again: up to a fifth of the time of a call (docs/speed.md). The settings are of
+    the whole process. Where the user has chosen, by `GLIBC_TUNABLES` or a variable `MALLOC_…_`, and
+    on other systems, nothing changes.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not chosen and "GLIBC_TUNABLES" not in os.environ:
+        library = ctypes.CDLL(None)
+        library.mallopt(MALLOC_TRIM_THRESHOLD, KEPT_MEMORY)
+        library.mallopt(MALLOC_MMAP_THRESHOLD, MAPPED_ALONE)
 
 
 @contextmanager

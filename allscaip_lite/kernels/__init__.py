@@ -24,7 +24,12 @@ import torch.nn.functional as F
 from allscaip_lite import attention
 from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.kernels import compiled, elementwise, fused_attention
-from allscaip_lite.machine import processor_name, threads_for, usable_device
+from allscaip_lite.machine import (
+    keep_freed_memory,
+    processor_name,
+    threads_for,
+    usable_device,
+)
 from allscaip_lite.operations import PLAIN, Operations
 
 KERNELS = ("auto", "plain", "torch", "c", "cuda-graphs")
@@ -37,11 +42,14 @@ def choose(
 
     `cuda-graphs` records the operations of `torch`: what is recorded is a matter of the calculator
     and of training. Raises `InputError` for a name that is none or a set that the device cannot
-    run, and `KernelError` where `c` is asked for by name and cannot be compiled.
+    run, and `KernelError` where `c` is asked for by name and cannot be compiled. On a CPU the
+    process keeps the memory that it frees from then on (`machine.keep_freed_memory`).
     """
     if kernels not in KERNELS:
         raise InputError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
     device = usable_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if kernels == "plain":
         return plain() if device.type == "cpu" else PLAIN
     if kernels == "c" and device.type != "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -127,3 +128,31 @@ def test_a_forked_process_does_not_wait_for_the_threads_of_its_parent() -> None:
             with suppress(ProcessLookupError):
                 os.killpg(parent.pid, signal.SIGKILL)  # the child too
     assert b"status 0" in said
+
+
+FAULTS = """
+import resource, sys
+import torch
+from allscaip_lite import kernels
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+kernels.choose("torch")
+for _ in range(3):  # ten blocks of 8 MB, all freed in the end
+    before = faults()
+    blocks = [torch.ones(2**21) for _ in range(10)]
+    del blocks
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_TRIM_THRESHOLD_": "100000"}])
+def test_freed_memory_is_kept_unless_the_user_has_chosen(chosen: dict[str, str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True
+    )
+    pages = 10 * 2**23 // os.sysconf("SC_PAGE_SIZE")
+    assert (int(done.stdout) > pages / 2) == bool(chosen)
