@@ -1,8 +1,8 @@
 """VV10, the nonlocal correlation of ωB97M-V: its double sum over a grid, compiled by numba.
 
-Comes in: density and density gradient on a grid, from PySCF. Goes out: energy density, potential
-and force density, the same numbers as PySCF's own two functions, in a third of the time: the sum
-over all pairs of grid points is most of what a label costs.
+In: density and density gradient on a grid, from PySCF. Out: energy density and potential, the same
+numbers as PySCF's own function, in a third of the time. The sum over all pairs of grid points in
+each cycle of an SCF is most of what a label costs, which takes half as long so.
 
 O. A. Vydrov, T. Van Voorhis, J. Chem. Phys. 133, 244103 (2010), "VV10" below, in atomic units. With
 ρ the density at r, γ = |∇ρ|² and R² = |r − r'|²,
@@ -25,20 +25,19 @@ LEAST_DENSITY = 1e-8  # PySCF's: points with less (in electrons/bohr³) count as
 
 @contextmanager
 def compiled_vv10() -> Iterator[None]:
-    """PySCF computes VV10 with the functions of this module as long as the `with` lasts.
+    """PySCF's SCF computes VV10 with `energy_and_potential` as long as the `with` lasts.
 
-    PySCF has no hook for it, hence names of its modules are replaced (`pyscf.dft.numint._vv10nlc`,
-    `pyscf.grad.rks._vv10nlc_grad`); not for threads that want PySCF's own at the same time.
+    PySCF has no hook for it, hence `pyscf.dft.numint._vv10nlc` is replaced; not for threads that
+    want PySCF's own at the same time.
     """
     from pyscf.dft import numint
-    from pyscf.grad import rks
 
-    stock = numint._vv10nlc, rks._vv10nlc_grad
-    numint._vv10nlc, rks._vv10nlc_grad = energy_and_potential, pair_gradient
+    stock = numint._vv10nlc
+    numint._vv10nlc = energy_and_potential
     try:
         yield
     finally:
-        numint._vv10nlc, rks._vv10nlc_grad = stock
+        numint._vv10nlc = stock
 
 
 def energy_and_potential(
@@ -61,7 +60,7 @@ def energy_and_potential(
     phi, u, w = _pair_sums(here, there, inner_density * inner_weights[counted])
 
     _, omega, kappa = here
-    beta = _beta(b)
+    beta = (3 / b**2) ** 0.75 / 32
     ratio = c * (gamma / density**2) ** 2
     omega_by_density = (2 * np.pi / 3 * density - 2 * ratio) / omega  # times ρ
     omega_by_gamma = c * gamma / (density**3 * omega)  # times ρ
@@ -71,32 +70,6 @@ def energy_and_potential(
     potential[0, dense] = beta + phi + 1.5 * (u * kappa / 6 + w * omega_by_density)
     potential[1, dense] = 1.5 * w * omega_by_gamma
     return energy, potential
-
-
-def pair_gradient(
-    rho: np.ndarray,
-    coords: np.ndarray,
-    inner_rho: np.ndarray,
-    inner_weights: np.ndarray,
-    inner_coords: np.ndarray,
-    parameters: tuple[float, float],
-) -> tuple[np.ndarray, float]:
-    """Σ_r' w' ρ' ∂Φ/∂r at each point r, (P, 3), with ρ held fixed, and β; atomic units.
-
-    What a point contributes to the gradient of the energy because the grid moves with its atom.
-    Arguments as in `energy_and_potential`; r' are the points that belong to the other atoms.
-    """
-    b, c = parameters
-    gradient = np.zeros((rho.shape[1], 3))
-    dense, _, _, here = _local(rho, coords, b, c)
-    inner_rho = inner_rho.reshape(-1, len(inner_weights))
-    counted, inner_density, _, there = _local(inner_rho, inner_coords, b, c)
-    gradient[dense] = _pair_forces(here, there, inner_density * inner_weights[counted])
-    return gradient, _beta(b)
-
-
-def _beta(b: float) -> float:
-    return (3 / b**2) ** 0.75 / 32
 
 
 def _local(
@@ -135,29 +108,3 @@ def _pair_sums(here: Local, there: Local, charges: np.ndarray) -> tuple[np.ndarr
             w_i += term * square
         phi[i], u[i], w[i] = -1.5 * phi_i, u_i, w_i
     return phi, u, w
-
-
-@numba.njit(fastmath=True, error_model="numpy", cache=True)
-def _pair_forces(here: Local, there: Local, charges: np.ndarray) -> np.ndarray:
-    """Σ_r' w' ρ' ∂Φ/∂r, (P, 3)."""
-    r, omega, kappa = here
-    inner_r, inner_omega, inner_kappa = there
-    forces = np.empty((r.shape[1], 3))
-    for i in range(r.shape[1]):
-        x, y, z, om, ka = r[0, i], r[1, i], r[2, i], omega[i], kappa[i]
-        fx = fy = fz = 0.0
-        for j in range(inner_r.shape[1]):
-            dx, dy, dz = x - inner_r[0, j], y - inner_r[1, j], z - inner_r[2, j]
-            square = dx * dx + dy * dy + dz * dz
-            omp = inner_omega[j]
-            g = om * square + ka
-            gp = omp * square + inner_kappa[j]
-            both = g + gp
-            inverse = 1.0 / (g * gp * both)
-            slope = (om * gp * both + omp * g * both + (om + omp) * g * gp) * inverse
-            term = 3.0 * charges[j] * inverse * slope
-            fx += term * dx
-            fy += term * dy
-            fz += term * dz
-        forces[i, 0], forces[i, 1], forces[i, 2] = fx, fy, fz
-    return forces

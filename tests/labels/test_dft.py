@@ -59,21 +59,6 @@ def test_the_vv10_kernel_gives_pyscf_s_energy_and_potential(densities):
         np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-13)
 
 
-def test_the_vv10_kernel_gives_pyscf_s_grid_forces(densities):
-    from pyscf.grad import rks
-
-    from allscaip_lite.labels.vv10 import pair_gradient
-
-    rho, weights, coords = densities
-    here, there = slice(0, 800), slice(800, None)  # as if two atoms' points
-    arguments = (rho[:, here], coords[here], rho[:, there], weights[there], coords[there])
-    ours, beta = pair_gradient(*arguments, (6.0, 0.01))
-    theirs, expected = rks._vv10nlc_grad(*arguments, (6.0, 0.01))
-    assert np.abs(theirs).max() > 1e-6
-    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-15)
-    assert beta == pytest.approx(expected)
-
-
 def test_pyscf_has_its_own_functions_back_afterwards():
     from pyscf.dft import numint
 
