@@ -31,7 +31,6 @@ ALLOWED = {
     "fairchem",  # where it is installed
     "ipywidgets",
     "matplotlib",
-    "nglview",
     "numpy",
     "py3Dmol",
     "scipy",
