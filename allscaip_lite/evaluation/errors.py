@@ -461,20 +461,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "unit of charge first",
     )
     parser.add_argument(
-        "--physics",
-        action="store_true",
-        help="differences of energy instead: conformers, protonation, ionisation, spin gaps, "
-        "distance; of data such as data/physics",
-    )
-    parser.add_argument(
-        "--proton",
-        type=float,
-        default=0.0,
-        metavar="EV",
-        help="with --physics, where model and labels are of different levels of theory: a bare "
-        "proton's energy at the model's (GFN2-xTB's is 6.2464 eV, that of DFT 0)",
-    )
-    parser.add_argument(
         "--save", type=Path, help="write the model here, with the errors in its card (.safetensors)"
     )
     parser.add_argument("--note", default="", help="a line for that card: how it was trained")
@@ -518,8 +504,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "--save writes the errors of the model as it is: leave out --fit-references"
         )
-    if args.compare and (args.physics or args.unlabelled):
-        raise InputError("--compare is for errors: leave out --physics and --unlabelled")
+    if args.compare and args.unlabelled:
+        raise InputError("--compare is for errors: leave out --unlabelled")
     with locked_file(args.save) if args.save else nullcontext():
         _run(args)
 
@@ -539,12 +525,6 @@ def _run(args: argparse.Namespace) -> None:
         print(f"written: {args.predictions}")
         return
     data = Dataset(args.data)
-    if args.physics:
-        from allscaip_lite.evaluation import physics  # its optimisers take long to load
-
-        differences = physics.differences(model, data, proton=args.proton)
-        print(physics.table(physics.summary(differences)))
-        return
     described = describe(data)
     tables = _tables(args, described)
     keep_xtb = all(what.xtb is not None for what in described)

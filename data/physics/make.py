@@ -5,8 +5,7 @@
 
 In: `molecules.txt`, small molecules and complexes of the test part of `data/xtb`, on which no model
 of this package is trained. Out: `test.aselmdb`, geometries by GFN2-xTB, labels by GFN2-xTB or, with
-`--dft`, by wB97M-V/def2-TZVPD. `allscaip_lite.evaluation.physics` says what the tasks are, and
-measures a model on them.
+`--dft`, by wB97M-V/def2-TZVPD. `measure.py` says what the tasks are, and measures a model on them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from tqdm import tqdm
 
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import checksum, write_aselmdb
-from allscaip_lite.evaluation.physics import CUTOFF
 from allscaip_lite.labels import LabelError, queue, xtb
 from allscaip_lite.labels.sampling import (
     assemble,
@@ -39,6 +37,7 @@ from data.xtb.sets import take_over
 from data.xtb.systems import protomers
 
 MOLECULES = Path(__file__).parent / "molecules.txt"
+CUTOFF = 6.0  # Å between closest atoms: beyond it, `long_range`
 GROUPS = 12  # of a task
 MEMBERS = 4  # conformers of a molecule, at most
 GAPS = (1.0, 2.0, 3.0, 5.0, 7.0, 9.0, 12.0)  # Å, added to the contact of the relaxed complex

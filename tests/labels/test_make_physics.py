@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("tblite")
 Chem = pytest.importorskip("rdkit.Chem")
 
-from allscaip_lite.cli import main as allscaip_lite
 from allscaip_lite.data.aselmdb import Dataset
 
 make = importlib.import_module("data.physics.make")
+measure = importlib.import_module("data.physics.measure")
 splits = importlib.import_module("data.xtb.splits")
 Group, main = make.Group, make.main
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "physics"
@@ -111,7 +111,7 @@ def test_the_command_makes_the_same_groups_again(tmp_path, capsys, monkeypatch):
     make._structures.cache_clear()
     assert main(["--out", str(tmp_path), "--groups", "1"]) == 0
     assert capsys.readouterr().out == first
-    assert allscaip_lite(["evaluate", "lite", str(tmp_path / "test.aselmdb"), "--physics"]) == 0
+    assert measure.main(["lite", str(tmp_path / "test.aselmdb")]) == 0
     text = capsys.readouterr().out
     for task in (*list(make._MAKERS)[:-1], "short_range", "long_range"):
         assert f"| {task} | 1 |" in text
@@ -143,7 +143,7 @@ def test_dft_labels_the_same_structures_and_keeps_gfn2_xtb_s_energies(
     tasks = [atoms.info["data_id"] for atoms in data]
     assert sorted(tasks) == ["ionisation"] * 3 + ["spin_gap"] * 2
     assert all("wb97m_v" in atoms.info["label"] for atoms in data)
-    assert allscaip_lite(["evaluate", "lite", str(tmp_path / "test.aselmdb"), "--physics"]) == 0
+    assert measure.main(["lite", str(tmp_path / "test.aselmdb")]) == 0
     assert "GFN2-xTB's MAE" in capsys.readouterr().out
     singlet, triplet = (atoms for atoms in data if atoms.info["data_id"] == "spin_gap")
     gap = triplet.get_potential_energy() - singlet.get_potential_energy()

@@ -1,10 +1,11 @@
-"""Differences of energy that chemists ask for: `allscaip-lite evaluate --physics`.
+"""Differences of energy that chemists ask for: how a model does on `data/physics`.
+
+    python data/physics/measure.py lite-xtb
 
 A task is a set of groups, and a group some structures that differ in one thing: the conformer, a
-proton, the charge, the spin, the distance of two molecules. What is
-evaluated is the energy of each relative to the first of its group; errors that all of them share
-cancel. Tasks are those of OMol25's
-evaluations (D. S. Levine et al., arXiv:2505.08762, section on evaluations), in small:
+proton, the charge, the spin, the distance of two molecules. What is evaluated is the energy of each
+relative to the first of its group; errors that all of them share cancel. Tasks are those of
+OMol25's evaluations (D. S. Levine et al., arXiv:2505.08762, section on evaluations), in small:
 
 - `conformers`: minima of one molecule, against the lowest;
 - `protonation`: a molecule with a proton more or less, against the neutral one and a bare proton;
@@ -19,20 +20,26 @@ and their group (`info["group"]`). Out: errors of the differences, by task.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from allscaip_lite.checkpoints import load_model
+from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.data.batches import in_order
 from allscaip_lite.errors import DataError
+from allscaip_lite.kernels import add_kernels_option
+from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
 
-CUTOFF = 6.0  # Å between closest atoms: beyond it, `long_range`
 # eV, a bare proton's energy in GFN2-xTB, η/2 + Γ/3 of hydrogen (Bannwarth et al., 2019); without
 # electrons it is zero in DFT
 GFN2_PROTON = 6.2464
@@ -126,3 +133,45 @@ def table(rows: dict[str, dict[str, float]]) -> str:
             for task, row in rows.items()
         ],
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a name such as lite, or a file (.safetensors or .pt)")
+    parser.add_argument(
+        "data",
+        type=Path,
+        nargs="?",
+        default=Path(__file__).with_name("test.aselmdb"),
+        help="an .aselmdb file (default: that beside this script)",
+    )
+    parser.add_argument(
+        "--proton",
+        type=float,
+        default=0.0,
+        metavar="EV",
+        help="where model and labels are of different levels of theory: a bare proton's energy at "
+        "the model's (GFN2-xTB's is 6.2464 eV, that of DFT 0)",
+    )
+    parser.add_argument("--device", help="default: a CUDA GPU where there is one")
+    add_kernels_option(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    model = load_model(args.model, device=usable_device(args.device), kernels=args.kernels)
+    found = differences(model.requires_grad_(False), Dataset(args.data), proton=args.proton)
+    print(table(summary(found)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        add_arguments,
+        run,
+        script="data/physics/measure.py",
+        description=__doc__,
+        stopped="nothing was kept",
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.errors import DataError
-from allscaip_lite.evaluation import physics
-from allscaip_lite.evaluation.physics import Difference
 from allscaip_lite.model import AllScAIP
+
+physics = importlib.import_module("data.physics.measure")
+Difference = physics.Difference
 
 
 @pytest.fixture(scope="module")
