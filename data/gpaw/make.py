@@ -9,7 +9,8 @@ system as there. Labels are made in an order in which every beginning is a fair 
 the same command goes on, and with `--collect` it writes what is done.
 
 Adsorbates come with `references.json`: energies of the clean slabs, and of H, C, N and O in gases;
-see `adsorption_energy`. With `--set convergence`: how far labels are from those of finer settings.
+see `adsorption_energy`. With `--set convergence`: how far labels are from those of finer settings;
+with `--set cutoff`: what the stress lacks at the cutoff of the plane waves.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SIZES = {
     ("pairs", "train"): 200,
     ("triples", "train"): 130,
 }
-MOST_ATOMS = 8
+MOST_ATOMS = (4, 8)  # of the first half of the structures, which come first, and of the others
 KINDS = ("strained", "displaced", "displaced", "defect")
 
 METALS = "Al Cu Ag Au Pd Pt Ni"
@@ -69,10 +70,11 @@ GASES = "H2 H2O CO N2".split()
 
 @dataclass(frozen=True)
 class Crystalline:
-    """The `index`-th structure of a crystal, at PBE."""
+    """The `index`-th structure of a crystal, at PBE, in a cell of `most_atoms` where it fits."""
 
     crystal: crystals.Crystal
     index: int
+    most_atoms: int
     level: gpaw.Level = gpaw.LEVELS["pbe"]
 
     @property
@@ -113,7 +115,7 @@ class Crystalline:
             start.repeat(repeats)
             for start in (primitive, whole)
             for repeats in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))
-            if least <= len(start) * np.prod(repeats) <= MOST_ATOMS
+            if least <= len(start) * np.prod(repeats) <= self.most_atoms
         ] or [primitive]
         weights = np.array([len(cell) for cell in found]) ** -2.0
         return found[rng.choice(len(found), p=weights / weights.sum())]
@@ -199,14 +201,16 @@ Entry = Crystalline | OnSurface | Gas
 
 
 def crystalline() -> list[Entry]:
-    """The set `crystals`, in the order of labelling."""
-    groups = []
+    """The set `crystals`, in the order of labelling: small cells, then larger ones."""
+    groups: dict[int, list[list[Entry]]] = {most_atoms: [] for most_atoms in MOST_ATOMS}
     for (kind, split), count in SIZES.items():
         members = [crystal for crystal in listed(kind) if crystal.split == split]
         members.sort(key=lambda crystal: _number(crystal.name))
         turns = [(members[k % len(members)], k // len(members)) for k in range(count)]
-        groups.append([Crystalline(crystal, index) for crystal, index in turns])
-    return merged(groups)
+        for most_atoms, part in zip(MOST_ATOMS, np.array_split(range(count), 2), strict=True):
+            entries: list[Entry] = [Crystalline(*turns[k], most_atoms) for k in part]
+            groups[most_atoms].append(entries)
+    return [entry for members in groups.values() for entry in merged(members)]
 
 
 def adsorbed() -> list[Entry]:
@@ -235,22 +239,47 @@ def merged(groups: Sequence[Sequence[Entry]]) -> list[Entry]:
 
 def converging() -> list[Entry]:
     """The set `convergence`: a few entries as they are, and at finer settings."""
-    wanted = ["Al fcc", "Fe bcc", "Cu fcc", "Mg-O rock salt", "Ni-Al B2", "Si diamond"]
-    named = {crystal.name: crystal for crystal in listed("tables")}
-    found: list[Entry] = [Crystalline(named[name], 1) for name in wanted]
+    found: list[Entry] = _some(
+        "Cu fcc, Al fcc, Si diamond, Mg-O rock salt, Ti-N rock salt, Ni-Al B2"
+    )
     found += [OnSurface("Cu", "111", "O"), OnSurface("Al", "100", "H")]
     return [
         replace(entry, level=level)
         for entry in found
         for level in (
             entry.level,
-            replace(entry.level, cutoff=entry.level.cutoff + 200),
+            replace(entry.level, cutoff=entry.level.cutoff + 300, pulay={}),
             replace(entry.level, density=1.5 * entry.level.density),
         )
     ]
 
 
-SETS = {"crystals": crystalline, "adsorbates": adsorbed, "convergence": converging}
+def cut() -> list[Entry]:
+    """The set `cutoff`: all elements, with few k-points, as GPAW has the stress, and at 900 eV."""
+    entries = _some(
+        "Li-F rock salt, Na-Cl rock salt, K-Cl rock salt, Mg-O rock salt, Ca-O rock salt, "
+        "Zn-O zinc blende, O-Li fluorite, Ca-F fluorite, Al-N zinc blende, Ti-N rock salt, "
+        "Ti-C rock salt, Zn-S zinc blende, Ge diamond, Ni-Al B2, Ti-Ni B2, "
+        "Ag-Mg B2, Cu-Pd B2, Ti-Fe B2, Au-Mg B2, Pt-Al B2"
+    )
+    coarse = replace(gpaw.LEVELS["pbe"], magnetic=False, density=1.0, pulay={})
+    levels = (coarse, replace(coarse, cutoff=900.0))
+    return [replace(entry, level=level) for entry in entries for level in levels]
+
+
+def _some(names: str) -> list[Entry]:
+    """Displaced structures of crystals of the tables."""
+    named = {crystal.name: crystal for crystal in listed("tables")}
+    first = {name: (1 - len(name)) % len(KINDS) for name in names.split(", ")}
+    return [Crystalline(named[name], index, MOST_ATOMS[0]) for name, index in first.items()]
+
+
+SETS = {
+    "crystals": crystalline,
+    "adsorbates": adsorbed,
+    "convergence": converging,
+    "cutoff": cut,
+}
 
 
 def label_entry(entry: Entry) -> list[Atoms]:
@@ -344,6 +373,27 @@ def convergence_table(folder: Path, jobs: Sequence[queue.Job]) -> str:
     return markdown_table([*head, "a force (meV/Å)", "a stress (GPa)"], rows, "llrrr")
 
 
+def pulay_table(folder: Path, jobs: Sequence[queue.Job]) -> str:
+    """What `gpaw.PULAY` has (eV), by least squares: the stress that is more than at 900 eV, times
+    the volume, as a sum over atoms. And how large that stress is, without PULAY and with it.
+    """
+    found = []
+    for base, fine in zip(jobs[::2], jobs[1::2], strict=True):
+        pair = [*queue.stored(folder, base), *queue.stored(folder, fine)]
+        if len(pair) == 2:
+            more = (pair[0].get_stress() - pair[1].get_stress())[:3].mean()
+            counts = [sum(pair[0].symbols == symbol) for symbol in gpaw.PULAY]
+            found.append([more, pair[0].get_volume(), *counts])
+    more, volumes, *counts = np.transpose(found)
+    fitted = np.linalg.lstsq(np.transpose(counts), more * volumes)[0]
+    left = more - list(gpaw.PULAY.values()) @ np.array(counts) / volumes
+    rows = [[name, f"{value:.2f}"] for name, value in zip(gpaw.PULAY, fitted, strict=True)]
+    for name, values in {"stress without them": more, "with PULAY": left}.items():
+        off = np.abs(values) / units.GPa
+        rows.append([f"{name}: mean, largest (GPa)", f"{off.mean():.2f}, {off.max():.2f}"])
+    return markdown_table([f"{len(found)} structures", "eV"], rows, "lr")
+
+
 # --- The command -----------------------------------------------------------------------------
 
 
@@ -368,8 +418,8 @@ def make(
         for library in ("chgnet", "gpaw", "gpaw_data"):  # a missing one, before any work
             import_module(library)
         queue.run_jobs(store, jobs, label_entry, workers)
-    if kind == "convergence":
-        print(convergence_table(store, jobs))
+    if kind in ("convergence", "cutoff"):
+        print((convergence_table if kind == "convergence" else pulay_table)(store, jobs))
         return
     queue.collect(store, jobs, folder)
     if kind == "adsorbates":

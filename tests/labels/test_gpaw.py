@@ -12,7 +12,6 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.stress import voigt_6_to_full_3x3_stress
 
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.labels import LabelError, gpaw
@@ -56,12 +55,12 @@ def test_only_structures_with_a_magnetic_element_are_spin_polarised():
 @pytest.mark.slow
 def test_forces_and_stress_are_the_energy_s_derivatives():
     pytest.importorskip("gpaw")
-    level = replace(gpaw.LEVELS["pbe"], cutoff=800.0, density=0.5)
-    atoms = bulk("LiH", "rocksalt", a=4.0)
-    atoms.positions[0, 0] += 0.5
+    level = replace(gpaw.LEVELS["pbe"], density=0.9)
+    atoms = bulk("MgO", "rocksalt", a=4.3)
+    atoms.positions[0, 0] += 0.1
     done = gpaw.label(atoms, level)
     assert (done.info["spin"], done.info["magnetic_moment"]) == (1, 0)
-    assert done.info["label"].startswith("PBE, 800 eV")
+    assert done.info["label"].startswith("PBE, 600 eV")
 
     def slope(change, step):
         energies = []
@@ -75,13 +74,32 @@ def test_forces_and_stress_are_the_energy_s_derivatives():
         moved.positions[0, 0] += step
 
     def stretch(moved, step):
-        moved.set_cell(moved.cell.array @ np.diag([1 + step, 1, 1]), scale_atoms=True)
+        moved.set_cell(moved.cell.array * (1 + step), scale_atoms=True)
 
     assert abs(done.get_forces()[0, 0]) > 0.15
     assert done.get_forces()[0, 0] == pytest.approx(-slope(shift, 0.01), abs=0.01)
-    stress = voigt_6_to_full_3x3_stress(done.get_stress())[0, 0]
-    # at a fixed cutoff the number of plane waves jumps with the cell
-    assert stress == pytest.approx(slope(stretch, 0.01) / atoms.get_volume(), abs=0.003)
+    # at a fixed cutoff the number of plane waves jumps with the cell; 0.003 eV/Å³ is 0.5 GPa
+    strained = slope(stretch, 0.02) / (3 * atoms.get_volume())
+    assert done.get_stress()[:3].mean() == pytest.approx(strained, abs=0.003)
+    assert gpaw.PULAY["O"] / atoms.get_volume() > 0.02  # what GPAW's own stress is off by
+
+
+@pytest.mark.parametrize(("moment", "spins"), [(2.0, [True, True]), (0.05, [True, False])])
+def test_few_k_points_tell_whether_there_is_a_moment(monkeypatch, moment, spins):
+    pytest.importorskip("gpaw")
+    calls = []
+
+    def computed(atoms, level, counts, magnetic):
+        calls.append((counts, magnetic))
+        results = {"energy": 0.0, "free_energy": 0.0, "forces": np.zeros((1, 3))}
+        results |= {"stress": np.zeros(6), "magmoms": np.full(1, moment), "magmom": moment}
+        work = atoms.copy()
+        work.calc = SinglePointCalculator(work, **results)
+        return work
+
+    monkeypatch.setattr(gpaw, "_computed", computed)
+    gpaw.label(bulk("Fe", a=2.83))
+    assert calls == [((4, 4, 4), spins[0]), ((7, 7, 7), spins[1])]
 
 
 @pytest.mark.parametrize("kind", ["crystals", "adsorbates"])
@@ -115,7 +133,7 @@ def unrelaxed(monkeypatch):
 def test_crystals_are_small_and_repeatable(unrelaxed):
     for entry in make.crystalline()[::15]:
         atoms, again = entry.structure(), entry.structure()
-        assert 1 <= len(atoms) <= make.MOST_ATOMS
+        assert 1 <= len(atoms) <= max(entry.most_atoms, len(make.relaxed(entry.crystal)))
         assert np.array_equal(atoms.positions, again.positions)
         assert min(gpaw.k_points(atoms, 2.0)) > 1
 
@@ -173,5 +191,5 @@ def test_the_table_of_convergence_has_stresses_where_they_are_labelled(tmp_path)
     for job in jobs:
         make.queue._do(job, tmp_path / job.file, labelled)
     crystal, _, slab, _ = make.convergence_table(tmp_path, jobs).splitlines()[2:]
-    assert [cell.strip() for cell in crystal.split("|")[3:6]] == ["-200.0", "0.0", "0.03"]
-    assert [cell.strip() for cell in slab.split("|")[3:6]] == ["-200.0", "0.0", ""]
+    assert [cell.strip() for cell in crystal.split("|")[3:6]] == ["-300.0", "0.0", "0.05"]
+    assert [cell.strip() for cell in slab.split("|")[3:6]] == ["-300.0", "0.0", ""]
