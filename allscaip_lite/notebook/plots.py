@@ -184,6 +184,11 @@ def cell_lines(atoms: Atoms) -> np.ndarray:
     return np.reshape(lines, (-1, 2, 3))
 
 
+def seen_from_front(atoms: Atoms) -> np.ndarray:
+    """(N, 3) positions in Å, centred and turned by `front`."""
+    return (atoms.positions - atoms.positions.mean(0)) @ front(atoms)
+
+
 def ball_radii(atoms: Atoms) -> np.ndarray:
     """(N,) radii of the drawn atoms in Å."""
     return 0.16 + 0.3 * covalent_radii[atoms.numbers]
@@ -364,7 +369,7 @@ def check_same_atoms(maps: AttentionMaps, atoms: Atoms) -> None:
 
 
 def _with_images(atoms: Atoms, images: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
-    """(N + n, 3) positions in Å of the atoms and n images, centred and turned by `front`."""
+    """(N + n, 3) positions in Å of the atoms and of n images, in the frame of `seen_from_front`."""
     which = [j for j, _ in images]
     shift = np.array([shift for _, shift in images], dtype=float).reshape(-1, 3)
     moved = atoms.positions[which] + shift @ atoms.cell.array

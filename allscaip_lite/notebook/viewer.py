@@ -1,16 +1,16 @@
-"""Interactive views: a molecule or a trajectory in py3Dmol, and the page of the explorer.
+"""Interactive views: a molecule in py3Dmol, a trajectory in nglview, and the page of the explorer.
 
 Input: `ase.Atoms`, or a list of frames. Output: a `Page`, which a notebook displays and which also
-works in exported HTML. py3Dmol comes with the `notebooks` extra.
+works in exported HTML, or a widget of nglview. Both libraries come with the `notebooks` extra.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import sys
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,7 +18,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.data.colors import jmol_colors
@@ -31,11 +30,11 @@ from allscaip_lite.notebook.plots import (
     cell_lines,
     front,
     import_extra,
+    seen_from_front,
 )
 
 VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
 IMAGE_BORDER = 1.5  # Å around a cell, for the periodic images
-FRAME_TIME = 100  # ms of a frame of a movie
 
 
 @dataclass(frozen=True)
@@ -61,33 +60,47 @@ class Page:
         return Path(path)
 
 
-def view_molecule(atoms: Atoms | Sequence[Atoms]) -> Page:
-    """A molecule as balls and sticks in py3Dmol, or the frames of a trajectory as a movie.
+def view_molecule(atoms: Atoms) -> Page:
+    """The molecule as balls and sticks in py3Dmol, which can be rotated, moved and zoomed.
 
-    It can be rotated, moved and zoomed. `make` puts 3Dmol.js at `VIEWER_SCRIPT` where it can. It
-    then goes into the page, which needs no network. Without that file the browser downloads it.
+    `make` puts 3Dmol.js at `VIEWER_SCRIPT` where it can. It then goes into the page, which needs no
+    network. Without that file the browser downloads it.
 
-    Raises ImportError where py3Dmol is not installed, ValueError where there are no frames, or
-    where they have different atoms.
+    Raises ImportError where py3Dmol is not installed.
     """
-    frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
-    check_frames(frames)
     py3dmol = import_extra("py3Dmol", "view_molecule")
     options = {}
     if VIEWER_SCRIPT.is_file():
         script = base64.b64encode(VIEWER_SCRIPT.read_bytes()).decode()
         options["js"] = f"data:text/javascript;base64,{script}"
     view = py3dmol.view(width=600, height=400, **options)
-    middle, rotation = frames[0].positions.mean(0), front(frames[0])
-    placed = [Atoms(frame.symbols, (frame.positions - middle) @ rotation) for frame in frames]
-    text = io.StringIO()
-    ase.io.write(text, placed, format="xyz", fmt="%.4f")
-    view.addModelsAsFrames(text.getvalue(), "xyz")
+    positions = seen_from_front(atoms)
+    lines = [
+        f"{symbol} {x:.4f} {y:.4f} {z:.4f}"
+        for symbol, (x, y, z) in zip(atoms.symbols, positions, strict=True)
+    ]
+    view.addModel("\n".join([str(len(atoms)), "", *lines]), "xyz")
     view.setStyle({"stick": {"radius": 0.12}, "sphere": {"scale": 0.25}})
     view.zoomTo()
-    if len(frames) > 1:
-        view.animate({"loop": "forward", "interval": FRAME_TIME})
-    return Page(view.write_html(), f"Molecule {frames[0].get_chemical_formula()}")
+    return Page(view.write_html(), f"Molecule {atoms.get_chemical_formula()}")
+
+
+def view_trajectory(frames: Sequence[Atoms]) -> Any:
+    """A trajectory as a movie in nglview, which needs a running kernel.
+
+    Raises ImportError where nglview is not installed, ValueError where there are no frames, or
+    where they have different atoms.
+    """
+    check_frames(frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nglview imports deprecated modules
+        nglview = import_extra("nglview", "view_trajectory")
+    view = nglview.show_asetraj(list(frames))
+    view.clear_representations()
+    view.add_representation("ball+stick")
+    view.layout.width, view.layout.height = "600px", "400px"
+    view.center()
+    return view
 
 
 # --- what the explorer shares -------------------------------------------------------------------

@@ -31,6 +31,7 @@ ALLOWED = {
     "fairchem",  # where it is installed
     "ipywidgets",
     "matplotlib",
+    "nglview",
     "numpy",
     "py3Dmol",
     "scipy",

@@ -26,10 +26,6 @@ from allscaip_lite.structures import structures_from_atoms
 SMALL = AllScAIPConfig(hidden_size=32, num_heads=2, num_layers=2, angular_channels=(6, 4, 2, 2, 2))
 
 
-def seen_from_front(atoms: Atoms) -> np.ndarray:
-    return (atoms.positions - atoms.positions.mean(0)) @ plots.front(atoms)
-
-
 def show_attention(model, atoms, query=0, block=-1, head=None) -> Explorer:
     """The node attention of one atom, without the matrix, as lesson 00 shows it."""
     view = {"scale": "row", "threshold": 0.02, "matrix": False, "size": (600, 400)}
@@ -190,7 +186,7 @@ def test_front_is_a_rotation_that_shows_the_widest_side(name):
     atoms = molecule(name)
     rotation = plots.front(atoms)
     assert np.allclose(rotation @ rotation.T, np.eye(3)) and np.linalg.det(rotation) > 0
-    spread = seen_from_front(atoms).std(0)
+    spread = plots.seen_from_front(atoms).std(0)
     assert spread[0] >= spread[1] - 1e-9 and spread[1] >= spread[2] - 1e-9
 
 
@@ -322,7 +318,7 @@ def test_the_flat_picture_has_every_atom_link_and_arrow(maps, figure):
     assert kinds.count("FancyArrowPatch") == 2
     (arrows,) = [c for c in axes.collections if type(c).__name__ == "Quiver"]
     assert len(ETHANOL) == arrows.N
-    flat, radii = seen_from_front(ETHANOL)[:, :2], plots.ball_radii(ETHANOL)
+    flat, radii = plots.seen_from_front(ETHANOL)[:, :2], plots.ball_radii(ETHANOL)
     assert np.allclose(np.linalg.norm(arrows.XY - flat, axis=1), radii)
     assert all(label.get_zorder() > arrows.get_zorder() for label in axes.texts)
     assert {line.get_linestyle() for line in axes.lines} == {"-"}, "a bond is dashed"
@@ -448,24 +444,23 @@ def test_3dmol_goes_into_the_page_where_it_was_fetched(monkeypatch, tmp_path):
 
 
 def test_a_trajectory_keeps_its_frames():
-    pytest.importorskip("py3Dmol")
+    pytest.importorskip("nglview")
     frames = [ETHANOL.copy() for _ in range(3)]
     frames[2].positions += 1
-    html = viewer.view_molecule(frames).html
-    assert "animate" in html and "animate" not in viewer.view_molecule(ETHANOL).html
-    blocks = re.findall(r"9\\n\\n((?:[A-Z][-. \d]+(?:\\n)?){9})", html)
-    found = [[line.split()[1:] for line in block.strip("\\n").split("\\n")] for block in blocks]
-    positions = np.array(found, float)  # (3, 9, 3)
-    moved = positions[2] - positions[0]
-    assert np.allclose(positions[0], seen_from_front(ETHANOL), atol=1e-4)
-    assert np.allclose(moved, np.ones(3) @ plots.front(ETHANOL), atol=2e-4)
+    view = viewer.view_trajectory(frames)
+    assert view.max_frame == 2
+    assert np.allclose(view._trajlist[0].get_coordinates(2), frames[2].positions)
     with pytest.raises(ValueError, match="no frames"):
-        viewer.view_molecule([])
+        viewer.view_trajectory([])
     with pytest.raises(ValueError, match=r"frame 1 \(H2O\) has other atoms"):
-        viewer.view_molecule([ETHANOL, molecule("H2O")])
+        viewer.view_trajectory([ETHANOL, molecule("H2O")])
 
 
-def test_a_missing_viewer_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "py3Dmol", None)
+@pytest.mark.parametrize(
+    ("library", "view"),
+    [("py3Dmol", viewer.view_molecule), ("nglview", lambda atoms: viewer.view_trajectory([atoms]))],
+)
+def test_a_missing_viewer_names_the_extra(monkeypatch, library, view):
+    monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r"allscaip-lite\[notebooks\]"):
-        viewer.view_molecule(ETHANOL)
+        view(ETHANOL)
