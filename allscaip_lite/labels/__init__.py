@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 
+from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import InputError
 
 
@@ -20,3 +22,22 @@ def counts_of(atoms: Atoms, charge: int = 0) -> dict[str, Any]:
         "num_electrons": int(atoms.numbers.sum()) - charge,
         "composition": atoms.get_chemical_formula("hill"),
     }
+
+
+def check_cell(atoms: Atoms, method: str, vacuum: float) -> None:
+    """Raise LabelError for what a periodic method cannot take: a charge, a cell of less than three
+    vectors, or not more than `vacuum` (Å) to the image along a direction that is not periodic.
+    """
+    charge, _ = stated_charge_and_spin(atoms)
+    if charge:
+        raise LabelError(f"{atoms.symbols}: {method} takes neutral structures, not {charge:+d}")
+    if atoms.cell.rank < 3:
+        raise LabelError(f"{atoms.symbols}: {method} takes structures in a cell of three vectors")
+    heights = 1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
+    gaps = heights * (1 - np.ptp(atoms.get_scaled_positions(wrap=False), axis=0))
+    narrow = ~atoms.pbc & (gaps <= vacuum)
+    if narrow.any():
+        raise LabelError(
+            f"{atoms.symbols}: {gaps[narrow][0]:.1f} Å of vacuum along a direction that is not "
+            f"periodic; {method} sees all as periodic and needs more than {vacuum:g} Å of vacuum"
+        )

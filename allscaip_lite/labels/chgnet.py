@@ -19,8 +19,8 @@ from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
-from allscaip_lite.labels import LabelError, counts_of
+from allscaip_lite.electrons import lowest_multiplicity
+from allscaip_lite.labels import LabelError, check_cell, counts_of
 
 REACH = 6.0  # Å, of CHGNet's graph of atoms
 
@@ -58,7 +58,9 @@ def results_of(structures: Sequence[Atoms]) -> list[dict[str, Any]]:
 
     crystals = []
     for atoms in structures:
-        _check(atoms)
+        if not atoms.pbc.any():
+            raise LabelError(f"{atoms.symbols}: CHGNet takes crystals and slabs, not molecules")
+        check_cell(atoms, "CHGNet", REACH)
         lattice = Lattice(atoms.cell.array)
         crystals.append(
             Structure(
@@ -81,24 +83,6 @@ def results_of(structures: Sequence[Atoms]) -> list[dict[str, Any]]:
             }
         )
     return results
-
-
-def _check(atoms: Atoms) -> None:
-    charge, _ = stated_charge_and_spin(atoms)
-    if charge:
-        raise LabelError(f"{atoms.symbols}: CHGNet takes neutral crystals, not charge {charge:+d}")
-    if not atoms.pbc.any() or atoms.cell.rank < 3:
-        raise LabelError(
-            f"{atoms.symbols}: CHGNet takes crystals and slabs in a cell of three vectors"
-        )
-    heights = 1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
-    extent = np.ptp(atoms.get_scaled_positions(wrap=False), axis=0) * heights
-    narrow = ~atoms.pbc & (heights - extent <= REACH)
-    if narrow.any():
-        raise LabelError(
-            f"{atoms.symbols}: {(heights - extent)[narrow][0]:.1f} Å of vacuum along a direction "
-            f"that is not periodic; CHGNet sees all as periodic and needs more than {REACH:g} Å"
-        )
 
 
 def label(atoms: Atoms) -> Atoms:

@@ -17,8 +17,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
-from allscaip_lite.labels import LabelError, counts_of
+from allscaip_lite.electrons import lowest_multiplicity
+from allscaip_lite.labels import LabelError, check_cell, counts_of
 
 REACH = 6.0  # Å: a wider gap between atoms along a vector of the cell is vacuum
 ANIONS = "N O F P S Cl Se Br Te I".split()
@@ -70,22 +70,13 @@ LEVELS = {
 def k_points(atoms: Atoms, density: float) -> tuple[int, ...]:
     """How many k-points each vector of the cell has: one where there is a vacuum along it.
 
-    Raises LabelError for a structure that is charged, without a cell, without a vacuum along a
-    direction that is not periodic, or a molecule with unpaired electrons.
+    Raises LabelError for what `check_cell` refuses, and for a molecule with unpaired electrons.
     """
-    if stated_charge_and_spin(atoms)[0]:
-        raise LabelError(f"{atoms.symbols}: GPAW takes neutral structures here")
-    if atoms.cell.rank < 3:
-        raise LabelError(f"{atoms.symbols}: GPAW takes structures in a cell of three vectors")
+    check_cell(atoms, "GPAW", REACH)
     inverse = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
     places = np.sort(atoms.get_scaled_positions() % 1, axis=0)
     gaps = np.diff(places, axis=0, append=places[:1] + 1).max(axis=0) / inverse
     vacuum = gaps > REACH
-    if (~atoms.pbc & ~vacuum).any():
-        raise LabelError(
-            f"{atoms.symbols}: less than {REACH:g} Å of vacuum along a direction that is not "
-            "periodic; plane waves see all as periodic"
-        )
     if vacuum.all() and lowest_multiplicity(atoms, 0) > 1:
         raise LabelError(f"{atoms.symbols}: a molecule with unpaired electrons is not taken")
     density *= 2 / 3 if np.isin(atoms.symbols, ANIONS).mean() >= 1 / 4 else 1

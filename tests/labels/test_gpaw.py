@@ -38,7 +38,8 @@ def test_k_points_follow_the_reciprocal_cell_and_vacuum_has_one():
     [
         (Atoms("Cu", cell=[3, 3, 3], pbc=True, info={"charge": 1}), "neutral"),
         (molecule("H2O"), "a cell"),
-        (molecule("H2O", vacuum=2.0), "6 Å of vacuum"),
+        (molecule("H2O", vacuum=2.0), "4.0 Å of vacuum"),
+        (Atoms("He2", [[1, 4, 4], [9, 4, 4]], cell=[10, 8, 8]), "2.0 Å of vacuum"),
         (molecule("CH3", vacuum=5.0), "unpaired"),
     ],
 )
