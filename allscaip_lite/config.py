@@ -181,7 +181,7 @@ def checked(name: str, value: Any, kind: type) -> Any:
 # reference, without steps where an edge comes or goes. 35M is the paper's small
 # model with both encodings; the released 85M has neither.
 PRESETS: dict[str, AllScAIPConfig] = {
-    "lite": AllScAIPConfig(k=20, smooth_bond_order=True),
+    "lite": AllScAIPConfig(k=20, smooth_bond_order=True, bond_order_softness=0.03),
     "35M": AllScAIPConfig(
         hidden_size=512, num_layers=6, num_heads=8, angular_channels=(20, 10, 4, 10, 20)
     ),

@@ -106,9 +106,10 @@ def checkpoint_of(name: str, forces: str, folder: Path) -> Path:
     path = folder / f"{name}-{forces}.pt"
     if not path.exists():
         # the official format does not know the smooth order
-        changes = {"conservative": forces == "conservative", "smooth_bond_order": False}
+        order = {"smooth_bond_order": False, "bond_order_softness": 0.0}
+        changes = {"conservative": forces == "conservative", "stress": False, **order}
         torch.manual_seed(0)
-        config = PRESETS[name].replace(stress=False, max_num_elements=100, **changes)
+        config = PRESETS[name].replace(max_num_elements=100, **changes)
         save_official(AllScAIP(config).eval(), path)
     return path
 
