@@ -2,7 +2,7 @@
 
 In: a `.pt` file as fairchem writes it for inference, a `torch.save` pickle of
 `MLIPInferenceCheckpoint`. Out: our configuration and weights; and the way back. Files are read by
-`pickles`, which runs no code of theirs, and written without fairchem.
+`unpickler`, which runs no code of theirs, and written without fairchem.
 """
 
 from __future__ import annotations
@@ -417,7 +417,7 @@ def read_official(path: str | Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
             f"{path.name} holds a {kind}, not the {CHECKPOINT_CLASS} that fairchem writes"
         )
     try:
-        return _from_record(checkpoint, path.name)
+        return _from_record(checkpoint, path.name, path.stat().st_size)
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -426,7 +426,10 @@ def read_official(path: str | Path) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
         ) from error
 
 
-def _from_record(checkpoint: Record, source: str) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
+def _from_record(
+    checkpoint: Record, source: str, size: int
+) -> tuple[AllScAIPConfig, dict[str, Tensor]]:
+    """Configuration and weights of a file of `size` bytes that messages call `source`."""
     model_config, tasks = to_plain(checkpoint.model_config), to_plain(checkpoint.tasks_config)
     if not isinstance(model_config, dict) or not {"backbone", "heads"} <= model_config.keys():
         raise CheckpointError("its model_config has no backbone and heads")
@@ -444,6 +447,9 @@ def _from_record(checkpoint: Record, source: str) -> tuple[AllScAIPConfig, dict[
     names, expected = official_names(skeleton, heads), skeleton.state_dict()
     check_weights({official: expected[ours] for ours, official in names.items()}, weights, source)
     state = {ours: weights[official] for ours, official in names.items()}
+    if sum(value.nbytes for value in state.values()) > size:  # one storage, again and again
+        raise CheckpointError("its weights are larger than the file")
+    state = {name: value.clone() for name, value in state.items()}
     state |= _units_from_tasks(tasks, config)
     if config.distance_basis == "silu":
         warnings.warn(

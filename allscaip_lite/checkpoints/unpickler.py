@@ -1,34 +1,29 @@
 """Reading a `torch.save` file that might be hostile.
 
 In: the path of a zip file as `torch.save` writes it. Out: its content, made of tensors, plain
-containers and passive records. A pickle is a program; this reader runs it with a vocabulary that
-can only build data, so a file that names anything else is refused before anything happens.
-Nothing that the file names is imported, so neither fairchem nor OmegaConf need be installed.
+containers and passive records. A pickle is a program; PyTorch runs it with a vocabulary that can
+only build data, to which this module adds names of fairchem and OmegaConf. Nothing that the file
+names is imported, so neither need be installed.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import pickle
 import pickletools
 import re
-import sys
 import zipfile
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from allscaip_lite.errors import CheckpointError, UnsafeCheckpointError
 from allscaip_lite.files import Budget
 
 CHECKPOINT_MODULE = "fairchem.core.units.mlip_unit.api.inference"
 CHECKPOINT_CLASS = "MLIPInferenceCheckpoint"
+PROGRAM_BYTES = 4 << 20  # of a checkpoint's pickle; weights are outside it
+PROGRAM_TUPLES = 50_000  # four a tensor; to hash one of a million levels ends the process
 
 
 class Record:
@@ -37,9 +32,7 @@ class Record:
     class_name = ""
 
     def __init__(self, *arguments: object) -> None:
-        self.attributes: dict[str, Any] = {}
-        if arguments:
-            raise UnsafeCheckpointError(f"{self.class_name} is called with arguments")
+        raise UnsafeCheckpointError(f"it calls {self.class_name}")
 
     def __setstate__(self, state: object) -> None:
         # Dataclasses and OmegaConf nodes keep everything in one dictionary.
@@ -55,140 +48,25 @@ class Record:
             raise AttributeError(f"{self.class_name} has no {name!r}") from None
 
 
-OMEGACONF = (
-    "dictconfig.DictConfig listconfig.ListConfig base.Metadata base.ContainerMetadata "
-    "nodes.AnyNode nodes.StringNode nodes.IntegerNode nodes.FloatNode nodes.BooleanNode "
-    "nodes.PathNode nodes.BytesNode"
-).split()
-RECORDS = (f"{CHECKPOINT_MODULE}.{CHECKPOINT_CLASS}", *(f"omegaconf.{name}" for name in OMEGACONF))
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A type that the file mentions as a value (OmegaConf notes the types of its nodes)."""
-
-    text: str
-
-
-# Types that may be called, as `called` does. Pickles of protocol 2 use the names of Python 2.
-CALLABLE = {
-    "collections.OrderedDict": OrderedDict,
-    "collections.defaultdict": defaultdict,
-    **{
-        f"{module}.{kind.__name__}": kind
-        for module in ("builtins", "__builtin__")
-        for kind in (dict, list, tuple, set, frozenset, int, float, bool, str)
-    },
-    "__builtin__.long": int,
-    "__builtin__.unicode": str,
-    "torch.Size": torch.Size,
-}
-MENTIONED = (
+# Classes whose objects, or which themselves, checkpoints contain; OmegaConf notes types of values.
+RECORDS = (
+    f"{CHECKPOINT_MODULE}.{CHECKPOINT_CLASS}",
+    *(
+        f"omegaconf.{name}"
+        for name in (
+            "dictconfig.DictConfig listconfig.ListConfig base.Metadata base.ContainerMetadata "
+            "nodes.AnyNode nodes.StringNode nodes.IntegerNode nodes.FloatNode nodes.BooleanNode "
+            "nodes.PathNode nodes.BytesNode"
+        ).split()
+    ),
     *(f"typing.{name}" for name in ("Any", "Union", "Optional", "Dict", "List", "Tuple")),
-    "builtins.NoneType",
-    "__builtin__.NoneType",
+    *(f"builtins.{name}" for name in "dict list tuple frozenset int float bool str".split()),
 )
-STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGES.values(), torch.complex64)
-}
 
 
-PROGRAM_BYTES = 4 << 20  # of a checkpoint's pickle; weights are outside it
-PROGRAM_STEPS = 1_000_000
-PROGRAM_DEPTH = 200
-_FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
-# of each instruction: whether it takes what is above the last mark, how many objects it takes
-# besides, and whether it leaves one
-_EFFECTS = {
-    op.name: (
-        pickletools.markobject in op.stack_before,
-        [*op.stack_before, pickletools.markobject].index(pickletools.markobject),
-        bool(op.stack_after),
-    )
-    for op in pickletools.opcodes
-}
-
-
-def check_program(content: bytes) -> None:
-    """Walk through a pickle without running it.
-
-    Raises `CheckpointError` for more than `PROGRAM_STEPS` instructions, containers nested deeper
-    than `PROGRAM_DEPTH` (a deep tuple that is hashed ends the process), integers of more than 64
-    bits, and numbers of remembered objects (each is a place in a table) that no pickler writes.
-    """
-    # A stack as the unpickler's, of the depth of each object, in a list as objects are shared;
-    # None is a mark.
-    stack: list[Any] = []
-    memo: dict[int, list[int]] = {}
-    argument: Any
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(content), start=1):
-        name = instruction.name
-        if count > PROGRAM_STEPS:
-            raise CheckpointError(f"it has more than {PROGRAM_STEPS:,} instructions")
-        if isinstance(argument, int) and abs(argument) >= 2**64:
-            raise CheckpointError("it has an integer of more than 64 bits")
-        if name == "MARK":
-            stack.append(None)
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name.endswith("PUT"):
-            if not 0 <= argument <= count:
-                raise CheckpointError(f"it remembers an object under the number {argument}")
-            memo[argument] = stack[-1]
-        elif name.endswith("GET"):
-            stack.append(memo[argument])
-        elif name == "DUP":
-            stack.append(stack[-1])
-        else:
-            to_mark, below, leaves = _EFFECTS[name]
-            taken = []
-            while to_mark and (top := stack.pop()) is not None:
-                taken.append(top)
-            taken += [stack.pop() for _ in range(below)]
-            if name in _FILLING:
-                owner = taken.pop()
-                owner[0] = max([owner[0], *(1 + depth[0] for depth in taken)])
-                stack.append(owner)
-            elif name == "BUILD":  # the state of an object is nothing that is hashed
-                stack.append(taken[1])
-            elif leaves:
-                stack.append([1 + max(depth[0] for depth in taken)] if taken else [0])
-            if leaves and stack[-1][0] > PROGRAM_DEPTH:
-                raise CheckpointError(f"it is nested deeper than {PROGRAM_DEPTH} levels")
-
-
-def called(kind: Callable[..., Any], budget: Budget) -> Callable[..., Any]:
-    """`kind`, to be called by a pickle: with plain data, as long as the budget of copies lasts.
-
-    A function of its own each time, since a pickle may set attributes on what it names.
-    """
-
-    def call(*arguments: Any) -> Any:
-        for argument in arguments:
-            if isinstance(argument, (list, tuple, dict, set, frozenset)):
-                if kind in (str, int, float, bool):  # a text of all that is in it
-                    raise UnsafeCheckpointError(f"{kind.__name__} of a container")
-                budget.spend(len(argument))
-            elif isinstance(argument, (str, bytes, bytearray)):
-                budget.spend(len(argument))
-            elif not (callable(argument) or isinstance(argument, (int, float, _Name, type(None)))):
-                found = type(argument).__name__
-                raise UnsafeCheckpointError(f"a {found} is handed to a function")
-        return kind(*arguments)
-
-    return call
+def _table(*_: object) -> dict[Any, Any]:
+    """In place of a table with a default, such as OmegaConf's of what its resolvers found."""
+    return {}
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -199,30 +77,11 @@ def read_torch_file(path: str | Path) -> Any:
     `CheckpointError` where the file is no such zip file or is damaged.
     """
     path = Path(path)
+    known: list[Any] = [(type(name, (Record,), {"class_name": name}), name) for name in RECORDS]
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
-            if len(pickles) != 1:
-                raise CheckpointError("it is a zip file, but not of torch.save")
-            folder = pickles[0].removesuffix("data.pkl")
-            if f"{folder}byteorder" in names:
-                byteorder = archive.open(f"{folder}byteorder").read(8).decode()
-                if byteorder != sys.byteorder:
-                    raise CheckpointError(
-                        f"it was written on a {byteorder}-endian machine; "
-                        f"load and save it with torch on one like this ({sys.byteorder}) first"
-                    )
-            if archive.getinfo(pickles[0]).file_size > PROGRAM_BYTES:
-                raise CheckpointError(
-                    f"its pickle is larger than {PROGRAM_BYTES >> 20} MB, as no checkpoint's is"
-                )
-            program = archive.read(pickles[0])
-            check_program(program)
-            # the weights once, each tensor's part of them, and as much again for shared ones
-            memory = Budget(4 * path.stat().st_size + 1024, "bytes of weights", CheckpointError)
-            copies = Budget(len(program), "copied items", CheckpointError)
-            return _DataUnpickler(program, archive, folder, memory, copies).load()
+        _check_archive(path)
+        with torch.serialization.safe_globals([*known, (_table, "collections.defaultdict")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile as error:
         with path.open("rb") as file:
             begun = file.read(2)
@@ -239,91 +98,39 @@ def read_torch_file(path: str | Path) -> Any:
     except Exception as error:  # a malformed pickle can fail in any way
         if isinstance(error, OSError) and error.filename:  # of the file, not of a place in it
             raise
+        if asked := re.search(r"GLOBAL (\S+)|(?:function|operand) \S+", str(error)):
+            raise UnsafeCheckpointError(
+                f"{path.name} was refused, nothing was run: it asks for {asked[1] or asked[0]}, "
+                "which no checkpoint needs. Do not open this file with weights_only=False either, "
+                "unless you trust whoever made it"
+            ) from None
         raise CheckpointError(
             f"{path.name} cannot be read, it is damaged: {type(error).__name__}: {error}"
         ) from error
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """An unpickler whose only vocabulary is data."""
-
-    def __init__(
-        self, program: bytes, archive: zipfile.ZipFile, folder: str, memory: Budget, copies: Budget
-    ) -> None:
-        super().__init__(io.BytesIO(program))
-        self.archive, self.folder, self.memory, self.copies = archive, folder, memory, copies
-        self.storages: dict[str, Tensor] = {}
-        # Classes made for this one file: changes that it makes to them stay in it.
-        self.records = {
-            name: type(name.rpartition(".")[2], (Record,), {"class_name": name}) for name in RECORDS
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        full_name = f"{module}.{name}"
-        if full_name in CALLABLE:
-            return called(CALLABLE[full_name], self.copies)
-        if full_name in self.records:
-            return self.records[full_name]
-        if full_name in MENTIONED:
-            return _Name(full_name)
-        if full_name == "torch._utils._rebuild_tensor_v2":
-            # not a method, whose attributes a file could change
-            return lambda *arguments: _tensor(self.memory, *arguments)
-        if full_name == "torch._utils._rebuild_parameter":
-            return lambda data, requires_grad, hooks: _expect(data, Tensor)
-        if module == "torch" and name in STORAGES:
-            return _Name(name)
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        raise UnsafeCheckpointError(
-            f"it asks for {full_name}, which no checkpoint needs. Do not open this file with "
-            "torch.load either, unless you trust whoever made it"
-        )
-
-    def persistent_load(self, identifier: Any) -> Tensor:
-        """The storage that `identifier` names, as a flat tensor."""
-        kind, storage, key, _location, size = identifier
-        if kind != "storage" or not isinstance(storage, _Name) or storage.text not in STORAGES:
-            raise CheckpointError(f"unknown storage {identifier!r}")
-        if key not in self.storages:
-            dtype = STORAGES[storage.text]
-            entry = self.archive.getinfo(f"{self.folder}data/{key}")
-            compressed = entry.compress_type != zipfile.ZIP_STORED
-            if compressed or entry.file_size != size * dtype.itemsize:
-                raise CheckpointError(f"storage {key} has another size than announced")
-            self.memory.spend(entry.file_size)
-            content = bytearray(self.archive.read(entry))
-            if dtype == torch.bool:
-                content = bytearray(map(bool, content))  # other bytes than 0 and 1 are no bool
-            self.storages[key] = (
-                torch.frombuffer(content, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+def _check_archive(path: Path) -> None:
+    """Raise `CheckpointError` for a zip file that is none of `torch.save`, or asks for too much."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if len(pickles) != 1 or len(set(names)) < len(names):
+            raise CheckpointError("it is a zip file, but not of torch.save")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError("it is compressed, as torch.save writes no file")
+        if archive.getinfo(pickles[0]).file_size > PROGRAM_BYTES:
+            raise CheckpointError(
+                f"its pickle is larger than {PROGRAM_BYTES >> 20} MB, as no checkpoint's is"
             )
-        return self.storages[key]
-
-
-def _expect(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        found = type(value).__name__
-        raise CheckpointError(f"a {found} stands where a {kind.__name__} belongs")
-    return value
-
-
-def _tensor(
-    memory: Budget,
-    storage: Tensor,
-    offset: int,
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-    *_gradient_and_hooks: object,
-) -> Tensor:
-    """A tensor of its own: the part of a storage that offset, size and stride pick."""
-    _expect(storage, Tensor)
-    if offset < 0 or any(n < 0 for n in size) or any(step < 0 for step in stride):
-        raise CheckpointError("a tensor has a negative size")
-    if math.prod(size) > storage.numel():  # would grow from a small file to any size
-        raise CheckpointError("a tensor is larger than its storage")
-    memory.spend(math.prod(size) * storage.itemsize)
-    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
+        tuples = 0
+        for step, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            if step.name == "PROTO" and argument != 2:
+                raise UnsafeCheckpointError(
+                    f"its pickle has protocol {argument}, and torch.save's own is 2"
+                )
+            tuples += step.name.startswith("TUPLE")
+        if tuples > PROGRAM_TUPLES:
+            raise CheckpointError(f"its pickle makes more than {PROGRAM_TUPLES:,} tuples")
 
 
 _INTERPOLATION = re.compile(r"^\$\{([^${}:]+)\}$")
@@ -366,7 +173,9 @@ def _follow(node: Record, reference: str) -> tuple[bool, Any]:
     while (parent := node.attributes.get("_parent")) is not None:
         if dots and steps == dots:
             break
-        node, steps = _expect(parent, Record), steps + 1
+        if not isinstance(parent, Record):
+            return False, None
+        node, steps = parent, steps + 1
         if steps > _MAX_DEPTH:
             return False, None
     for key in re.split(r"[.\[\]]+", reference[dots:].rstrip("]")):

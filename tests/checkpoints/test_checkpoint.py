@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import copy
 import functools
@@ -37,6 +36,7 @@ from allscaip_lite.checkpoints import (
     read_card,
     save_model,
     save_official,
+    unpickler,
 )
 from allscaip_lite.checkpoints.native import OFFICIAL_FILES, download_official
 from allscaip_lite.checkpoints.official import (
@@ -462,14 +462,13 @@ def test_tensors_of_all_kinds(tmp_path: Path) -> None:
         "size": torch.Size([2, 3]),
         **{name: torch.ones(3).to(getattr(torch, name)) for name in ("bfloat16", "half", "bool")},
     }
-    for protocol in (2, 4):
-        torch.save(content, tmp_path / "m.pt", pickle_protocol=protocol)
-        found = read_torch_file(tmp_path / "m.pt")
-        assert found.keys() == content.keys()
-        assert found["nested"][0] == content["nested"][0]
-        for name, value in content.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+    torch.save(content, tmp_path / "m.pt")
+    found = read_torch_file(tmp_path / "m.pt")
+    assert found.keys() == content.keys()
+    assert found["nested"][0] == content["nested"][0]
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[name], value) and found[name].dtype == value.dtype
 
 
 def test_omegaconf_containers(tmp_path: Path) -> None:
@@ -526,8 +525,8 @@ def _marker_bomb(marker: Path) -> bytes:
 # Each would create the marker file if it were run; the name is what the refusal must mention.
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "os.system": (lambda m: Call(os.system, f"touch {m}"), f"{posix.system.__module__}.system"),
-    "eval": (lambda m: Call(eval, f"open({str(m)!r}, 'w')"), "builtin.*eval"),
-    "exec": (lambda m: Call(exec, f"open({str(m)!r}, 'w')"), "builtin.*exec"),
+    "eval": (lambda m: Call(eval, f"open({str(m)!r}, 'w')"), "eval"),
+    "exec": (lambda m: Call(exec, f"open({str(m)!r}, 'w')"), "exec"),
     "open": (lambda m: Call(open, str(m), "w"), "open"),
     "Popen": (lambda m: Call(subprocess.Popen, ["touch", str(m)]), r"\.Popen"),
     "getattr chain": (
@@ -555,9 +554,9 @@ def test_hostile_pickle_is_refused(tmp_path: Path, payload: str, protocol: int) 
     make, name = HOSTILE[payload]
     marker, path = tmp_path / "marker", tmp_path / "m.pt"
     torch.save({"weights": torch.ones(2), "bomb": make(marker)}, path, pickle_protocol=protocol)
-    with pytest.raises(UnsafeCheckpointError, match=name) as refusal:
+    with pytest.raises(UnsafeCheckpointError, match=name if protocol == 2 else "protocol 4") as no:
         load_model(path)
-    assert "m.pt was refused" in str(refusal.value)
+    assert "m.pt was refused" in str(no.value)
     assert not marker.exists()
     with contextlib.suppress(TypeError):  # where the result of the call is used for something
         opened = torch.load(path, weights_only=False)  # the payload is live: torch.load runs it
@@ -583,6 +582,7 @@ def write_program(path: Path, program: bytes) -> Path:
     """A torch file whose pickle is this program, written by hand."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
         archive.writestr("archive/byteorder", sys.byteorder)
         archive.writestr("archive/data/0", b"\0" * 8)
     return path
@@ -597,8 +597,8 @@ def write_program(path: Path, program: bytes) -> Path:
         (b"\x80\x04\x8c\x0dallscaip_lite\x8c\x08AllScAIP\x93.", UnsafeCheckpointError),
         (b"ctorch\nload\n.", UnsafeCheckpointError),
         (b"ctorch\nFloatStorage.__reduce__\n.", UnsafeCheckpointError),
-        (b"\x82\x01.", CheckpointError),  # an extension code
-        (b"P0\n.", CheckpointError),  # a persistent name that is no storage
+        (b"\x82\x01.", UnsafeCheckpointError),  # an extension code
+        (b"P0\n.", UnsafeCheckpointError),  # a persistent name that is no storage
         (b"garbage", CheckpointError),
         (b"", CheckpointError),
     ],
@@ -619,37 +619,27 @@ def shared_lists(depth: int) -> bytes:
 
 
 COPIES = b"](" + b"N" * 5000 + b"eq\0](" + b"cbuiltins\nlist\n(h\0tR" * 200 + b"e"
-CLONES = (
-    b"(" + b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\n"
-    b"X\1\0\0\x000X\3\0\0\0cpuK\2tQK\0K\2\x85K\1\x85tR" * 3000 + b"l"
-)
 
 
 @pytest.mark.parametrize(
     ("program", "complaint"),
     [
-        (b"}" + b")" + b"\x85" * 100_000 + b"Ns", "deeper than 200"),  # hash() would overflow
-        (b"}]q\0(" + b"]cbuiltins\ntuple\n(h\0tRa" * 300 + b"tRNs", "damaged|deeper than 200"),
-        (b"Nr\xff\xff\xff\x3f", "under the number 1073741823"),  # a table of 8 GB
-        (b"]" * 1_000_001, "instructions"),
+        (b"}" + b")" + b"\x85" * 100_000 + b"Ns", "more than 50,000 tuples"),  # to be hashed
+        (b"}]q\0(" + b"]cbuiltins\ntuple\n(h\0tRa" * 300 + b"tRNs", "calls builtins.tuple"),
         (b"N" * (5 << 20), "larger than 4 MB"),
-        (b"\x8b" + (1 << 20).to_bytes(4, "little") + b"\1" * (1 << 20), "64 bits"),
-        (b"cbuiltins\nstr\n(" + shared_lists(60) + b"tR", "str of a container"),
-        (COPIES, "copied items"),
-        (CLONES, "bytes of weights"),
+        (b"\x8b" + (1 << 20).to_bytes(4, "little") + b"\1" * (1 << 20), "operand 139"),  # a long
+        (b"cbuiltins\nstr\n(" + shared_lists(60) + b"tR", "calls builtins.str"),
+        (COPIES, "calls builtins.list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_small_files_cannot_ask_for_much(tmp_path: Path, program: bytes, complaint: str) -> None:
-    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x04" + program + b".")
-        archive.writestr("archive/data/0", b"\0" * 8, zipfile.ZIP_STORED)
     with pytest.raises(CheckpointError, match=rf"^m\.pt.*(?:{complaint})"):
-        read_torch_file(tmp_path / "m.pt")
+        read_torch_file(write_program(tmp_path / "m.pt", b"\x80\x02" + program + b"."))
 
 
 def test_a_configuration_of_shared_lists_is_not_copied_for_ever(tmp_path: Path) -> None:
-    path = write_program(tmp_path / "m.pt", b"\x80\x04" + shared_lists(60) + b".")
+    path = write_program(tmp_path / "m.pt", b"\x80\x02" + shared_lists(60) + b".")
     with pytest.raises(CheckpointError, match="values in a configuration"):
         to_plain(read_torch_file(path))
 
@@ -725,18 +715,28 @@ def test_classes_of_the_file_cannot_reach_ours(tmp_path: Path) -> None:
 
 def test_storages_that_lie(tmp_path: Path) -> None:
     """Sizes beyond what the file holds are refused, not read or allocated."""
-    path = tmp_path / "m.pt"
-    torch.save(torch.ones(4).expand(10**6, 4), path)
-    with pytest.raises(CheckpointError, match="larger than its storage"):
-        read_torch_file(path)
+
+    def change(fields: dict[str, Any]) -> None:
+        for name, value in fields["ema_state_dict"].items():
+            fields["ema_state_dict"][name] = torch.zeros(()).expand(value.shape)
+        fields["model_state_dict"] = {}
+
+    large = random_model(TINY.replace(hidden_size=128, angular_channels=None))
+    path = change_official(save_official(large, tmp_path / "m.pt"), change)
+    with pytest.raises(CheckpointError, match="larger than the file"):
+        load_model(path)
     torch.save(torch.ones(8), path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    with pytest.raises(CheckpointError, match="another size"):
-        read_torch_file(path)
+    for kind, size, complaint in (
+        (zipfile.ZIP_DEFLATED, 32, "compressed"),
+        (zipfile.ZIP_STORED, 8, "damaged"),
+    ):
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content[:size] if name.endswith("/data/0") else content)
+        with pytest.raises(CheckpointError, match=complaint):
+            read_torch_file(path)
 
 
 def test_files_that_are_no_torch_files(tmp_path: Path) -> None:
@@ -913,11 +913,8 @@ save_model(load_model({CONSERVING!r}), {str(saved)!r})
     assert_same_model(random_model(), load_model(saved))
 
 
-def test_unrelated_builtins_are_untouched() -> None:
-    """The reader's vocabulary holds types of data only: nothing that runs or opens anything."""
-    from allscaip_lite.checkpoints.unpickler import CALLABLE
-
-    names = ("eval", "exec", "open", "getattr", "setattr", "__import__", "type", "object")
-    forbidden = {getattr(builtins, name) for name in names}
-    assert not forbidden & set(CALLABLE.values())
-    assert all(isinstance(value, type) for value in CALLABLE.values())
+def test_nothing_that_runs_is_in_the_vocabulary() -> None:
+    names = "eval exec open getattr setattr __import__ type object map compile".split()
+    assert not {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in names} & {
+        *unpickler.RECORDS
+    }
