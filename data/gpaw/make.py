@@ -3,7 +3,7 @@
     python data/gpaw/make.py --set crystals --out data/generated/crystals-pbe
     python data/gpaw/make.py --set adsorbates --out data/generated/adsorbates
 
-In: the crystals of `data/crystals/make.py`, relaxed by CHGNet, and the tables below. Out:
+In: the crystals of `data/crystals/prototypes.py`, relaxed by CHGNet, and the tables below. Out:
 `{train,val,test}.aselmdb` with energies (eV), forces (eV/Å) and stresses (eV/Å³), split by chemical
 system as there. Labels are made in an order in which every beginning is a fair sample of the whole;
 the same command goes on, and with `--collect` it writes what is done.
@@ -38,7 +38,7 @@ from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, gpaw, queue
 from allscaip_lite.labels.chgnet import CHGNet
 from allscaip_lite.tables import markdown_table
-from data.crystals import make as crystals
+from data.crystals import prototypes as crystals
 
 # How many structures each set of data/crystals gives, of at most so many atoms.
 SIZES = {

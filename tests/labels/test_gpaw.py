@@ -127,7 +127,7 @@ def test_what_is_held_out_is_held_out_here_too():
 @pytest.fixture
 def unrelaxed(monkeypatch):
     """Crystals at the table's lattice constant, and no relaxation of slabs."""
-    built = lambda crystal: make.crystals._built(crystal.prototype, crystal.elements, crystal.a)
+    built = lambda crystal: make.crystals.built(crystal.prototype, crystal.elements, crystal.a)
     monkeypatch.setattr(make, "relaxed", built)
 
 

@@ -14,7 +14,8 @@ from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.labels import LabelError
 
 make = importlib.import_module("data.crystals.make")
-CRYSTALS = make.crystals()
+prototypes = importlib.import_module("data.crystals.prototypes")
+CRYSTALS = prototypes.crystals()
 
 # Of the atom named first: how many nearest neighbours (within 5 %), and of which site.
 NEIGHBOURS = {
@@ -41,12 +42,12 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("prototype", make.PROTOTYPES)
+@pytest.mark.parametrize("prototype", prototypes.PROTOTYPES)
 @pytest.mark.parametrize("primitive", [True, False])
 def test_prototypes_have_their_coordination(prototype, primitive):
     kind, count, of = NEIGHBOURS[prototype]
     elements = ("Na", "Ti", "O")
-    atoms = make._built(prototype, elements, 4.0, primitive)
+    atoms = prototypes.built(prototype, elements, 4.0, primitive)
     i, j, distance = neighbor_list("ijd", atoms, 4.5)
     symbols = np.array(atoms.get_chemical_symbols())
     for atom in np.flatnonzero(symbols == elements[kind]):
@@ -57,13 +58,13 @@ def test_prototypes_have_their_coordination(prototype, primitive):
             assert set(symbols[j[i == atom][found]]) == {elements[of]}
 
 
-@pytest.mark.parametrize("prototype", make.PROTOTYPES)
+@pytest.mark.parametrize("prototype", prototypes.PROTOTYPES)
 def test_the_conventional_cell_of_a_strained_crystal_is_the_same_crystal(prototype):
     rng = np.random.default_rng(0)
-    one = make.displaced(make._built(prototype, ("Na", "Ti", "O"), 4.0), rng, 0.1)
-    one = make.strained(one, rng, 0.05)
-    centring = make.PROTOTYPES[prototype].centring
-    whole = make.conventional(one, centring)
+    one = prototypes.displaced(prototypes.built(prototype, ("Na", "Ti", "O"), 4.0), rng, 0.1)
+    one = prototypes.strained(one, rng, 0.05)
+    centring = prototypes.PROTOTYPES[prototype].centring
+    whole = prototypes.conventional(one, centring)
     copies = {"P": 1, "I": 2, "F": 4}[centring]
     assert len(whole) == copies * len(one)
     assert whole.get_volume() == pytest.approx(copies * one.get_volume())
@@ -73,7 +74,7 @@ def test_the_conventional_cell_of_a_strained_crystal_is_the_same_crystal(prototy
 
 def test_each_chemical_system_is_in_one_split_and_its_elements_are_trained_on():
     trained = {e for c in CRYSTALS if c.split == "train" for e in c.elements}
-    for split, systems in make.HELD_OUT.items():
+    for split, systems in prototypes.HELD_OUT.items():
         for system in systems.split():
             own = [c for c in CRYSTALS if set(c.elements) == set(system.split("-"))]
             assert own and {c.split for c in own} == {split}
@@ -96,31 +97,31 @@ def drawn(make_crystals, least):
 
 
 def test_pairs_are_new_compounds_of_the_elements_and_none_is_held_out():
-    pairs = drawn(make.pairs, 300)
-    metals, anions = set(make.METALS.split()), set(make.ANIONS.split())
+    pairs = drawn(prototypes.pairs, 300)
+    metals, anions = set(prototypes.METALS.split()), set(prototypes.ANIONS.split())
     for crystal in pairs:
         alloy = set(crystal.elements) <= metals
         assert alloy or len(set(crystal.elements) & anions) == 1
-        assert crystal.prototype in make.PAIRED["metals" if alloy else "anions"]
+        assert crystal.prototype in prototypes.PAIRED["metals" if alloy else "anions"]
     systems = {frozenset(c.elements) for c in pairs}
     assert len({element for system in systems for element in system}) == 23
     assert frozenset({"Cu", "Pt"}) in systems and frozenset({"Cu", "Au"}) not in systems
 
 
 def test_in_triples_elements_of_held_out_pairs_meet_and_no_triple_is_held_out_or_twice():
-    triples = drawn(make.triples, 700)
+    triples = drawn(prototypes.triples, 700)
     assert all(len(set(c.elements)) == 3 for c in triples)
-    assert {c.prototype for c in triples} == set().union(*make.TRIPLED.values())
+    assert {c.prototype for c in triples} == set().union(*prototypes.TRIPLED.values())
     met = {frozenset(two) for c in triples for two in itertools.combinations(c.elements, 2)}
-    held_out = {elements for elements in make.SPLIT_OF if len(elements) == 2}
+    held_out = {elements for elements in prototypes.SPLIT_OF if len(elements) == 2}
     assert held_out <= met
 
 
-@pytest.mark.parametrize("prototype", make.PROTOTYPES)
+@pytest.mark.parametrize("prototype", prototypes.PROTOTYPES)
 def test_a_pair_starts_where_its_atoms_touch(prototype):
     elements = ("K", "Cl", "Cl")
-    a = make._start(prototype, elements)
-    atoms = make._built(prototype, elements, a)
+    a = prototypes._start(prototype, elements)
+    atoms = prototypes.built(prototype, elements, a)
     i, j, distance = neighbor_list("ijd", atoms, 5.0)
     radii = covalent_radii[atoms.numbers]
     assert (distance / (radii[i] + radii[j])).min() == pytest.approx(1.0)
@@ -131,10 +132,10 @@ def test_a_pair_starts_where_its_atoms_touch(prototype):
 )
 def test_defects_stay_in_the_split_of_their_crystal(name):
     [crystal] = [c for c in CRYSTALS if c.name == name]
-    cell = make._built(crystal.prototype, crystal.elements, crystal.a).repeat(2)
+    cell = prototypes.built(crystal.prototype, crystal.elements, crystal.a).repeat(2)
     rng = np.random.default_rng(0)
-    made = [make.with_defect(cell, rng, crystal.split) for _ in range(200)]
-    assert {make.split_of(set(atoms.symbols)) for atoms in made} == {crystal.split}
+    made = [prototypes.with_defect(cell, rng, crystal.split) for _ in range(200)]
+    assert {prototypes.split_of(set(atoms.symbols)) for atoms in made} == {crystal.split}
     assert len(cell) - 1 in {len(atoms) for atoms in made}
     if crystal.split == "train":
         assert len({frozenset(atoms.symbols) for atoms in made}) > 2
@@ -143,13 +144,13 @@ def test_defects_stay_in_the_split_of_their_crystal(name):
 @pytest.mark.parametrize("name", ["Cu fcc", "Fe bcc", "Mg hcp", "Si diamond", "Na-Cl rock salt"])
 def test_slabs_have_a_vacuum_and_the_crystal_s_density(name):
     [crystal] = [c for c in CRYSTALS if c.name == name]
-    cell = make._built(crystal.prototype, crystal.elements, crystal.a)
+    cell = prototypes.built(crystal.prototype, crystal.elements, crystal.a)
     rng = np.random.default_rng(1)
     cuts = [cut for _ in range(20) if (cut := make.slab(crystal, cell, rng)) is not None]
     assert {bool(cut.pbc[2]) for cut in cuts} == {True, False}
     for cut in cuts:
-        assert len(cut) <= make.MOST_ATOMS
-        assert make.nearest(cut) == pytest.approx(make.nearest(cell), rel=0.08)
+        assert len(cut) <= prototypes.MOST_ATOMS
+        assert prototypes.nearest(cut) == pytest.approx(prototypes.nearest(cell), rel=0.08)
         thickness = np.ptp(cut.positions[:, 2])
         assert cut.cell[2, 2] - thickness == pytest.approx(make.VACUUM)
 
@@ -175,7 +176,7 @@ def test_the_same_seed_yields_the_same_structures_and_another_round_others(quick
     assert np.abs(first[0].get_stress()).max() < 2e-3 and len(first[0]) == 1
     assert not np.allclose(first[1].cell, other[0].cell)
     for atoms in first:
-        assert make.nearest(atoms) > make.CLOSEST * make.nearest(first[0])
+        assert prototypes.nearest(atoms) > prototypes.CLOSEST * prototypes.nearest(first[0])
 
 
 def test_a_folder_takes_more_rounds_and_no_other_seed(quick, monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ RULES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlint
 MODEL = next(rule["layers"] for rule in RULES if rule["type"] == "layers")
 SCRIPT_FOLDERS = ("data", "docs", "make", "run")
 # by the makers of data
-SHARED = ("data.xtb.systems.", "data.xtb.sets.", "data.xtb.splits.", "data.crystals.make")
+SHARED = ("data.xtb.systems.", "data.xtb.sets.", "data.xtb.splits.", "data.crystals.prototypes")
 
 
 def imported(source: str) -> set[str]:
