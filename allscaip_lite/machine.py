@@ -63,9 +63,9 @@ def keep_freed_memory() -> None:
     """Let this process keep memory that was freed, for the tensors of the next call.
 
     The C library of Linux (glibc) gives large blocks back to the system, which has to clear them
-    before they are used again: up to a fifth of the time of a call (docs/speed.md). The settings are of
-    the whole process. Where the user has chosen, by `GLIBC_TUNABLES` or a variable `MALLOC_…_`, and
-    on other systems, nothing changes.
+    before they are used again: an eighth of the time of a small call (docs/speed.md). The settings
+    are of the whole process. Where the user has chosen, by `GLIBC_TUNABLES` or a variable
+    `MALLOC_…_`, and on other systems, nothing changes.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen and "GLIBC_TUNABLES" not in os.environ:
