@@ -249,9 +249,7 @@ def test_missing_file(tmp_path: Path) -> None:
 # --- official files ---------------------------------------------------------------------------
 
 
-EXPORTED = [
-    c.replace(smooth_bond_order=False, bond_order_softness=0.0) for c in PRESETS.values()
-]
+EXPORTED = [c.replace(smooth_bond_order=False, bond_order_softness=0.0) for c in PRESETS.values()]
 
 
 @pytest.mark.parametrize("config", [*VARIANTS.values(), *EXPORTED])

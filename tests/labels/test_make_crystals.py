@@ -117,6 +117,32 @@ def test_in_triples_elements_of_held_out_pairs_meet_and_no_triple_is_held_out_or
     assert held_out <= met
 
 
+def test_elements_of_a_mixture_share_their_sites_alike(monkeypatch):
+    monkeypatch.setattr(prototypes, "_relax", lambda atoms, fmax, steps: True)
+    mixtures = drawn(prototypes.mixtures, 2900)
+    assert {c.prototype for c in mixtures} == {name for name, _ in prototypes.MIXED}
+    rng = np.random.default_rng(0)
+    for crystal in mixtures[:100]:
+        groups = [shared.split("+") for shared in crystal.elements]
+        kinds = prototypes.PROTOTYPES[crystal.prototype].kinds
+        cell = prototypes.mixture(crystal, rng)
+        symbols = cell.get_chemical_symbols()
+        assert 4 <= len(cell) <= prototypes.MOST_ATOMS
+        for kind, group in enumerate(groups):
+            counts = [symbols.count(symbol) for symbol in group]
+            assert sum(counts) == len(cell) * kinds.count(kind) // len(kinds)
+            assert max(counts) - min(counts) <= 1
+
+
+def test_no_structure_of_a_mixture_is_of_a_system_that_is_held_out(quick):
+    crystal = prototypes.Crystal("perovskite", ("K+Na", "Mg", "F"), 4.0, natural=False)
+    assert crystal.split == "train"
+    made = [atoms for seed in range(3) for atoms in make.sample(crystal, 0, seed)]
+    systems = {atoms.info["system"] for atoms in made}
+    assert "F-Mg-Na" in systems and "F-K-Mg" not in systems
+    assert {atoms.info["data_id"] for atoms in made} > {"crystal_strained", "crystal_displaced"}
+
+
 @pytest.mark.parametrize("prototype", prototypes.PROTOTYPES)
 def test_a_pair_starts_where_its_atoms_touch(prototype):
     elements = ("K", "Cl", "Cl")
