@@ -21,7 +21,7 @@ from allscaip_lite.electrons import lowest_multiplicity
 from allscaip_lite.labels import LabelError, check_cell, counts_of
 
 REACH = 6.0  # Å: a wider gap between atoms along a vector of the cell is vacuum
-ANIONS = "N O F P S Cl Se Br Te I".split()
+GAP = 1.0  # eV: with more, half as many k-points are enough
 # The moments (μB) from which a ferromagnetic state is sought; a structure of other elements alone
 # has none, nor has one whose atoms have less than NO_MOMENT with half as many k-points.
 MOMENTS = {"V": 2.0, "Cr": 3.0, "Mn": 4.0, "Fe": 3.0, "Co": 2.0, "Ni": 1.0}
@@ -40,8 +40,8 @@ class Level:
         functional: By GPAW's name.
         magnetic: Whether structures with an element of MOMENTS are spin-polarised.
         cutoff: Of the plane waves, eV.
-        density: Of k-points, Å: a vector of length a has 2π/a times this, rounded up; two thirds of
-            that where a quarter of the atoms and more are ANIONS, as gaps need fewer.
+        density: Of k-points, Å: a vector of length a has 2π/a times this, rounded up; half of that
+            where these show a gap.
         stress: Whether there is one.
         pulay: By element, what takes GPAW's stress to that of a fixed cutoff, as PULAY has it.
         width: Of Gaussian smearing, eV.
@@ -62,7 +62,7 @@ class Level:
 
 
 LEVELS = {
-    "pbe": Level("PBE", True, 600.0, 2.0, pulay=PULAY),
+    "pbe": Level("PBE", True, 600.0, 3.0, pulay=PULAY),
     "rpbe": Level("RPBE", False, 500.0, 2.5, stress=False),
 }
 
@@ -79,7 +79,6 @@ def k_points(atoms: Atoms, density: float) -> tuple[int, ...]:
     vacuum = gaps > REACH
     if vacuum.all() and lowest_multiplicity(atoms, 0) > 1:
         raise LabelError(f"{atoms.symbols}: a molecule with unpaired electrons is not taken")
-    density *= 2 / 3 if np.isin(atoms.symbols, ANIONS).mean() >= 1 / 4 else 1
     counts = np.where(vacuum, 1, np.ceil(2 * np.pi * density * inverse - 1e-6))
     return tuple(map(int, counts))
 
@@ -112,13 +111,13 @@ def label(atoms: Atoms, level: str | Level = "pbe") -> Atoms:
 
     level = LEVELS[level] if isinstance(level, str) else level
     started = time.process_time()
-    counts = k_points(atoms, level.density)
     magnetic = level.magnetic and moments(atoms) is not None
+    few, many = (k_points(atoms, level.density * part) for part in (0.5, 1.0))
     try:
-        if magnetic:
-            coarse = _computed(atoms, level, k_points(atoms, level.density / 2), magnetic)
-            magnetic = np.abs(coarse.get_magnetic_moments()).max() > NO_MOMENT
-        work = _computed(atoms, level, counts, magnetic)
+        work = _computed(atoms, level, few, magnetic)
+        if many != few and not _has_gap(work):
+            magnetic = magnetic and np.abs(work.get_magnetic_moments()).max() > NO_MOMENT
+            work = _computed(atoms, level, many, magnetic)
         results = {
             "energy": float(work.get_potential_energy(force_consistent=True)),
             "forces": work.get_forces(),
@@ -161,3 +160,11 @@ def _computed(atoms: Atoms, level: Level, counts: tuple[int, ...], magnetic: boo
     )
     work.get_potential_energy()
     return work
+
+
+def _has_gap(work: Atoms) -> bool:
+    """Whether bands are full or empty and more than GAP apart, at the k-points that there are."""
+    unpaired = work.get_magnetic_moment()
+    paired = work.numbers.sum() - unpaired
+    homo, lumo = work.calc.get_homo_lumo()
+    return bool(abs(paired / 2 - round(paired / 2)) < 0.01 and lumo - homo > GAP)

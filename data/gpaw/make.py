@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -84,6 +85,11 @@ class Crystalline:
     @property
     def split(self) -> str:
         return self.crystal.split
+
+    @property
+    def magnetic(self) -> bool:
+        """Whether an element of the crystal may have a moment."""
+        return not gpaw.MOMENTS.keys().isdisjoint(self.crystal.elements)
 
     def structure(self) -> Atoms:
         """A small cell: strained, displaced, or with a defect."""
@@ -201,16 +207,20 @@ Entry = Crystalline | OnSurface | Gas
 
 
 def crystalline() -> list[Entry]:
-    """The set `crystals`, in the order of labelling: small cells, then larger ones."""
-    groups: dict[int, list[list[Entry]]] = {most_atoms: [] for most_atoms in MOST_ATOMS}
+    """The set `crystals`, in the order of labelling: small cells first, and of these the ones
+    without an element that may need spin, which doubles the time.
+    """
+    classes: dict[tuple[int, bool], list[list[Entry]]] = defaultdict(list)
     for (kind, split), count in SIZES.items():
         members = [crystal for crystal in listed(kind) if crystal.split == split]
         members.sort(key=lambda crystal: _number(crystal.name))
         turns = [(members[k % len(members)], k // len(members)) for k in range(count)]
         for most_atoms, part in zip(MOST_ATOMS, np.array_split(range(count), 2), strict=True):
-            entries: list[Entry] = [Crystalline(*turns[k], most_atoms) for k in part]
-            groups[most_atoms].append(entries)
-    return [entry for members in groups.values() for entry in merged(members)]
+            entries = [Crystalline(*turns[k], most_atoms) for k in part]
+            for magnetic in (False, True):
+                chosen: list[Entry] = [e for e in entries if e.magnetic == magnetic]
+                classes[most_atoms, magnetic].append(chosen)
+    return [entry for _, groups in sorted(classes.items()) for entry in merged(groups)]
 
 
 def adsorbed() -> list[Entry]:
@@ -249,7 +259,7 @@ def converging() -> list[Entry]:
         for level in (
             entry.level,
             replace(entry.level, cutoff=entry.level.cutoff + 300, pulay={}),
-            replace(entry.level, density=1.5 * entry.level.density),
+            replace(entry.level, density=4 / 3 * entry.level.density),
         )
     ]
 

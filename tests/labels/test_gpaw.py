@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.labels import LabelError, gpaw
 
 make = importlib.import_module("data.gpaw.make")
@@ -23,8 +23,6 @@ def test_k_points_follow_the_reciprocal_cell_and_vacuum_has_one():
     cell = bulk("Cu", cubic=True, a=3.6)
     assert gpaw.k_points(cell, 2.0) == (4, 4, 4)
     assert gpaw.k_points(cell.repeat((2, 1, 1)), 2.0) == (2, 4, 4)
-    salt = bulk("NaCl", "rocksalt", cubic=True, a=3.6)
-    assert gpaw.k_points(salt, 2.0) == (3, 3, 3)
     slab = fcc111("Cu", (1, 2, 3), vacuum=4.0)
     assert gpaw.k_points(slab, 2.0) == (6, 3, 1)
     slab.positions[:, 2] += 6.0  # across the border of the cell
@@ -56,7 +54,7 @@ def test_only_structures_with_a_magnetic_element_are_spin_polarised():
 @pytest.mark.slow
 def test_forces_and_stress_are_the_energy_s_derivatives():
     pytest.importorskip("gpaw")
-    level = replace(gpaw.LEVELS["pbe"], density=0.9)
+    level = replace(gpaw.LEVELS["pbe"], density=1.2)
     atoms = bulk("MgO", "rocksalt", a=4.3)
     atoms.positions[0, 0] += 0.1
     done = gpaw.label(atoms, level)
@@ -85,22 +83,36 @@ def test_forces_and_stress_are_the_energy_s_derivatives():
     assert gpaw.PULAY["O"] / atoms.get_volume() > 0.02  # what GPAW's own stress is off by
 
 
-@pytest.mark.parametrize(("moment", "spins"), [(2.0, [True, True]), (0.05, [True, False])])
-def test_few_k_points_tell_whether_there_is_a_moment(monkeypatch, moment, spins):
+@pytest.mark.parametrize(
+    ("symbol", "moment", "gap", "then"),
+    [
+        ("Fe", 2.1, 0.0, [True]),
+        ("Fe", 0.05, 0.0, [False]),
+        ("Fe", 2.0, 2.0, []),
+        ("Ca", 0.0, 2.0, []),
+        ("Ca", 0.0, 0.4, [False]),
+        ("K", 0.0, 9.0, [False]),  # bands are half full
+    ],
+)
+def test_few_k_points_tell_whether_more_and_spin_are_needed(monkeypatch, symbol, moment, gap, then):
     pytest.importorskip("gpaw")
     calls = []
+
+    class Known(SinglePointCalculator):
+        def get_homo_lumo(self):
+            return np.array([0.0, gap])
 
     def computed(atoms, level, counts, magnetic):
         calls.append((counts, magnetic))
         results = {"energy": 0.0, "free_energy": 0.0, "forces": np.zeros((1, 3))}
         results |= {"stress": np.zeros(6), "magmoms": np.full(1, moment), "magmom": moment}
         work = atoms.copy()
-        work.calc = SinglePointCalculator(work, **results)
+        work.calc = Known(work, **results)
         return work
 
     monkeypatch.setattr(gpaw, "_computed", computed)
-    gpaw.label(bulk("Fe", a=2.83))
-    assert calls == [((4, 4, 4), spins[0]), ((7, 7, 7), spins[1])]
+    gpaw.label(bulk(symbol, "bcc", a=2.83))
+    assert calls == [((5, 5, 5), symbol == "Fe"), *(((10, 10, 10), spin) for spin in then)]
 
 
 @pytest.mark.parametrize("kind", ["crystals", "adsorbates"])
@@ -194,3 +206,31 @@ def test_the_table_of_convergence_has_stresses_where_they_are_labelled(tmp_path)
     crystal, _, slab, _ = make.convergence_table(tmp_path, jobs).splitlines()[2:]
     assert [cell.strip() for cell in crystal.split("|")[3:6]] == ["-300.0", "0.0", "0.05"]
     assert [cell.strip() for cell in slab.split("|")[3:6]] == ["-300.0", "0.0", ""]
+
+
+def test_chgnet_is_measured_after_a_fit_of_the_elements(monkeypatch, tmp_path, capsys):
+    measure = importlib.import_module("data.gpaw.measure")
+    structures, shifts = [], {"Cu": -3.0, "Au": 5.0}
+    for symbols in ("Cu", "Au", "CuAu", "Cu3Au"):
+        atoms = Atoms(symbols, cell=np.eye(3) * 4.0, pbc=True)
+        atoms.positions[:, 0] = np.arange(len(atoms))
+        atoms.info |= {"charge": 0, "spin": 1 + atoms.numbers.sum() % 2, "data_id": "crystal"}
+        results = {"energy": 1.0, "forces": np.zeros((len(atoms), 3)), "stress": np.zeros(6)}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        structures.append(atoms)
+
+    def results_of(chosen):
+        return [
+            {
+                "energy": 1.0 + sum(shifts[symbol] for symbol in atoms.symbols),
+                "forces": np.full((len(atoms), 3), 0.02),
+                "stress": np.full(6, 1.5 * units.GPa),
+            }
+            for atoms in chosen
+        ]
+
+    monkeypatch.setattr(measure, "results_of", results_of)
+    write_aselmdb(tmp_path / "test.aselmdb", structures)
+    assert measure.main([str(tmp_path)]) == 0
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+    assert row[1:] == ["all", "4", "0.0", "0.0", "20.0", "20.0", "15000.0", "15000.0", ""]
