@@ -88,10 +88,10 @@ def test_forces_and_stress_are_the_energy_s_derivatives():
     [
         ("Fe", 2.1, 0.0, [True]),
         ("Fe", 0.05, 0.0, [False]),
-        ("Fe", 2.0, 2.0, []),
-        ("Ca", 0.0, 2.0, []),
-        ("Ca", 0.0, 0.4, [False]),
-        ("K", 0.0, 9.0, [False]),  # bands are half full
+        ("S", 0.0, 2.0, []),
+        ("S", 0.0, 0.4, [False]),
+        ("Si", 0.0, 2.0, [False]),  # no ion
+        ("F", 0.0, 9.0, [False]),  # bands are half full
     ],
 )
 def test_few_k_points_tell_whether_more_and_spin_are_needed(monkeypatch, symbol, moment, gap, then):
@@ -231,6 +231,8 @@ def test_chgnet_is_measured_after_a_fit_of_the_elements(monkeypatch, tmp_path, c
 
     monkeypatch.setattr(measure, "results_of", results_of)
     write_aselmdb(tmp_path / "test.aselmdb", structures)
-    assert measure.main([str(tmp_path)]) == 0
-    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
-    assert row[1:] == ["all", "4", "0.0", "0.0", "20.0", "20.0", "15000.0", "15000.0", ""]
+    for least, energy in ((4, "0.0"), (5, "–")):
+        monkeypatch.setattr(measure, "MIN_STRUCTURES", least)
+        assert measure.main([str(tmp_path)]) == 0
+        row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+        assert row[1:-1] == ["all", "4", energy, energy, "20.0", "20.0", "15000.0", "15000.0"]
