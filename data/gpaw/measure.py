@@ -2,8 +2,8 @@
 
     python data/gpaw/measure.py data/gpaw/test.aselmdb
 
-In: data with stress. Out: errors of the energy, after an energy of each element is fitted (CHGNet's
-have another zero), of forces and of the stress, by kind of structure, in the table of
+In: data with stress. Out: errors of forces, stress and, from 100 structures on, energies after one
+of each element is fitted (CHGNet's have another zero), by kind of structure, in the table of
 `allscaip-lite evaluate`, which does the same for a model of this package.
 """
 
@@ -23,6 +23,7 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.evaluation.errors import (
     GROUPS,
+    MIN_STRUCTURES,
     Residuals,
     by_group,
     describe,
@@ -52,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     data = Dataset(args.data)
     described = describe(data)
-    found = fit_references(described, chgnet_residuals(data))
+    found = chgnet_residuals(data)
+    if len(described) >= MIN_STRUCTURES:
+        found = fit_references(described, found)
+    else:
+        found = found._replace(energies=torch.full_like(found.energies, torch.nan))
     print(table(by_group(described, found, GROUPS["domain"])))
 
 
