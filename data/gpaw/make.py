@@ -379,7 +379,7 @@ def convergence_table(folder: Path, jobs: Sequence[queue.Job]) -> str:
                     stress,
                 ]
             )
-    head = ["structure", "finer: eV, k-points in 1/Å", "energy (meV/atom)"]
+    head = ["structure", "finer: eV, k-points (Å)", "energy (meV/atom)"]
     return markdown_table([*head, "a force (meV/Å)", "a stress (GPa)"], rows, "llrrr")
 
 
