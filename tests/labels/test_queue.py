@@ -325,7 +325,15 @@ class Interrupting:
         time.sleep(0)
 
 
-def test_ctrl_c_is_not_lost_in_a_destructor() -> None:
+@pytest.fixture
+def pythons_own_handler() -> Iterator[None]:
+    """Of SIGINT, which other tests, and what they start in this process, may have replaced."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_not_lost_in_a_destructor(pythons_own_handler: None) -> None:
     with queue._interrupts_noted() as stop:
         Interrupting()
         assert stop.is_set()
