@@ -294,7 +294,10 @@ def mixtures() -> list[Crystal]:
     drawn: list[tuple[str, Sequence[str]]] = []
     while len(drawn) < MIXTURES:
         prototype, kinds = MIXED[rng.integers(len(MIXED))]
-        pool = {kind: list(rng.permutation(SHARING[kind].split())) for kind in set(kinds)}
+        pool = {  # in an order that is the same in every process
+            kind: list(rng.permutation(SHARING[kind].split()))
+            for kind in sorted(set(kinds), reverse=True)
+        }
         elements = []
         for kind in kinds:
             count = int(rng.integers(1, 4)) + (kind == "metals")
