@@ -144,10 +144,15 @@ TRIPLED = {
 TRIPLES = {"N": 100, "O": 170, "F": 90, "S": 100, "Cl": 60, "anions": 100, "metals": 200}
 # What the set `mixtures` has: structures, and which elements share the sites of each kind.
 MIXED = (
-    *(("fcc", ("metals",)), ("bcc", ("metals",)), ("hcp", ("metals",))),
-    *(("rock salt", ("cations", "anions")), ("zinc blende", ("cations", "anions"))),
-    *(("B2", ("cations", "anions")), ("rutile", ("cations", "anions"))),
-    *(("fluorite", ("cations", "anions")), ("fluorite", ("anions", "cations"))),
+    ("fcc", ("metals",)),
+    ("bcc", ("metals",)),
+    ("hcp", ("metals",)),
+    ("rock salt", ("cations", "anions")),
+    ("zinc blende", ("cations", "anions")),
+    ("B2", ("cations", "anions")),
+    ("rutile", ("cations", "anions")),
+    ("fluorite", ("cations", "anions")),
+    ("fluorite", ("anions", "cations")),
     ("perovskite", ("cations", "cations", "anions")),
 )
 SHARING = {"metals": METALS, "cations": f"{METALS} {TETRAHEDRAL}", "anions": ANIONS}
