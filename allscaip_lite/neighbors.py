@@ -140,6 +140,29 @@ def _raise_coincident(first: Tensor, second: Tensor, index: int) -> None:
     )
 
 
+def reduced_cell(cell: Tensor, pbc: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The Minkowski-reduced lattice (3, 3) Å of a cell, and the whole numbers that make it of that.
+
+    Lattice vectors that are not periodic give way to normals of the others, or a tilted one would
+    lead to the wrong image.
+    """
+    whole = complete_cell((cell.detach().double() * pbc.unsqueeze(1)).cpu().numpy())
+    reduced, operation = minkowski_reduce(whole, pbc.cpu().numpy())
+    return np.asarray(reduced), operation
+
+
+def reduced_cells(structures: Structures) -> tuple[Tensor, Tensor, Tensor]:
+    """`reduced_cell` of each system, its inverse, and the whole numbers, (B, 3, 3) in float64 on
+    the CPU; unit matrices of systems that are not periodic.
+    """
+    lattice, operation = np.tile(np.eye(3), (2, len(structures), 1, 1))
+    for index in structures.pbc.any(1).nonzero().flatten().tolist():
+        cell, pbc = structures.cell[index], structures.pbc[index]
+        lattice[index], operation[index] = reduced_cell(cell, pbc)
+    inverse = np.linalg.inv(lattice)
+    return torch.from_numpy(lattice), torch.from_numpy(inverse), torch.from_numpy(operation)
+
+
 @torch.no_grad()
 def nearest_images(
     positions: Tensor, cell: Tensor, pbc: Tensor
@@ -148,8 +171,7 @@ def nearest_images(
 
     Exact for any cell: in the Minkowski-reduced cell the nearest image of a wrapped difference
     is among the 27 around it, and it is the difference itself where the lattice is orthogonal or
-    the difference shorter than half of every lattice vector. Lattice vectors that are not periodic
-    give way to normals of the others, or a tilted one would lead to the wrong image.
+    the difference shorter than half of every lattice vector.
 
     Args:
         positions: (N, 3) Å.
@@ -160,10 +182,8 @@ def nearest_images(
         Shifts (N, N, 3) in whole lattice vectors; and i (T,), j (T,), shift (T, 3) of the further
         images whose distance is the same within `TIE`.
     """
-    lattice = complete_cell((cell.double() * pbc.unsqueeze(1)).cpu().numpy())
-    reduced, operation = minkowski_reduce(lattice, pbc.cpu().numpy())
-    reduced = torch.as_tensor(np.asarray(reduced), device=cell.device)
-    operation = torch.as_tensor(operation, device=cell.device).double()  # lattice to reduced
+    parts = reduced_cell(cell, pbc)
+    reduced, operation = (torch.as_tensor(part, device=cell.device).double() for part in parts)
     difference = positions.double().unsqueeze(0) - positions.double().unsqueeze(1)  # (N, N, 3)
     place = difference @ torch.linalg.inv(reduced)
     shift = -place.round() * pbc  # (N, N, 3)

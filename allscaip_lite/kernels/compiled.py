@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ase.geometry import complete_cell, minkowski_reduce
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -149,19 +148,44 @@ def _compile(command: list[str], folder: Path, name: str) -> Path:
         return made.replace(library)  # at once, so that no other process sees half a file
 
 
-class _Rows(ctypes.Structure):
-    """`Rows` of kernels.c."""
+_C = {"int": ctypes.c_int, "long": ctypes.c_long, "double": ctypes.c_double, "*": ctypes.c_void_p}
 
-    _fields_ = (
-        ("heads", ctypes.c_int),
-        ("size", ctypes.c_int),
-        ("groups", ctypes.c_int),
-        ("width", ctypes.c_void_p),
-        ("first", ctypes.c_void_p),
-        ("state", ctypes.c_void_p),
-        ("log_weight", ctypes.c_void_p),
-        ("direction", ctypes.c_void_p),
+
+def _fields(*lines: str) -> list[tuple[str, Any]]:
+    """The fields of a structure of kernels.c, from lines of a type and names; * is any pointer."""
+    return [(name, _C[kind]) for kind, *names in map(str.split, lines) for name in names]
+
+
+class _Structure(ctypes.Structure):
+    """A structure of kernels.c. Tensors are pointers in it, and live as long as it does."""
+
+    def __init__(self, *values: Any) -> None:
+        self.kept = values
+        super().__init__(*(_pointer(x) if isinstance(x, Tensor) else x for x in values))
+
+
+class _Rows(_Structure):
+    _fields_ = _fields("int heads size groups", "* width first state log_weight direction")
+
+
+class _Boxes(_Structure):
+    _fields_ = _fields(
+        "int systems", "long longest", "double tie", "* natoms periodic", "* lattice inverse"
     )
+
+
+class _Systems(_Structure):
+    _fields_ = _fields(
+        "int heads size systems",
+        "long longest intervals",
+        "double per_length",
+        "* first distance table",
+    )
+
+
+def _pointer(x: Tensor) -> int:
+    assert x.is_contiguous()
+    return x.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -233,62 +257,63 @@ def neighborhood_attention(
         plain = neighborhoods if isinstance(neighborhoods, Neighborhoods) else neighborhoods.plain
         return attention.neighborhood_attention(qkv, plain, layout, heads)
     rows, widths = neighborhoods, [group.stop - group.start for group in heads.groups]
-    state = getattr(rows, layout)
+    call = _by_rows("attention", rows, layout, heads.number, widths)
     # made contiguous out here, where the derivative of doing so is known
     qkv = qkv.contiguous()
-    shape = (rows, state, widths, heads.number)
-    return _Attention.apply(qkv, rows.log_weight, rows.direction, *shape), None
+    shape = (len(qkv), qkv.shape[1] // 3)
+    return _Kernel.apply(call, shape, qkv, rows.log_weight, rows.direction), None
 
 
 def pair_sums(neighborhoods: Rows | Neighborhoods, weights: Tensor, degree: int) -> Tensor:
     """`attention.pair_sums`: (N, K) → (N, degree)."""
     if isinstance(neighborhoods, Neighborhoods):
         return attention.pair_sums(neighborhoods, weights, degree)
-    weights = weights.flatten()[neighborhoods.slots].contiguous()
-    return _PairSums.apply(weights, neighborhoods.direction, neighborhoods, degree)
+    rows = neighborhoods
+    call = _by_rows("order", rows, "source", 1, [1], degree)
+    weights = weights.flatten()[rows.slots].contiguous()
+    return _Kernel.apply(call, (len(rows.first) - 1, degree), weights, rows.direction)
 
 
-def _call(
-    function: Callable[..., int],
-    rows: Rows,
-    state: Tensor,
-    log_weight: Tensor,
-    direction: Tensor,
-    heads: int,
-    widths: list[int],
-    *arguments: Tensor | int,
-) -> None:
-    """Call a kernel for all rows, on as many threads as PyTorch may use."""
-    width = (ctypes.c_int * len(widths))(*widths)
-    tensors = (rows.first, state, log_weight, direction)
-    assert all(x.is_contiguous() for x in (*tensors, *arguments) if isinstance(x, Tensor))
-    n = len(rows.first) - 1
-    about = _Rows(
-        heads,
-        sum(widths),
-        len(widths),
-        ctypes.addressof(width),
-        *(tensor.data_ptr() for tensor in tensors),
-    )
-    _share(function, n, *arguments, before=(ctypes.byref(about),))
+def gelu(x: Tensor) -> Tensor:
+    """`F.gelu`, any shape."""
+    return _Kernel.apply(_by_number, x.shape, x.contiguous()) if _serves(x) else F.gelu(x)
 
 
-def _share(
-    function: Callable[..., int],
-    n: int,
-    *arguments: Tensor | float | list[Tensor],
-    before: tuple[Any, ...] = (),
+def _by_number(form: str, x: Tensor, *others: Tensor) -> None:
+    """Call a form of GELU's kernel (forward, backward, twice)."""
+    _run(f"gelu_{form}", x.numel(), None, x, *others)
+
+
+def _by_rows(
+    kernel: str, rows: Rows, layout: str, heads: int, widths: list[int], *numbers: int
+) -> Callable[..., None]:
+    """What calls a form of a kernel (forward, backward, twice) with tensors, for all rows."""
+    width = torch.tensor(widths, dtype=torch.int32)
+    tensors = (rows.first, getattr(rows, layout), rows.log_weight.detach(), rows.direction.detach())
+    about = _Rows(heads, sum(widths), len(widths), width, *tensors)
+
+    def call(form: str, *arguments: Tensor) -> None:
+        _run(f"{kernel}_{form}", len(rows.first) - 1, about, *numbers, *arguments)
+
+    return call
+
+
+def _run(
+    name: str, n: int, about: _Structure | None, *arguments: Tensor | float | list[Tensor]
 ) -> None:
     """Call a kernel for n rows or numbers, a part of them on each thread PyTorch may use.
 
     Of an argument that is a list each thread gets a tensor of its own, see `_threads`.
     """
+    dtype = next(x.dtype for x in arguments if isinstance(x, Tensor))
+    function = getattr(load_kernels(dtype), name)
+    before = [] if about is None else [ctypes.byref(about)]
 
     def passed(x: Tensor | float | list[Tensor], thread: int) -> Any:
         if isinstance(x, list):
             x = x[thread]
         if isinstance(x, Tensor):
-            return ctypes.c_void_p(x.data_ptr())
+            return ctypes.c_void_p(_pointer(x))
         return ctypes.c_double(x) if isinstance(x, float) else ctypes.c_int(x)
 
     def part(thread: int) -> int:
@@ -316,110 +341,48 @@ if hasattr(os, "register_at_fork"):  # the threads of a pool do not follow into 
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-class _Attention(torch.autograd.Function):
+class _Kernel(torch.autograd.Function):
+    """A kernel in three forms, twice differentiable: its value, derivative and second derivative.
+
+    call: calls a form with the first input; the gradient; changes of the derivatives; results.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any,
-        qkv: Tensor,
-        log_weight: Tensor,
-        direction: Tensor,
-        rows: Rows,
-        state: Tensor,
-        widths: list[int],
-        num_heads: int,
+        ctx: Any, call: Callable[..., None], shape: tuple[int, ...], *inputs: Tensor
     ) -> Tensor:
-        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        ctx.save_for_backward(qkv, log_weight, direction)
-        ctx.shape = (rows, state, num_heads, widths)
-        kernel = load_kernels(qkv.dtype).attention_forward
-        _call(kernel, rows, state, log_weight, direction, num_heads, widths, qkv, mixed)
-        return mixed
+        result = inputs[0].new_empty(shape)
+        ctx.call = call
+        ctx.save_for_backward(*inputs)
+        call("forward", inputs[0], result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        derivatives = _AttentionDerivative.apply(gradient, *ctx.saved_tensors, *ctx.shape)
-        return *derivatives, None, None, None, None
+        return None, None, *_KernelDerivative.apply(ctx.call, gradient, *ctx.saved_tensors)
 
 
-class _AttentionDerivative(torch.autograd.Function):
-    """What `_Attention` gives back, itself differentiable, once."""
+class _KernelDerivative(torch.autograd.Function):
+    """What `_Kernel` gives back, itself differentiable, once."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gradient: Tensor,
-        qkv: Tensor,
-        log_weight: Tensor,
-        direction: Tensor,
-        rows: Rows,
-        state: Tensor,
-        num_heads: int,
-        widths: list[int],
+        ctx: Any, call: Callable[..., None], gradient: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         gradient = gradient.contiguous()
-        ctx.save_for_backward(gradient, qkv, log_weight, direction)
-        ctx.shape = (rows, state, num_heads, widths)
-        results = tuple(torch.empty_like(x) for x in (qkv, log_weight, direction))
-        kernel = load_kernels(qkv.dtype).attention_backward
-        about = (rows, state, log_weight, direction, num_heads, widths)
-        _call(kernel, *about, qkv, gradient, *results)
+        ctx.call = call
+        ctx.save_for_backward(gradient, *inputs)
+        results = tuple(map(torch.empty_like, inputs))
+        call("backward", inputs[0], gradient, *results)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *changes: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, qkv, log_weight, direction = ctx.saved_tensors
-        rows, state, num_heads, widths = ctx.shape
-        results = [torch.empty_like(x) for x in (qkv, gradient, log_weight, direction)]
-        kernel = load_kernels(qkv.dtype).attention_twice
-        about = (rows, state, log_weight, direction, num_heads, widths)
-        _call(kernel, *about, qkv, gradient, *(x.contiguous() for x in changes), *results)
-        d_qkv, d_gradient, d_log_weight, d_direction = results
-        return d_gradient, d_qkv, d_log_weight, d_direction, None, None, None, None
-
-
-class _PairSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, direction: Tensor, rows: Rows, degree: int) -> Tensor:
-        sums = weight.new_empty(len(rows.first) - 1, degree)
-        ctx.save_for_backward(weight, direction)
-        ctx.shape = (rows, degree)
-        kernel = load_kernels(weight.dtype).order_forward
-        _call(kernel, rows, rows.source, weight, direction, 1, [1], degree, weight, sums)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        derivatives = _PairSumsDerivative.apply(gradient, *ctx.saved_tensors, *ctx.shape)
-        return *derivatives, None, None
-
-
-class _PairSumsDerivative(torch.autograd.Function):
-    """What `_PairSums` gives back, itself differentiable, once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gradient: Tensor, weight: Tensor, direction: Tensor, rows: Rows, degree: int
-    ) -> tuple[Tensor, ...]:
-        gradient = gradient.contiguous()
-        ctx.save_for_backward(gradient, weight, direction)
-        ctx.shape = (rows, degree)
-        results = torch.empty_like(weight), torch.empty_like(direction)
-        kernel = load_kernels(weight.dtype).order_backward
-        about = (rows, rows.source, weight, direction, 1, [1], degree)
-        _call(kernel, *about, weight, gradient, *results)
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *changes: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, weight, direction = ctx.saved_tensors
-        rows, degree = ctx.shape
-        results = [torch.empty_like(x) for x in (gradient, weight, direction)]
-        kernel = load_kernels(weight.dtype).order_twice
-        about = (rows, rows.source, weight, direction, 1, [1], degree)
-        _call(kernel, *about, weight, gradient, *(x.contiguous() for x in changes), *results)
-        return *results, None, None
+        gradient, *inputs = ctx.saved_tensors
+        results = [torch.empty_like(x) for x in (gradient, *inputs)]
+        ctx.call("twice", inputs[0], gradient, *(x.contiguous() for x in changes), *results)
+        return None, *results
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -433,8 +396,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed, inverse = torch.empty_like(x), x.new_empty(len(x), 1)
-        kernel = load_kernels(x.dtype).norm_forward
-        _share(kernel, len(x), x.shape[1], float(eps), x, weight, normed, inverse)
+        _run("norm_forward", len(x), None, x.shape[1], float(eps), x, weight, normed, inverse)
         ctx.save_for_backward(x, weight, inverse)
         return normed
 
@@ -453,47 +415,8 @@ class _RMSNormDerivative(RMSNormDerivative):
     ) -> tuple[Tensor, Tensor | None]:
         gradient, d_x = gradient.contiguous(), torch.empty_like(x)
         ctx.save_for_backward(gradient, x, weight, inverse)
-        kernel = load_kernels(x.dtype).norm_backward
-        _share(kernel, len(x), x.shape[1], gradient, x, weight, inverse, d_x)
+        _run("norm_backward", len(x), None, x.shape[1], gradient, x, weight, inverse, d_x)
         return d_x, (gradient * x * inverse).sum(0) if asked else None
-
-
-def gelu(x: Tensor) -> Tensor:
-    """`F.gelu`, any shape."""
-    return _GELU.apply(x.contiguous()) if _serves(x) else F.gelu(x)
-
-
-class _GELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        result = torch.empty_like(x)
-        _share(load_kernels(x.dtype).gelu_forward, x.numel(), x, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _GELUDerivative.apply(gradient, *ctx.saved_tensors)
-
-
-class _GELUDerivative(torch.autograd.Function):
-    """What `_GELU` gives back, itself differentiable, once."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
-        gradient, d_x = gradient.contiguous(), torch.empty_like(x)
-        ctx.save_for_backward(gradient, x)
-        _share(load_kernels(x.dtype).gelu_backward, x.numel(), gradient, x, d_x)
-        return d_x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, x = ctx.saved_tensors
-        change, d_gradient, d_x = change.contiguous(), torch.empty_like(x), torch.empty_like(x)
-        kernel = load_kernels(x.dtype).gelu_twice
-        _share(kernel, x.numel(), change, gradient, x, d_gradient, d_x)
-        return d_gradient, d_x
 
 
 # --- blocks -----------------------------------------------------------------------------------
@@ -614,22 +537,6 @@ def _tables(
     return None, 0.0
 
 
-class _Systems(ctypes.Structure):
-    """`Systems` of kernels.c."""
-
-    _fields_ = (
-        ("heads", ctypes.c_int),
-        ("size", ctypes.c_int),
-        ("systems", ctypes.c_int),
-        ("longest", ctypes.c_long),
-        ("intervals", ctypes.c_long),
-        ("per_length", ctypes.c_double),
-        ("first", ctypes.c_void_p),
-        ("distance", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-    )
-
-
 def node_attention(
     qkv: Tensor,
     bias: TabulatedBias | Tensor | None,
@@ -646,122 +553,74 @@ def node_attention(
         return fused_attention.node_attention(qkv, bias, systems, num_heads, dropout)
     if dropout or not qkv.numel():
         return attention.node_attention(qkv, bias.plain(), systems, num_heads, dropout)
-    first = _first(systems, len(qkv))
-    return _NodeAttention.apply(qkv.contiguous(), bias.distances, bias, first, num_heads), None
-
-
-def _first(systems: SystemTable, atoms: int) -> Tensor:
-    """(B+1,): where the atoms of each system begin, as they stand one after the other."""
     batch, longest = systems.real.shape
     if systems.slot is None:
-        return torch.arange(batch + 1) * longest
-    counts = torch.bincount(systems.slot // longest, minlength=batch)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        first = torch.arange(batch + 1) * longest
+    else:
+        first = F.pad(torch.bincount(systems.slot // longest, minlength=batch).cumsum(0), (1, 0))
+    distances, size = bias.distances.contiguous(), qkv.shape[1] // (3 * num_heads)
+    table = (len(bias.table), bias.per_length, first, distances.detach(), bias.table)
+    about = _Systems(num_heads, size, batch, longest, *table)
+    return _NodeAttention.apply(qkv.contiguous(), distances, about), None
 
 
 class _NodeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, distances: Tensor, bias: TabulatedBias, first: Tensor, heads: int
-    ) -> Tensor:
-        distances = distances.contiguous()
-        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        total = qkv.new_empty(len(qkv), heads)
-        ctx.about = (bias.table, bias.per_length, first, heads)
-        ctx.save_for_backward(qkv, distances, mixed, total)
-        _NodeAttention.call("node_forward", ctx.about, distances, qkv, mixed, total)
-        return mixed
+    """about: heads, and where the atoms of each system begin, their distances and the table."""
 
     @staticmethod
-    def call(name: str, about: tuple[Any, ...], distances: Tensor, qkv: Tensor, *rest: Any) -> None:
-        table, per_length, first, heads = about
-        assert table.is_contiguous()
-        systems = _Systems(
-            heads,
-            qkv.shape[1] // (3 * heads),
-            len(first) - 1,
-            distances.shape[-1],
-            len(table),
-            per_length,
-            *(x.data_ptr() for x in (first, distances, table)),
-        )
-        before = (ctypes.byref(systems),)
-        _share(getattr(load_kernels(qkv.dtype), name), len(qkv), qkv, *rest, before=before)
+    def forward(ctx: Any, qkv: Tensor, distances: Tensor, about: _Systems) -> Tensor:
+        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        total = qkv.new_empty(len(qkv), about.heads)
+        ctx.about = about
+        ctx.save_for_backward(qkv, distances, mixed, total)
+        _run("node_forward", len(qkv), about, qkv, mixed, total)
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, distances, mixed, total = ctx.saved_tensors
-        hidden = mixed.shape[1]
-        # of padding, nothing is written
-        d_distances = torch.zeros_like(distances)
+        d_distances = torch.zeros_like(distances)  # of padding, nothing is written
         d_q = torch.empty_like(mixed)
-        parts = [qkv.new_zeros(len(qkv), 2 * hidden) for _ in range(_threads(len(qkv)))]
-        results = (d_q, parts, d_distances)
-        rest = (mixed, total, gradient.contiguous(), *results)
-        _NodeAttention.call("node_backward", ctx.about, distances, qkv, *rest)
-        d_kv = sum(parts[1:], parts[0])
-        return torch.cat([d_q, d_kv], dim=1), d_distances, None, None, None
-
-
-class _Boxes(ctypes.Structure):
-    """`Boxes` of kernels.c."""
-
-    _fields_ = (
-        ("systems", ctypes.c_int),
-        ("longest", ctypes.c_long),
-        ("tie", ctypes.c_double),
-        ("natoms", ctypes.c_void_p),
-        ("periodic", ctypes.c_void_p),
-        ("lattice", ctypes.c_void_p),
-        ("inverse", ctypes.c_void_p),
-    )
+        parts = [qkv.new_zeros(len(qkv), 2 * mixed.shape[1]) for _ in range(_threads(len(qkv)))]
+        rest = (mixed, total, gradient.contiguous(), d_q, parts, d_distances)
+        _run("node_backward", len(qkv), ctx.about, qkv, *rest)
+        return torch.cat([d_q, sum(parts[1:], parts[0])], dim=1), d_distances, None
 
 
 def system_distances(structures: Structures, positions: Tensor) -> Tensor:
     """`neighbors.system_distances`: (B, n, 3) → (B, n, n) Å; once differentiable."""
     if not _serves(positions):
         return neighbors.system_distances(structures, positions)
-    lattice, operation = np.tile(np.eye(3), (2, len(structures), 1, 1))
-    for index in structures.pbc.any(1).nonzero().flatten().tolist():
-        pbc = structures.pbc[index].numpy()
-        cell = structures.cell[index].detach().double().numpy() * pbc[:, None]
-        lattice[index], operation[index] = minkowski_reduce(complete_cell(cell), pbc)
-    boxes = (lattice, np.linalg.inv(lattice), operation)
-    about = (structures.natoms, structures.pbc.long(), *(torch.as_tensor(x) for x in boxes))
-    return _Distances.apply(positions, structures.cell, about)
+    lattice, inverse, operation = neighbors.reduced_cells(structures)
+    boxes = (neighbors.TIE, structures.natoms, structures.pbc.long(), lattice, inverse)
+    about = _Boxes(*positions.shape[:2], *boxes)
+    return _Distances.apply(positions, structures.cell, about, operation)
 
 
 class _Distances(torch.autograd.Function):
-    """about: atoms (B,), periodic directions (B, 3), reduced lattices, their inverses, and what
-    makes them of the cells, (B, 3, 3) in float64.
+    """about: atoms, periodic directions, reduced lattices and their inverses; operation (B, 3, 3):
+    what makes these lattices of the cells.
     """
 
     @staticmethod
-    def forward(ctx: Any, positions: Tensor, cell: Tensor, about: tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        ctx: Any, positions: Tensor, cell: Tensor, about: _Boxes, operation: Tensor
+    ) -> Tensor:
         x = positions.permute(2, 0, 1).contiguous()  # (3, B, n)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, operation)
         ctx.about = about
         distances = x.new_zeros(*x.shape[1:], x.shape[2])
-        _Distances.call("distance_forward", about, x, distances)
+        _run("distance_forward", x[0].numel(), about, x, distances)
         return distances
-
-    @staticmethod
-    def call(name: str, about: tuple[Tensor, ...], x: Tensor, *rest: Tensor) -> None:
-        kept = [tensor.contiguous() for tensor in about[:4]]
-        _, batch, longest = x.shape
-        boxes = _Boxes(batch, longest, neighbors.TIE, *(tensor.data_ptr() for tensor in kept))
-        kernel, before = getattr(load_kernels(x.dtype), name), (ctypes.byref(boxes),)
-        _share(kernel, batch * longest, x, *rest, before=before)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        _, batch, longest = x.shape
-        d_positions = torch.zeros(batch, longest, 3, dtype=torch.float64)
-        d_lattice = torch.zeros(batch, longest, 3, 3, dtype=torch.float64)
+        x, operation = ctx.saved_tensors
+        d_positions = x.new_zeros(*x.shape[1:], 3, dtype=torch.float64)
+        d_lattice = d_positions.new_zeros(*x.shape[1:], 3, 3)
         results = (d_positions, d_lattice)
-        _Distances.call("distance_backward", ctx.about, x, gradient.contiguous(), *results)
-        d_cell = ctx.about[4].transpose(1, 2) @ d_lattice.sum(1)
-        return d_positions.to(x.dtype), d_cell.to(x.dtype), None
+        _run("distance_backward", x[0].numel(), ctx.about, x, gradient.contiguous(), *results)
+        d_cell = operation.transpose(1, 2) @ d_lattice.sum(1)
+        return d_positions.to(x.dtype), d_cell.to(x.dtype), None, None

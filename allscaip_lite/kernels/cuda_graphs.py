@@ -19,7 +19,7 @@ from torch import Tensor
 
 from allscaip_lite.errors import KernelError
 from allscaip_lite.graph import SLOT_STEP, build_graph
-from allscaip_lite.kernels.padded import PaddedBatch, Size, pad, padded_prediction, reduced_cells
+from allscaip_lite.kernels.padded import PaddedBatch, Size, lattices, pad, padded_prediction
 from allscaip_lite.model import AllScAIP, Prediction, without_weight_grad
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.structures import Structures
@@ -195,7 +195,7 @@ class RecordedModel:
         batch.structures.spin.copy_(structures.spin)
         if listed.periodic and not torch.equal(prepared.cell, structures.cell):
             batch.structures.cell.copy_(structures.cell)
-            for name, part in reduced_cells(structures).items():
+            for name, part in lattices(structures).items():
                 getattr(batch, name).copy_(part)
             prepared.cell = structures.cell
         return True

@@ -359,14 +359,14 @@ int attention_backward(const Rows *rows, int begin, int end, const REAL *qkv, co
 
 /* The derivative's derivative, for training on forces. `change`_qkv, _log_weight and _direction are
    what comes back to the three results of attention_backward; out go, all written, the derivatives
-   by its four inputs: d_qkv, d_gradient (M, heads*size), d_log_weight and d_direction.
+   by its four inputs: d_gradient (M, heads*size), d_qkv, d_log_weight and d_direction.
 
    Those three results, each times its change, add up to how far `gradient . attention` moves when
    qkv, log_weight and direction move by the changes. That is what is written down here, forwards,
    and then differentiated. Names: d_x is a derivative by x, x_change the movement of x. */
 int attention_twice(const Rows *rows, int begin, int end, const REAL *qkv, const REAL *gradient,
                     const REAL *change_qkv, const REAL *change_log_weight,
-                    const REAL *change_direction, REAL *d_qkv, REAL *d_gradient,
+                    const REAL *change_direction, REAL *d_gradient, REAL *d_qkv,
                     REAL *d_log_weight, REAL *d_direction)
 {
     size_t size = rows->size, degrees = rows->groups - 1, hidden = rows->heads * size;
@@ -1146,7 +1146,7 @@ LONG_LOOPS int gelu_forward(int begin, int end, const REAL *x, REAL *out)
 }
 
 /* Its derivative times g. */
-LONG_LOOPS int gelu_backward(int begin, int end, const REAL *g, const REAL *x, REAL *d_x)
+LONG_LOOPS int gelu_backward(int begin, int end, const REAL *x, const REAL *g, REAL *d_x)
 {
     for (int i = begin; i < end; i++) {
         REAL density, below = normal(x[i], &density);
@@ -1156,8 +1156,8 @@ LONG_LOOPS int gelu_backward(int begin, int end, const REAL *g, const REAL *x, R
 }
 
 /* The derivative's derivatives, by g and by x, times what comes back to it. */
-LONG_LOOPS int gelu_twice(int begin, int end, const REAL *change, const REAL *g, const REAL *x, REAL *d_g,
-               REAL *d_x)
+LONG_LOOPS int gelu_twice(int begin, int end, const REAL *x, const REAL *g, const REAL *change,
+                           REAL *d_g, REAL *d_x)
 {
     for (int i = begin; i < end; i++) {
         REAL density, below = normal(x[i], &density);

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import torch
-from ase.geometry import minkowski_reduce
 from torch import Tensor
 
 from allscaip_lite.attention import SystemTable
@@ -31,7 +29,7 @@ from allscaip_lite.graph import (
     pair_envelopes,
 )
 from allscaip_lite.model import AllScAIP, Geometry, Prediction
-from allscaip_lite.neighbors import TIE, pair_vectors, places_in_rows, safe_norm
+from allscaip_lite.neighbors import TIE, pair_vectors, places_in_rows, reduced_cells, safe_norm
 from allscaip_lite.operations import Operations
 from allscaip_lite.structures import Structures
 
@@ -112,7 +110,6 @@ def pad(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size
     periodic = structures.pbc.all(1)
     if bool((structures.pbc.any(1) != periodic).any()):
         raise KernelError("a structure is periodic in some directions, but not in all")
-    lattices = reduced_cells(structures)
 
     def more(tensor: Tensor, count: int, value: float = 0) -> Tensor:
         return torch.cat([tensor, tensor.new_full((count, *tensor.shape[1:]), value)])
@@ -133,24 +130,25 @@ def pad(structures: Structures, pairs: tuple[Tensor, Tensor, Tensor], size: Size
         second=more(second, unused),
         shift=more(shift, unused),
         present=more(torch.ones_like(first, dtype=torch.bool), unused),
-        **{name: more(part, rows if len(part) else 0) for name, part in lattices.items()},
+        **{
+            name: more(part, rows if len(part) else 0)
+            for name, part in lattices(structures).items()
+        },
         real_systems=more(torch.ones(batch, dtype=torch.bool), rows),
         real_atoms=more(torch.ones(n, dtype=torch.bool), missing),
     )
 
 
-def reduced_cells(structures: Structures) -> dict[str, Tensor]:
-    """`reduced`, `inverse` and `operation` of `Fixed`; of molecules beside crystals, unit cells."""
+def lattices(structures: Structures) -> dict[str, Tensor]:
+    """`reduced`, `inverse` and `operation` of `PaddedBatch`, in the structures' number type."""
+    parts = reduced_cells(structures)
     if not bool(structures.pbc.any()):
-        nothing = structures.cell.new_zeros(0, 3, 3)
-        return {"reduced": nothing, "inverse": nothing, "operation": nothing}
-    reduced = np.tile(np.eye(3), (len(structures), 1, 1))
-    operation = reduced.copy()
-    cells = structures.cell.detach().double().cpu().numpy()
-    for index in structures.pbc.any(1).nonzero().flatten().tolist():
-        reduced[index], operation[index] = minkowski_reduce(cells[index])
-    parts = {"reduced": reduced, "inverse": np.linalg.inv(reduced), "operation": operation}
-    return {name: torch.as_tensor(part).to(structures.cell) for name, part in parts.items()}
+        parts = parts[0][:0], parts[1][:0], parts[2][:0]
+    return dict(
+        zip(
+            ("reduced", "inverse", "operation"), (x.to(structures.cell) for x in parts), strict=True
+        )
+    )
 
 
 def padded_graph(
