@@ -19,10 +19,10 @@ from typing import Any
 
 from allscaip_lite import AllScAIPConfig
 from allscaip_lite.data.aselmdb import InMemory
-from allscaip_lite.evaluation.long_range import errors_by_gap
-from allscaip_lite.labels.point_charges import ions
 from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import Stage, fresh_model, train
+from data.long_range.curves import errors_by_gap
+from data.long_range.ions import ions
 
 SMALL = AllScAIPConfig(
     hidden_size=32,

@@ -1,4 +1,4 @@
-"""How large a model's errors are: on data sets and along distances."""
+"""How large a model's errors are on data sets."""
 
 from allscaip_lite.evaluation.errors import evaluate, residuals, summary
 

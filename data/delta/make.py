@@ -48,7 +48,6 @@ from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
 from allscaip_lite.labels import LabelError, aimnet2, counts_of, xtb
-from allscaip_lite.labels.point_charges import COULOMB
 from allscaip_lite.labels.sampling import (
     System,
     assemble,
@@ -59,6 +58,7 @@ from allscaip_lite.labels.sampling import (
 )
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
+from data.long_range.ions import COULOMB
 from data.xtb.splits import atom_count, split_of
 from data.xtb.systems import (
     further_ions,

@@ -1,4 +1,4 @@
-"""The sets of `data/long-range`: splits share nothing, states are the intended ones."""
+"""The sets of `data/long_range`: splits share nothing, states are the intended ones."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ase import Atoms
 
 from allscaip_lite.data.aselmdb import Dataset, checksum
 from allscaip_lite.labels import LabelError
-from allscaip_lite.labels.point_charges import COULOMB
+from data.long_range.ions import COULOMB
 
 pytest.importorskip("tblite")
 
 from allscaip_lite.labels.xtb import GFN2xTB
 
-make = importlib.import_module("data.long-range.make")
+make = importlib.import_module("data.long_range.make")
 NEAR, PAIRS, TRAINED_LENGTH = make.NEAR, make.PAIRS, make.TRAINED_LENGTH
 chain, chains, pairs, write_ions = make.chain, make.chains, make.pairs, make.write_ions
 

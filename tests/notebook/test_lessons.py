@@ -28,6 +28,7 @@ ALLOWED = {
     "MDAnalysis",
     "allscaip_lite",
     "ase",
+    "data",  # the makers' shared modules, in the copy of the repository that the lab is in
     "fairchem",  # where it is installed
     "ipywidgets",
     "matplotlib",

@@ -14,14 +14,14 @@ import pytest
 from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, InMemory
 from allscaip_lite.errors import DataError, InputError, RunError
-from allscaip_lite.evaluation.long_range import (
+from allscaip_lite.files import locked
+from allscaip_lite.training.loop import fresh_model
+from data.long_range.curves import (
     errors_by_gap,
     separation_curves,
     tail_exponent,
     tail_misfit,
 )
-from allscaip_lite.files import locked
-from allscaip_lite.training.loop import fresh_model
 from docs.studies.ablation import run as ablation
 from docs.studies.ablation.run import (
     MODELS,
@@ -40,7 +40,7 @@ TINY = Study(structures=(20,), seeds=(0,), steps=3, max_atoms=40, window=(6.0, 2
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ions")
-    importlib.import_module("data.long-range.make").write_ions(folder, 60, seed=0)
+    importlib.import_module("data.long_range.make").write_ions(folder, 60, seed=0)
     return folder
 
 
@@ -176,7 +176,7 @@ def test_the_push_on_a_pair_is_minus_the_slope_of_its_energy(data):
 def test_curves_without_an_axis_are_refused(data):
     plain = Dataset(data / "curves.aselmdb")[0]
     del plain.info["axis"]
-    with pytest.raises(DataError, match="long-range/make.py"):
+    with pytest.raises(DataError, match="long_range/make.py"):
         separation_curves(None, InMemory([plain]))
 
 

@@ -33,19 +33,19 @@ from allscaip_lite.config import AllScAIPConfig
 from allscaip_lite.data.aselmdb import Dataset, InMemory, checksum
 from allscaip_lite.data.batches import in_order
 from allscaip_lite.errors import InputError
-from allscaip_lite.evaluation.long_range import (
-    errors_by_gap,
-    rounded,
-    separation_curves,
-    tail_exponent,
-    tail_misfit,
-)
 from allscaip_lite.files import alone, store_text
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import processor_name, usable_device
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import Stage, fresh_model, train
+from data.long_range.curves import (
+    errors_by_gap,
+    rounded,
+    separation_curves,
+    tail_exponent,
+    tail_misfit,
+)
 
 # --- What is compared ------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 In: elements of `CHARGES` and positions. Out: energy (eV) and forces (eV/Å) by a formula, an ASE
 calculator of it, and structures of two groups of ions and dipoles: the structures of lesson 08 and
-of the set `ions` of `data/long-range/make.py`.
+of the set `ions`.
 
 Two structures that differ only in a gap wider than what a local model sees look alike to it
 (arXiv:2603.06567, on all-to-all node attention).
@@ -96,7 +96,7 @@ def join(first: Atoms, second: Atoms, kind: str, name: str, method: Calculator) 
         "charge": charge,
         "spin": 1,
         **counts_of(atoms, charge),
-        "reference_source": "allscaip-lite, data/long-range/make.py",
+        "reference_source": "allscaip-lite, data/long_range/make.py",
         "data_id": kind,
         "source": name,
         "distance": distance,

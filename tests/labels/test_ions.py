@@ -10,7 +10,7 @@ from ase.calculators.fd import calculate_numerical_forces
 
 from allscaip_lite import AllScAIP
 from allscaip_lite.labels import LabelError
-from allscaip_lite.labels.point_charges import (
+from data.long_range.ions import (
     CHARGES,
     COULOMB,
     PointCharges,

@@ -1,6 +1,6 @@
-"""Make the sets of `data/long-range`, whose energy reaches far: ions, pairs and chains.
+"""Make the sets of `data/long_range`, whose energy reaches far: ions, pairs and chains.
 
-    python data/long-range/make.py ions --out data/generated/long-range/ions
+    python data/long_range/make.py ions --out data/generated/long-range/ions
 
 In: the tables below and a seed. Out: `{train,val,test,curves}.aselmdb` with energies (eV) and
 forces (eV/Å). Each structure is two groups of atoms, and `info["distance"]` (Å) is the distance of
@@ -33,8 +33,8 @@ from tqdm import tqdm
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, write_aselmdb
 from allscaip_lite.labels import LabelError, counts_of
-from allscaip_lite.labels.point_charges import ion_curves, ions, join, labelled
 from allscaip_lite.labels.xtb import GFN2xTB
+from data.long_range.ions import ion_curves, ions, join, labelled
 
 FILES = (*SPLITS, "curves")
 
@@ -265,7 +265,7 @@ def chain(start: str, groups: int, end: str, kind: str, rng: np.random.Generator
     charge = int(atoms.info["charge"])
     atoms.info |= {
         **counts_of(atoms, charge),
-        "reference_source": "allscaip-lite, data/long-range/make.py",
+        "reference_source": "allscaip-lite, data/long_range/make.py",
         "data_id": kind,
         "source": f"{start}...{end}",
         "distance": distance,
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_script(
         add_arguments,
         run,
-        script="data/long-range/make.py",
+        script="data/long_range/make.py",
         description=__doc__,
         stopped="nothing was kept; the same command starts again",
         argv=argv,

@@ -73,7 +73,7 @@ def separation_curves(
         if not {"axis", "probe", "distance", "source"} <= atoms.info.keys():
             raise DataError(
                 f"{atoms.symbols}: a curve needs info axis, probe, distance and source; make the "
-                "data with `python data/long-range/make.py`"
+                "data with `python data/long_range/make.py`"
             )
     if model is None:
         values = [(atoms.get_potential_energy(), atoms.get_forces()) for atoms in structures]
