@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import InputError
@@ -22,6 +24,19 @@ def counts_of(atoms: Atoms, charge: int = 0) -> dict[str, Any]:
         "num_electrons": int(atoms.numbers.sum()) - charge,
         "composition": atoms.get_chemical_formula("hill"),
     }
+
+
+def with_labels(
+    atoms: Atoms, results: Mapping[str, Any], label: str, charge: int, spin: int, **more: Any
+) -> Atoms:
+    """A structure, given its labels: those of energy, forces and stress that are in `results`; and
+    `label` (the method's name), charge, spin, `counts_of` and `more` in its `info`.
+    """
+    labels = {name: results[name] for name in ("energy", "forces", "stress") if name in results}
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    atoms.info |= {"charge": charge, "spin": spin, **counts_of(atoms, charge), **more}
+    atoms.info["label"] = label
+    return atoms
 
 
 def check_cell(atoms: Atoms, method: str, vacuum: float) -> None:

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import stated_charge_and_spin
-from allscaip_lite.labels import LabelError, counts_of
+from allscaip_lite.labels import LabelError, with_labels
 
 ELEMENTS = "H B C N O F Si P S Cl As Se Br I".split()
 WEIGHTS = "models/aimnet2_wb97m-d3_ens.jpt"
@@ -106,9 +105,5 @@ def _together(structures: dict[int, Atoms]) -> dict[int, dict[str, Any]]:
 
 def label(atoms: Atoms) -> Atoms:
     """The structure with energy, forces and metadata in `info`; raises as `results_of` does."""
-    results = results_of([atoms])[0]
-    done = atoms.copy()
-    done.calc = SinglePointCalculator(done, energy=results["energy"], forces=results["forces"])
     charge = stated_charge_and_spin(atoms)[0] or 0
-    done.info |= {"charge": charge, "spin": 1, **counts_of(done, charge), "label": LEVEL}
-    return done
+    return with_labels(atoms.copy(), results_of([atoms])[0], LEVEL, charge, spin=1)

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite.electrons import lowest_multiplicity
-from allscaip_lite.labels import LabelError, check_cell, counts_of
+from allscaip_lite.labels import LabelError, check_cell, with_labels
 
 REACH = 6.0  # Å, of CHGNet's graph of atoms
 
@@ -68,10 +67,9 @@ def results_of(structures: Sequence[Atoms]) -> list[dict[str, Any]]:
             )
         )
     found = _network().predict_structure(crystals, task="efs", batch_size=4)
+    found = [found] if isinstance(found, dict) else found
     results = []
-    for atoms, values in zip(
-        structures, [found] if isinstance(found, dict) else found, strict=True
-    ):
+    for atoms, values in zip(structures, found, strict=True):
         stress = np.asarray(values["s"], dtype=float) * units.GPa
         energy = float(values["e"]) * len(atoms)
         results.append(
@@ -96,16 +94,8 @@ def label_all(structures: Sequence[Atoms]) -> list[Atoms]:
     The multiplicity in `info` is the lowest that the number of electrons allows: CHGNet knows none.
     Raises LabelError for what CHGNet does not take.
     """
-    labelled = []
-    for atoms, results in zip(structures, results_of(structures), strict=True):
-        done = atoms.copy()
-        names = ("energy", "forces", "stress")
-        done.calc = SinglePointCalculator(done, **{name: results[name] for name in names})
-        done.info |= {
-            "charge": 0,
-            "spin": lowest_multiplicity(done, 0),
-            **counts_of(done),
-            "label": f"CHGNet 0.3.0 (chgnet {version('chgnet')})",
-        }
-        labelled.append(done)
-    return labelled
+    label = f"CHGNet 0.3.0 (chgnet {version('chgnet')})"
+    return [
+        with_labels(atoms.copy(), results, label, 0, lowest_multiplicity(atoms, 0))
+        for atoms, results in zip(structures, results_of(structures), strict=True)
+    ]

@@ -15,15 +15,14 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureError
-from allscaip_lite.labels import LabelError, counts_of
+from allscaip_lite.labels import LabelError, with_labels
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,16 @@ def label(atoms: Atoms, level: Level = OMOL25) -> Atoms:
     net = np.abs(forces.sum(axis=0)).max()
     if not (np.isfinite(forces).all() and net < MAX_NET_FORCE):
         raise LabelError(f"the forces sum up to {net:.3f} eV/Å")
-    labelled = Atoms(atoms.numbers, atoms.positions)
-    labelled.info = dict(atoms.info) | properties
-    labelled.info |= {
-        **counts_of(atoms, charge),
-        "num_basis_functions": int(molecule.nao),
-        "seconds": round(time.process_time() - started, 1),
-        "label": f"{level.name} (PySCF {version('pyscf')})",
-    }
-    energy = float(state.e_tot) * units.Hartree
-    labelled.calc = SinglePointCalculator(labelled, energy=energy, forces=forces)
-    return labelled
+    return with_labels(
+        Atoms(atoms.numbers, atoms.positions, info=atoms.info),
+        {"energy": float(state.e_tot) * units.Hartree, "forces": forces},
+        f"{level.name} (PySCF {version('pyscf')})",
+        charge,
+        spin,
+        num_basis_functions=int(molecule.nao),
+        seconds=round(time.process_time() - started, 1),
+        **properties,
+    )
 
 
 def _ground_state(molecule: Any, spin: int, level: Level) -> Any:
@@ -296,18 +294,6 @@ def _properties(state: Any, spin: int) -> dict[str, Any]:
             "warnings": doubtful,
         }
     )
-
-
-class Entry(Protocol):
-    """What a data set is made of: something with structures to label."""
-
-    def structures(self) -> list[Atoms]:
-        """Its structures, with charge and spin multiplicity in `info`."""
-
-
-def label_entry(entry: Entry) -> list[Atoms]:
-    """The structures of an entry of a data set, labelled: the work of a queue."""
-    return [label(atoms) for atoms in entry.structures()]
 
 
 def job_file(name: str) -> str:

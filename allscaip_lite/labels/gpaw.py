@@ -15,10 +15,9 @@ from importlib.metadata import version
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import lowest_multiplicity
-from allscaip_lite.labels import LabelError, check_cell, counts_of
+from allscaip_lite.labels import LabelError, check_cell, with_labels
 
 REACH = 6.0  # Å: a wider gap between atoms along a vector of the cell is vacuum
 # Half as many k-points are enough where a quarter of the atoms and more are ANIONS and they show a
@@ -131,17 +130,15 @@ def label(atoms: Atoms, level: str | Level = "pbe") -> Atoms:
             results["stress"][:3] -= pulay / work.get_volume()
     except KohnShamConvergenceError as error:
         raise LabelError(f"{atoms.symbols}: the cycle did not converge") from error
-    done = atoms.copy()
-    done.calc = SinglePointCalculator(done, **results)
-    done.info |= {
-        "charge": 0,
-        "spin": lowest_multiplicity(done, 0),
-        **counts_of(done),
-        "magnetic_moment": round(float(work.get_magnetic_moment()), 4),
-        "seconds": round(time.process_time() - started, 1),
-        "label": f"{level.name} (GPAW {version('gpaw')})",
-    }
-    return done
+    return with_labels(
+        atoms.copy(),
+        results,
+        f"{level.name} (GPAW {version('gpaw')})",
+        charge=0,
+        spin=lowest_multiplicity(atoms, 0),
+        magnetic_moment=round(float(work.get_magnetic_moment()), 4),
+        seconds=round(time.process_time() - started, 1),
+    )
 
 
 def _computed(atoms: Atoms, level: Level, counts: tuple[int, ...], magnetic: bool) -> Atoms:

@@ -372,13 +372,3 @@ def stored(folder: str | os.PathLike[str], job: Job) -> list[Atoms]:
         return []
     data = Dataset(path)
     return [data[index] for index in range(len(data))]
-
-
-def store_plan(folder: str | os.PathLike[str], plan: Mapping[str, Any]) -> None:
-    """Record in `plan.json` which data set a folder holds; LabelError where it holds another."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "plan.json", json.dumps(plan, indent=0)
-    if path.exists() and path.read_text() != text:
-        raise LabelError(f"{folder} holds another data set (its plan.json): choose a new --out")
-    store_text(path, text)

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, CalculatorError
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from allscaip_lite.electrons import lowest_multiplicity, stated_charge_and_spin
-from allscaip_lite.labels import LabelError, counts_of
+from allscaip_lite.labels import LabelError, with_labels
 
 
 class GFN2xTB(Calculator):
@@ -142,16 +141,10 @@ def label(atoms: Atoms, max_force: float = np.inf) -> Atoms:
     largest = np.abs(results["forces"]).max()
     if not (np.isfinite([results["energy"], largest]).all() and largest < max_force):
         raise LabelError(f"{atoms.symbols} has a force of {largest:.1f} eV/Å")
-    charge, spin = _charge_and_spin(atoms)
-    labelled = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    labelled.info = atoms.info | {
-        "charge": charge,
-        "spin": spin,
-        **counts_of(atoms, charge),
-        "homo_lumo_gap": results["homo_lumo_gap"],
-        "label": f"GFN2-xTB, spin-polarised (tblite {version('tblite')})",
-    }
-    names = [name for name in ("energy", "forces", "stress") if name in results]
-    labels = {name: results[name] for name in names}
-    labelled.calc = SinglePointCalculator(labelled, **labels)
-    return labelled
+    return with_labels(
+        Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=atoms.info),
+        results,
+        f"GFN2-xTB, spin-polarised (tblite {version('tblite')})",
+        *_charge_and_spin(atoms),
+        homo_lumo_gap=results["homo_lumo_gap"],
+    )

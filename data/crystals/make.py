@@ -56,6 +56,7 @@ from data.crystals.prototypes import (
     strained,
     with_defect,
 )
+from data.xtb.sets import store_plan
 
 # --- How structures are made -----------------------------------------------------------------
 
@@ -209,7 +210,7 @@ def make(
     if rounds < 1:
         raise LabelError(f"{rounds} rounds make no structure: give 1 or more")
     chosen = crystals() if chosen is None else list(chosen)
-    queue.store_plan(folder, {"seed": seed, "crystals": [vars(crystal) for crystal in chosen]})
+    store_plan(folder, {"seed": seed, "crystals": [vars(crystal) for crystal in chosen]})
     jobs = [
         queue.Job(
             f"{crystal.name}, round {number}",

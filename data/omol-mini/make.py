@@ -54,7 +54,7 @@ from allscaip_lite.labels.sampling import (
 from allscaip_lite.labels.xtb import GFN2xTB
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
-from data.xtb.sets import Job, langevin, make_set, take_over, take_share
+from data.xtb.sets import Job, label_entry, langevin, make_set, take_over, take_share
 from data.xtb.splits import split_of
 
 # --- Species ---------------------------------------------------------------------------------
@@ -798,7 +798,7 @@ def compare(
         raise LabelError(f"{published} has no .xyz files")
     jobs = [queue.Job(one.path.stem, dft.job_file(one.path.stem), "all", one) for one in entries]
     if not collect_only:
-        queue.run_jobs(folder / "jobs", jobs, dft.label_entry, workers)
+        queue.run_jobs(folder / "jobs", jobs, label_entry, workers)
     rows = []
     for job in jobs:
         for ours in queue.stored(folder / "jobs", job):
@@ -853,7 +853,7 @@ def make(
         count = take_over(store, jobs, known, dft.OMOL25.name, atoms)
         print(f"{count} entries taken from {known}")
     if not collect_only:
-        queue.run_jobs(store, jobs, dft.label_entry, workers)
+        queue.run_jobs(store, jobs, label_entry, workers)
     queue.collect(store, jobs, folder)
     references = {
         job.task.element: atoms.get_potential_energy()

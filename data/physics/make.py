@@ -33,7 +33,7 @@ from allscaip_lite.labels.sampling import (
     in_state,
 )
 from allscaip_lite.labels.xtb import GFN2xTB
-from data.xtb.sets import take_over
+from data.xtb.sets import label_entry, take_over
 from data.xtb.systems import protomers
 
 MOLECULES = Path(__file__).parent / "molecules.txt"
@@ -267,7 +267,7 @@ def make_dft(
         count = take_over(store, jobs, known, dft.OMOL25.name)
         print(f"{count} groups taken from {known}")
     if not collect_only:
-        queue.run_jobs(store, jobs, dft.label_entry, workers)
+        queue.run_jobs(store, jobs, label_entry, workers)
     queue.collect(store, jobs, folder, ["test"])
 
 

@@ -39,6 +39,7 @@ from allscaip_lite.spcfw import (
     molecules,
     water_box,
 )
+from data.xtb.sets import store_plan
 
 if TYPE_CHECKING:
     import openmm
@@ -365,7 +366,7 @@ def make(
     """
     import openmm  # noqa: F401  a missing one is to be reported before any work
 
-    queue.store_plan(folder, {"seed": seed, "trajectories": [vars(t) for t in trajectories]})
+    store_plan(folder, {"seed": seed, "trajectories": [vars(t) for t in trajectories]})
     jobs = [queue.Job(t.name, t.name, t.split, (t, seed)) for t in trajectories]
     store = folder / "trajectories"
     queue.run_jobs(store, jobs, _sample, workers)

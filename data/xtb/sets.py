@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms, units
@@ -22,7 +23,7 @@ from ase.md.langevin import Langevin
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
 from allscaip_lite.files import store_text
-from allscaip_lite.labels import LabelError, queue
+from allscaip_lite.labels import LabelError, dft, queue
 from allscaip_lite.labels.sampling import System
 from allscaip_lite.labels.xtb import GFN2xTB, results_of
 
@@ -41,6 +42,28 @@ def langevin(start: Atoms, temperature: float, rng: np.random.Generator) -> Lang
         fixcm=False,
         rng=rng,
     )
+
+
+class Entry(Protocol):
+    """What a data set is made of: something with structures to label."""
+
+    def structures(self) -> list[Atoms]:
+        """Its structures, with charge and spin multiplicity in `info`."""
+
+
+def label_entry(entry: Entry) -> list[Atoms]:
+    """The structures of an entry of a data set, labelled by DFT: the work of a queue."""
+    return [dft.label(atoms) for atoms in entry.structures()]
+
+
+def store_plan(folder: str | os.PathLike[str], plan: Mapping[str, Any]) -> None:
+    """Record in `plan.json` which data set a folder holds; LabelError where it holds another."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "plan.json", json.dumps(plan, indent=0)
+    if path.exists() and path.read_text() != text:
+        raise LabelError(f"{folder} holds another data set (its plan.json): choose a new --out")
+    store_text(path, text)
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ def make_set(
     """
     folder = Path(folder)
     listed = [[job.system.name, job.count, job.split] for job in jobs]
-    queue.store_plan(folder, {"seed": jobs[0].seed, "jobs": listed})
+    store_plan(folder, {"seed": jobs[0].seed, "jobs": listed})
     queued = [
         queue.Job(job.system.name, f"{index:05d}", job.split, job) for index, job in enumerate(jobs)
     ]

@@ -276,10 +276,11 @@ def test_a_data_set_that_was_collected_is_taken_over(tmp_path):
 
 
 def test_a_folder_holds_one_plan(tmp_path):
-    queue.store_plan(tmp_path, {"seed": 0})
-    queue.store_plan(tmp_path, {"seed": 0})
+    store_plan = importlib.import_module("data.xtb.sets").store_plan
+    store_plan(tmp_path, {"seed": 0})
+    store_plan(tmp_path, {"seed": 0})
     with pytest.raises(LabelError, match="another data set"):
-        queue.store_plan(tmp_path, {"seed": 1})
+        store_plan(tmp_path, {"seed": 1})
 
 
 def wait_long(task: str) -> list[Atoms]:
