@@ -153,18 +153,11 @@ class _Option:
     to_official: Callable[[Any], Any] = lambda value: value
 
 
-def _less_one(value: int) -> int:
-    return value - 1
-
-
-def _plus_one(value: int) -> int:
-    return value + 1
-
-
 def _negated(value: Any) -> Any:
     return not value if isinstance(value, bool) else value  # which the configuration refuses
 
 
+_DEGREE = (lambda size: size - 1, lambda degree: degree + 1)  # sizes count the degree 0
 _NORMALIZATIONS = {"rmsnorm": "rms", "layernorm": "layer", "skip": "none"}
 _OFFICIAL_NORMALIZATIONS = {ours: official for official, ours in _NORMALIZATIONS.items()}
 _OPTIONS = (
@@ -180,8 +173,8 @@ _OPTIONS = (
     _Option("knn_lse_scale", "envelope_temperature", 0.1, float),
     _Option("distance_function", "distance_basis", "gaussian"),
     _Option("edge_distance_expansion_size", "num_distance_basis", 512),
-    _Option("edge_direction_expansion_size", "direction_degree", 6, _less_one, _plus_one),
-    _Option("node_direction_expansion_size", "bond_order_degree", 10, _less_one, _plus_one),
+    _Option("edge_direction_expansion_size", "direction_degree", 6, *_DEGREE),
+    _Option("node_direction_expansion_size", "bond_order_degree", 10, *_DEGREE),
     _Option("use_node_path", "node_attention", True),
     _Option("use_sincx_mask", "rotary", True),
     _Option("attn_num_freq", "num_rotary_frequencies", 32),

@@ -348,7 +348,7 @@ def rotary_bias(distances: Tensor, weight: Tensor, frequencies: Tensor) -> Tenso
     i, j = torch.triu_indices(n, n, device=distances.device)
     pairs = distances.flatten(1)[:, i * n + j]  # (B, n(n+1)/2)
     bias = F.softplus(_RotaryMix.apply(pairs.flatten(), weight, frequencies)).add(1e-6).log()
-    return _Symmetric.apply(bias.view(-1, len(i)), n).view(-1, batch, n, n)
+    return _Mirrored.apply(bias.view(-1, len(i)), n, False).view(-1, batch, n, n)
 
 
 def rotary_bias_and_slope(
@@ -361,35 +361,32 @@ def rotary_bias_and_slope(
     return inside.log(), torch.sigmoid(mixed) / inside * (weight @ slope.T)
 
 
-class _Symmetric(torch.autograd.Function):
+class _Mirrored(torch.autograd.Function):
+    """`_symmetric` or `_folded`, of which each is the derivative of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int, fold: bool) -> Tensor:
+        ctx.about = n, not fold
+        return _folded(x, n) if fold else _symmetric(x, n)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Mirrored.apply(gradient, *ctx.about), None, None
+
+
+def _symmetric(pairs: Tensor, n: int) -> Tensor:
     """Values of the pairs i ≤ j into full symmetric matrices: (C, n(n+1)/2) → (C, n, n)."""
-
-    @staticmethod
-    def forward(ctx: Any, pairs: Tensor, n: int) -> Tensor:
-        upper = torch.triu_indices(n, n, device=pairs.device)
-        place = upper.new_empty(n, n)
-        place[upper[0], upper[1]] = place[upper[1], upper[0]] = torch.arange(
-            upper.shape[1], device=pairs.device
-        )
-        return pairs.index_select(1, place.flatten()).view(-1, n, n)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Folded.apply(gradient), None
+    upper = torch.triu_indices(n, n, device=pairs.device)
+    place = upper.new_empty(n, n)
+    place[upper[0], upper[1]] = place[upper[1], upper[0]] = torch.arange(
+        upper.shape[1], device=pairs.device
+    )
+    return pairs.index_select(1, place.flatten()).view(-1, n, n)
 
 
-class _Folded(torch.autograd.Function):
-    """The transpose of `_Symmetric`: what stands at (i, j) and (j, i) added up."""
-
-    @staticmethod
-    def forward(ctx: Any, full: Tensor) -> Tensor:
-        ctx.n = n = full.shape[-1]
-        i, j = torch.triu_indices(n, n, device=full.device)
-        full = full.reshape(-1, n * n)
-        folded = full.index_select(1, i * n + j)
-        folded += full.index_select(1, j * n + i) * (i != j)
-        return folded
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Symmetric.apply(gradient, ctx.n)
+def _folded(full: Tensor, n: int) -> Tensor:
+    """Its transpose: what stands at (i, j) and (j, i) added up."""
+    i, j = torch.triu_indices(n, n, device=full.device)
+    full = full.reshape(-1, n * n)
+    folded = full.index_select(1, i * n + j)
+    return folded.add_(full.index_select(1, j * n + i) * (i != j))

@@ -330,7 +330,7 @@ KINDS = {
     "gathers, scatters": ("index", "gather", "scatter", "embedding", "::take"),
     "copies, fills": ("copy_", "::cat", "zero_", "fill_", "::empty", "::clone", "resize_"),
     "norms, softmax": ("norm", "softmax"),
-    "Python of our own kernels": ("Fused", "_RotaryMix", "_Symmetric", "_Folded"),
+    "Python of our own kernels": ("Fused", "_RotaryMix", "_Mirrored"),
     "sums": ("::sum", "::mean", "cumsum", "::max", "::amax"),
 }
 
