@@ -6,6 +6,7 @@ Charge and spin multiplicity are what `electrons` reads from `atoms.info`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -130,19 +131,12 @@ class Structures:
 
     def each(self) -> Iterator[Structures]:
         """The systems one by one, without gradients, in float64 and on the CPU."""
-        batch, start = self.to("cpu", torch.float64), 0
-        for index, natoms in enumerate(self.natoms.tolist()):
-            atoms, row = slice(start, start + natoms), slice(index, index + 1)
-            start += natoms
-            yield Structures(
-                batch.positions[atoms].detach(),
-                batch.atomic_numbers[atoms],
-                batch.cell[row].detach(),
-                batch.pbc[row],
-                batch.charge[row],
-                batch.spin[row],
-                batch.natoms[row],
-            )
+        sizes, per_atom = self.natoms.tolist(), {"positions", "atomic_numbers"}
+        parts = [
+            value.detach().split(sizes if name in per_atom else 1)
+            for name, value in self.to("cpu", torch.float64).tensors().items()
+        ]
+        yield from itertools.starmap(Structures, zip(*parts, strict=True))
 
     def clone(self) -> Structures:
         """The same batch in tensors of its own."""

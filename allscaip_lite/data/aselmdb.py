@@ -134,13 +134,9 @@ class Dataset:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"structure {index} of a data set of {len(self)}")
-        index %= len(self)
-        atoms = self._atoms(index)
+        atoms, where = self._atoms(index % len(self))
         if self.labelled:
             found = {} if atoms.calc is None else atoms.calc.results
-            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            number = index - int(self._starts[shard])
-            where = f"{self.paths[shard]}, structure {number} ({atoms.symbols})"
             try:
                 labels = checked_labels(found, len(atoms), where)
             except DataError as error:
@@ -152,10 +148,11 @@ class Dataset:
             atoms.calc.results = {**found, **labels}
         return atoms
 
-    def _atoms(self, index: int) -> Atoms:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard = self._shard(number)
-        return shard.atoms(shard.ids[index - int(self._starts[number])])
+    def _atoms(self, index: int) -> tuple[Atoms, str]:
+        """A structure, and the words that name it in messages."""
+        part, number = _place(self._starts, index)
+        atoms = self._shard(part).atoms(self._shard(part).ids[number])
+        return atoms, f"{self.paths[part]}, structure {number} ({atoms.symbols})"
 
     @property
     def natoms(self) -> np.ndarray:
@@ -180,7 +177,7 @@ class Dataset:
         """Whether `counts` is as long as the structures from `start` on, and right at both ends."""
         if counts.shape != (size,):
             return False
-        return all(int(counts[i]) == len(self._atoms(start + i)) for i in {0, size - 1} if size)
+        return all(int(counts[i]) == len(self._atoms(start + i)[0]) for i in {0, size - 1} if size)
 
     def _count(self, shard: int) -> np.ndarray:
         data = self._shard(shard)
@@ -278,8 +275,8 @@ class Mixture:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Atoms:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.sets[number][index - int(self._starts[number])]
+        part, number = _place(self._starts, index)
+        return self.sets[part][number]
 
     def epoch(self, seed: int, number: int) -> np.ndarray:
         """Shuffled indices (about len(self),) of what one epoch trains on.
@@ -301,6 +298,12 @@ class Mixture:
 
 
 LabelledData = Dataset | Subset | InMemory | Mixture  # what training and evaluation read
+
+
+def _place(starts: np.ndarray, index: int) -> tuple[int, int]:
+    """The part that an index is in, where all parts begin at `starts`, and its number there."""
+    part = int(np.searchsorted(starts, index, side="right")) - 1
+    return part, index - int(starts[part])
 
 
 def check_data(data: object) -> None:

@@ -105,25 +105,11 @@ def view_trajectory(frames: Sequence[Atoms]) -> Any:
 
 # --- what the explorer shares -------------------------------------------------------------------
 
-# A notebook that is not trusted shows only the message, because it does not run the script.
-_SHELL = """<div class="allscaip-view" data-view="@NAME@" role="group" aria-label="@TITLE@"
- style="max-width: @WIDTH@px">
-<p data-part="message">This is the place of an interactive view, but its script has not run. In
-JupyterLab: run the cell, or trust the notebook (File, Trust Notebook).</p>
-</div>
-<script>
-(() => {
-@SCRIPT@
-// a notebook may show the same output twice: start each copy once
-for (const root of document.querySelectorAll('[data-view="@NAME@"]')) {
-  if (!root.dataset.started) { root.dataset.started = "1"; attentionView(root, @DATA@); }
-}
-})();
-</script>"""
-
 
 def page_html(title: str, width: str, script: str, data: dict[str, Any]) -> str:
-    """HTML that calls `attentionView` of a script with data.
+    """HTML that calls `attentionView` of a script with data, in the frame of view.html.
+
+    A notebook that is not trusted shows only the frame's message, because it does not run scripts.
 
     Args:
         title: What a screen reader says.
@@ -131,7 +117,7 @@ def page_html(title: str, width: str, script: str, data: dict[str, Any]) -> str:
         script: The script that defines `attentionView(element, data)`; molecule_view.js is added.
         data: What goes into the page as JSON.
     """
-    html = _SHELL
+    html = resource("view.html").strip()
     for mark, value in {
         "SCRIPT": resource("molecule_view.js") + script,
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
