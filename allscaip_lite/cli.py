@@ -14,10 +14,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 from allscaip_lite import __version__
 from allscaip_lite.errors import InputError, StructureWarning
@@ -145,23 +145,46 @@ def run_script(
 def _exit_status(program: str, parse: Callable[[], argparse.Namespace]) -> int:
     """Parse the arguments and run what they name; messages for mistakes and for Ctrl-C."""
     stopped = "nothing was done"
-    try:
-        args = parse()
-        stopped = args.stopped
-        with _notes_at_the_end(program):
-            return args.run(args) or 0
-    except KeyboardInterrupt:
-        status, message = 130, f"stopped; {stopped}"
-    except Exception as error:
-        explained = _explanation(error)
-        if explained is None:
-            raise
-        status, message = 2, explained
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            message += f": free some space; {stopped}"
-    # the frames of the error are gone, and with them the progress bars that stood there
-    print(f"{program}: {message}", file=sys.stderr)
+    out, errors = map(_Plain, (sys.stdout, sys.stderr))
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, errors)):
+        try:
+            args = parse()
+            stopped = args.stopped
+            with _notes_at_the_end(program):
+                return args.run(args) or 0
+        except KeyboardInterrupt:
+            status, message = 130, f"stopped; {stopped}"
+        except Exception as error:
+            explained = _explanation(error)
+            if explained is None:
+                raise
+            status, message = 2, explained
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                message += f": free some space; {stopped}"
+        # the frames of the error are gone, and with them the progress bars that stood there
+        print(f"{program}: {message}", file=sys.stderr)
     return status
+
+
+class _Plain:
+    """A stream that writes as escapes what its encoding lacks, and what could steer the terminal:
+    names, of files and in them, are their author's.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        known = self.stream.encoding or "utf-8"
+        shown = _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+        return self.stream.write(shown.encode(known, "backslashreplace").decode(known))
+
+
+# C0 and C1 but for \t, \n, and \r around a progress bar; and what turns the direction of writing.
+_CONTROL = re.compile(r"[\0-\x08\x0b\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|(?<=\S)\r(?=.)")
 
 
 @contextmanager
@@ -229,9 +252,9 @@ def _print_table(title: str, table: Mapping[str, Any], indent: str = "") -> None
     print(f"{indent}{title}:")
     for key, value in table.items():
         if isinstance(value, Mapping):
-            _print_table(str(_shown(key)), value, indent + "  ")
+            _print_table(key, value, indent + "  ")
         else:
-            print(f"{indent}  {_shown(key)}: {_shown(value)}")
+            print(f"{indent}  {key}: {_shown(value)}")
 
 
 def _shown(value: object) -> object:
@@ -240,8 +263,7 @@ def _shown(value: object) -> object:
         return f"[{', '.join(str(_shown(item)) for item in value)}]"
     if isinstance(value, float):
         return f"{value:.6g}"
-    # a card is its author's: what is not printable could steer the terminal
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(value))
+    return value
 
 
 def _explanation(error: Exception) -> str | None:

@@ -27,7 +27,9 @@ CHARGE_NAMES = (
 SPIN_NAMES = (
     "spin multiplicity spin_multiplicity molecular_multiplicity total_multiplicity mult spin_mult"
 ).split()
-_PERHAPS = re.compile("charge|chrg|spin|multipl|unpaired|uhf|magmom|magneti|(?:^|total_)2?[qs]$")
+_PERHAPS = re.compile(
+    "charge|chrg|spin|multipl|unpaired|uhf|magmom|magneti|(?:^|total_)2?[qs]$|^q_?tot"
+)
 NOT_GIVEN = ("", "none", "nan", "null")  # as text
 
 

@@ -258,11 +258,10 @@ def check_structure(
         if not np.isfinite(atoms.cell.array).all():
             raise StructureError(f"{where}: the cell is not finite")
         lengths, whole = atoms.cell.lengths(), atoms.cell.complete()
-        solid = whole.volume > 1e-9
-        heights = lengths  # between opposite faces
-        if solid:
+        heights = np.zeros(3)  # between opposite faces
+        if whole.volume > 1e-9:
             heights = np.minimum(lengths, 1 / np.linalg.norm(np.linalg.inv(whole.array), axis=0))
-        if heights[atoms.pbc].min() < THINNEST or not solid:
+        if heights[atoms.pbc].min() < THINNEST:
             raise StructureError(
                 f"{where} is periodic along a lattice vector that is zero or flat: its cell is "
                 f"{heights[atoms.pbc].min():.2g} Å thin"

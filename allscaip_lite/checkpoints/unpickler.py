@@ -24,6 +24,7 @@ CHECKPOINT_MODULE = "fairchem.core.units.mlip_unit.api.inference"
 CHECKPOINT_CLASS = "MLIPInferenceCheckpoint"
 PROGRAM_BYTES = 4 << 20  # of a checkpoint's pickle; weights are outside it
 PROGRAM_TUPLES = 50_000  # four a tensor; to hash one of a million levels ends the process
+VALUES = 100_000  # of a configuration; the released ones have some hundreds
 
 
 class Record:
@@ -144,7 +145,7 @@ def to_plain(value: Any, _depth: int = 0, _budget: Budget | None = None) -> Any:
     followed stay the text they are.
     """
     # what is shared is counted each time, as it is copied, and written in a message, each time
-    budget = _budget or Budget(10**7, "values in a configuration", CheckpointError)
+    budget = _budget or Budget(VALUES, "values in a configuration", CheckpointError)
     budget.spend(1 + len(value) if isinstance(value, (str, bytes)) else 1)
     if _depth > _MAX_DEPTH:
         raise CheckpointError("the configuration refers to itself, or is nested too deep")

@@ -216,7 +216,7 @@ def run_md(
             generator.bit_generator.state = json.loads(str(state["random"]))
             frames, seconds = int(state["frames"]), float(state["seconds"])
     written = _Written(folder)
-    written.resume(state or {}, frames, -1 if state is None else integrator.nsteps)
+    written.resume(state or {}, frames, -1 if state is None else integrator.nsteps, atoms)
     _simulate(integrator, settings, generator, folder, written, seconds, progress)
     return moving
 
@@ -476,8 +476,11 @@ def _calculator_fingerprint(calculator: Calculator) -> str:
 def _claim(folder: Path, plan: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The state in the folder if it is of the same run; the folder is ours afterwards."""
     listing, state = folder / "settings.json", read_state(folder / "state.npz", _arrays)
-    if state is not None and not listing.exists():  # of which run it is, nothing else says
-        raise _not_as_written(listing)
+    log, trajectory = folder / "log.csv", folder / "trajectory.traj"
+    if not listing.exists() and (state is not None or log.exists() or trajectory.exists()):
+        raise _not_as_written(listing)  # of which run they are, nothing else says
+    if state is None and log.exists() and len(log.read_bytes().splitlines()) > 2:
+        raise _not_as_written(folder / "state.npz")  # saved at the first line and later
     if listing.exists():
         known = read_settings(folder)
         # what a run of another version did not write down is not held against it
@@ -552,12 +555,12 @@ class _Written:
         with store_state(self.trajectory.with_name("state.npz")) as partial:
             np.savez(partial, **arrays)
 
-    def resume(self, state: Mapping[str, np.ndarray], frames: int, step: int) -> None:
+    def resume(self, state: Mapping[str, np.ndarray], frames: int, step: int, start: Atoms) -> None:
         """Bring trajectory and log back to what they were when the state was saved.
 
         What was written later is cut off. Raises RunError where they are not what was written.
         """
-        self._resume_trajectory(frames, str(state.get("frames_sha256", "")))
+        self._resume_trajectory(frames, str(state.get("frames_sha256", "")), start)
         if "log_sha256" in state:
             content = self.log.read_bytes() if self.log.exists() else b""
             content = content[: int(state["log_bytes"])]
@@ -569,7 +572,7 @@ class _Written:
             _cut_log(self.log, step)
         self.summary()
 
-    def _resume_trajectory(self, frames: int, checksum: str) -> None:
+    def _resume_trajectory(self, frames: int, checksum: str, start: Atoms) -> None:
         if not frames:
             self.trajectory.unlink(missing_ok=True)
             return
@@ -579,6 +582,8 @@ class _Written:
                 kept = [known[index] for index in range(min(count, frames))]
             for atoms in kept:
                 self.add(atoms)
+                if [*atoms.numbers, *atoms.pbc] != [*start.numbers, *start.pbc]:
+                    raise ValueError("its atoms are others")
         except Exception as error:  # ASE's reader fails in many ways on what is cut or changed
             raise _not_as_written(self.trajectory) from error
         if count < frames or (checksum and self.of_frames.hexdigest() != checksum):
@@ -597,7 +602,9 @@ def _not_as_written(file: Path) -> RunError:
     what = (
         "is not as the run left it (cut short, changed or broken)" if file.exists() else "is gone"
     )
-    return RunError(f"{file} {what}: bring it back, or remove {file.parent} and start again")
+    return RunError(
+        f"{file} {what}: bring it back, choose another folder, or remove this one and start again"
+    )
 
 
 def _cut_log(file: Path, step: int) -> None:

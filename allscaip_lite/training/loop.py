@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -85,6 +86,8 @@ class Stage:
             if not 0 <= value < math.inf or (name == "learning_rate" and not value):
                 least = "above 0" if name == "learning_rate" else "0 or more"
                 raise RunError(f"{name} {value} of the {self.name} stage: give a number, {least}")
+        if not self.energy_weight + self.force_weight + self.stress_weight:
+            raise RunError(f"all weights of the {self.name} stage are 0: nothing would be learned")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_fraction`."""
@@ -477,6 +480,15 @@ def train(
             if "log" in saved and fabric.global_rank == 0:  # without what came after the state
                 store_text(log_file, saved["log"])
     else:
+        known = log_file.read_text() if log_file.exists() else ""
+        steps = [int(step) for step in re.findall('"step": ([0-9]+)', known)]
+        models = [file for s in stages if (file := folder / f"{s.name}.safetensors").exists()]
+        if models or max(steps, default=math.inf if known else 0) > save_every:
+            raise RunError(
+                f"{(models or [log_file])[0]} is there, but no state.pt of the run that wrote "
+                "it: bring that back, or give another --out"
+            )
+        log_file.unlink(missing_ok=True)  # lines of a run that was stopped before its first state
         missing, counts = missing_energies(model.eval(), training_data, 50)
         check_zero(missing / counts[:, :-1].sum(1), model)
     if fabric.broadcast(start) != start:
@@ -749,7 +761,7 @@ def run(args: argparse.Namespace) -> None:
             devices=int(args.devices) if args.devices.isdigit() else args.devices,
             num_nodes=args.nodes,
         )
-    except (RuntimeError, TypeError, ValueError) as error:  # Lightning's
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # Lightning's
         raise InputError(
             f"--accelerator {args.accelerator} --devices {args.devices} is not possible here: "
             f"{error}"

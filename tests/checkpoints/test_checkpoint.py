@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import huggingface_hub
 import numpy as np
 import pytest
@@ -638,7 +639,7 @@ def test_small_files_cannot_ask_for_much(tmp_path: Path, program: bytes, complai
 
 def test_a_configuration_of_shared_lists_is_not_copied_for_ever(tmp_path: Path) -> None:
     path = write_program(tmp_path / "m.pt", b"\x80\x02" + shared_lists(60) + b".")
-    with pytest.raises(CheckpointError, match="values in a configuration"):
+    with pytest.raises(CheckpointError, match="more than 100,000 values in a configuration"):
         to_plain(read_torch_file(path))
 
 
@@ -688,14 +689,26 @@ def test_what_is_no_model_says_so(tmp_path: Path) -> None:
             load_model(tmp_path / "w.xyz")
 
 
-def test_a_card_does_not_steer_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_names_do_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card = {"note": "\x1b[2Jgone", "\x1b[31m": {"\x07": [1.0, "\x1b]0;title"]}}
+    """Nor do they end a command where the terminal cannot show them."""
+    hostile = "\x1b[2Jgone\x07\u202e"
+    card = {"note": hostile, hostile: {"\x07": [1.0, hostile]}}
     path = save_model(AllScAIP(TINY), tmp_path / "m.safetensors", card)
+    water = molecule("H2O", info={hostile + "charge": 1})
+    ase.io.write(tmp_path / f"{hostile}.traj", water)
     assert cli.main(["info", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and "\x07" not in printed and r"\x1b[2Jgone" in printed
+    assert cli.main(["predict", str(tmp_path / f"{hostile}.traj"), "--model", str(path)]) == 0
+    assert cli.main(["info", f"{hostile}\udcff"]) == 2
+    printed = "".join(capsys.readouterr())
+    assert not any(c in printed for c in "\x1b\x07\u202e\udcff")
+    assert printed.count(r"\x1b[2Jgone\x07\u202e") >= 7 and r"\udcff" in printed
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    assert cli.main(["predict", str(tmp_path / f"{hostile}.traj"), "--model", str(path)]) == 0
+    screen.flush()
+    assert rb"force (eV/\xc5)" in screen.buffer.getvalue()
 
 
 def test_classes_of_the_file_cannot_reach_ours(tmp_path: Path) -> None:

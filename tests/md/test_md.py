@@ -633,6 +633,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     [
         ("trajectory.traj", lambda content: content[: len(content) // 2], "cut short"),
         ("trajectory.traj", lambda content: content.replace(content[-2000:-1992], b"12345678"), ""),
+        ("trajectory.traj", lambda content: content.replace(b"\x1d\0\0", b"\x2f\0\0"), ""),
         ("trajectory.traj", None, "is gone"),
         ("log.csv", lambda content: content.replace(b"1", b"2", 1), "changed"),
         ("log.csv", None, "is gone"),
@@ -653,6 +654,24 @@ def test_files_of_a_run_that_changed_are_not_run_on_into(tmp_path, name, damage,
         run_md(copper(), EMT(), longer, tmp_path, progress=False)
     file.write_bytes(content)
     run_md(copper(), EMT(), longer, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("name", ["trajectory.traj", "log.csv"])
+def test_files_of_something_else_are_not_written_over(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match="settings.json is gone: .* choose another folder"):
+        run_md(copper(), EMT(), short(), tmp_path, progress=False)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_without_its_state_does_not_start_again(tmp_path):
+    run_md(copper(), EMT(), short(), tmp_path, progress=False)
+    for state in tmp_path.glob("state*.npz"):
+        state.unlink()
+    with pytest.raises(RunError, match="state.npz is gone"):
+        run_md(copper(), EMT(), short(), tmp_path, progress=False)
+    (tmp_path / "log.csv").write_text("step\n0\n")  # as if killed before the first state
+    run_md(copper(), EMT(), short(), tmp_path, progress=False)
 
 
 def test_a_damaged_state_falls_back_on_the_one_before(tmp_path):

@@ -182,7 +182,7 @@ def test_initial_charges_and_moments_that_contradict_are_mentioned() -> None:
         structures_from_atoms(ion)
 
 
-@pytest.mark.parametrize("name", ["total_spin", "S", "2S", "q", "total_magnetization"])
+@pytest.mark.parametrize("name", ["total_spin", "S", "2S", "q", "qtot", "total_magnetization"])
 def test_a_name_whose_meaning_is_not_certain_is_mentioned(name: str) -> None:
     atoms = molecule("H2O", info={name: 0.5, "mulliken_charges": [0.1, 0.2, -0.3], "pbcs": 1})
     words = rf'^H2O \(whose info\["{name}"\] = 0.5 is not read\): no charge'
@@ -257,7 +257,7 @@ def periodic(cell: object, pbc: object = True) -> Atoms:
         (misplaced(float("inf"), 0), r"positions of atoms \[0\] are not finite"),
         (periodic(None), "periodic along a lattice vector that is zero or flat"),
         (periodic([4.0, 4.0, 0.0]), "periodic along a lattice vector that is zero or flat"),
-        (periodic([(4, 0, 0), (0, 4, 0), (4, 4, 0)]), "zero or flat"),
+        (periodic([(4, 0, 0), (0, 4, 0), (4, 4, 0)]), "zero or flat: its cell is 0 Å thin"),
         (periodic([0.0, 4.0, 4.0], (True, False, False)), "zero or flat"),
         (periodic([4.0, 4.0, float("nan")]), "the cell is not finite"),
     ],

@@ -91,6 +91,8 @@ def small_model(data: Dataset, **changes: object) -> AllScAIP:
 def test_a_stage_that_learns_nothing_is_refused(change: dict) -> None:
     with pytest.raises(RunError, match=f"{next(iter(change))} .* of the direct stage: give"):
         replace(training.direct_stage(10), **change)
+    with pytest.raises(RunError, match="all weights of the direct stage are 0"):
+        replace(training.direct_stage(10), energy_weight=0, force_weight=0)
 
 
 def test_loss_by_hand(data: Dataset) -> None:
@@ -600,6 +602,28 @@ def test_a_state_of_something_else_is_said(
     assert "\n" not in str(said.value)
 
 
+def test_a_folder_without_its_state_is_not_written_over(data: Dataset, tmp_path: Path) -> None:
+    """But for the lines of a run that was stopped before its first state, which come anew."""
+    options = {"max_atoms": 40, "validate_every": 1}
+
+    def stop(stage: Stage, step: int, value: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small_model(data), [direct_stage(2)], data, data, tmp_path, watch=stop, **options)
+    train(small_model(data), [direct_stage(2)], data, data, tmp_path, **options)
+    log = tmp_path / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 2
+    (tmp_path / "state.pt").unlink()
+    for present in ("direct.safetensors", "log.jsonl"):
+        with pytest.raises(RunError, match=rf"{present} is there, but no state\.pt"):
+            train(small_model(data), [direct_stage(2)], data, data, tmp_path, **options)
+        (tmp_path / "direct.safetensors").unlink(missing_ok=True)
+        log.write_text("another program's")
+    assert log.read_text() == "another program's"
+
+
 def test_a_loss_that_explodes_stops_the_run(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"not finite at step \d+: lower the learning rate"):
         train(
@@ -878,6 +902,7 @@ def test_the_command_explains(
         (command(twenty, tmp_path, 0, 0), "nothing to train: give --direct-steps"),
         ([*command(twenty, tmp_path, 1, 0), "--max-atoms", "2"], "does not fit into batches of 2"),
         (command(tmp_path / "missing.aselmdb", tmp_path, 1, 0), "missing.aselmdb"),
+        ([*command(twenty, tmp_path, 1, 0), "--accelerator", "tpu"], "tpu --devices 1 is not poss"),
     ):
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
