@@ -216,7 +216,8 @@ def run_md(
             generator.bit_generator.state = json.loads(str(state["random"]))
             frames, seconds = int(state["frames"]), float(state["seconds"])
     written = _Written(folder)
-    written.resume(state or {}, frames, -1 if state is None else integrator.nsteps, atoms)
+    with restoring(folder / "state.npz"):
+        written.resume(state, frames, atoms)
     _simulate(integrator, settings, generator, folder, written, seconds, progress)
     return moving
 
@@ -555,21 +556,20 @@ class _Written:
         with store_state(self.trajectory.with_name("state.npz")) as partial:
             np.savez(partial, **arrays)
 
-    def resume(self, state: Mapping[str, np.ndarray], frames: int, step: int, start: Atoms) -> None:
+    def resume(self, state: Mapping[str, np.ndarray] | None, frames: int, start: Atoms) -> None:
         """Bring trajectory and log back to what they were when the state was saved.
 
         What was written later is cut off. Raises RunError where they are not what was written.
         """
-        self._resume_trajectory(frames, str(state.get("frames_sha256", "")), start)
-        if "log_sha256" in state:
+        content = (",".join(LOG_COLUMNS) + "\r\n").encode()  # as the csv module ends lines
+        self._resume_trajectory(frames, str(state["frames_sha256"]) if state else "", start)
+        if state:
             content = self.log.read_bytes() if self.log.exists() else b""
             content = content[: int(state["log_bytes"])]
             if hashlib.sha256(content).hexdigest() != str(state["log_sha256"]):
                 raise _not_as_written(self.log)
-            with atomic_write(self.log) as partial:
-                partial.write_bytes(content)
-        else:
-            _cut_log(self.log, step)
+        with atomic_write(self.log) as partial:
+            partial.write_bytes(content)
         self.summary()
 
     def _resume_trajectory(self, frames: int, checksum: str, start: Atoms) -> None:
@@ -586,7 +586,7 @@ class _Written:
                     raise ValueError("its atoms are others")
         except Exception as error:  # ASE's reader fails in many ways on what is cut or changed
             raise _not_as_written(self.trajectory) from error
-        if count < frames or (checksum and self.of_frames.hexdigest() != checksum):
+        if count < frames or self.of_frames.hexdigest() != checksum:
             raise _not_as_written(self.trajectory)
         if count == frames:
             return
@@ -605,15 +605,6 @@ def _not_as_written(file: Path) -> RunError:
     return RunError(
         f"{file} {what}: bring it back, choose another folder, or remove this one and start again"
     )
-
-
-def _cut_log(file: Path, step: int) -> None:
-    """Keep the log's lines up to a step; a new log gets its head line."""
-    lines = file.read_text().splitlines(keepends=True) if step >= 0 and file.exists() else []
-    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
-    head = ",".join(LOG_COLUMNS) + "\r\n"  # the ends of lines as the csv module writes them
-    with atomic_write(file) as partial, partial.open("w", newline="") as stream:
-        stream.writelines([head, *(line.rstrip("\r\n") + "\r\n" for line in kept)])
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:

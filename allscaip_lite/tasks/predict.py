@@ -24,7 +24,7 @@ from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.data.checks import check_apart
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import charge_and_spin, state_charge_and_spin, stated_charge_and_spin
-from allscaip_lite.errors import WAYS, DataError, InputError
+from allscaip_lite.errors import WAYS, InputError
 from allscaip_lite.files import atomic_write, check_writable
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.structures import check_structure
@@ -193,8 +193,6 @@ def run(args: argparse.Namespace) -> None:
             )
             atoms.calc = SinglePointCalculator(atoms, **labels)
             done.append(atoms)
-    if not done:
-        raise DataError("no structures")
     if args.out:
         write(args.out, done)
         print(f"written: {args.out}")
