@@ -2,7 +2,8 @@
 
 In: a file of any format that ASE reads, or the package's own `.aselmdb`. Out: `ase.Atoms`, with the
 charge and multiplicity that the file states in `info`, and labels as it has them. ASE's own reader
-drops what a database keeps beside the atoms, and what a Gaussian input says of charge and spin.
+drops what a database keeps beside the atoms, and what a Gaussian input or a molfile says of charge
+and spin.
 """
 
 from __future__ import annotations
@@ -133,9 +134,12 @@ def _whole(file: Path, kind: str, read: Iterator[Atoms]) -> Iterator[Atoms]:
     with open_with_compression(str(file), "rb") as content:
         text = content.read().decode(errors="replace")
     said = re.match(COUNTS.get(kind, "()"), text)
+    charged = re.findall(r"\nM  CHG *\d+(.*)", text.partition("M  END")[0])  # atom, charge, …
     for atoms in read:
         if said and said[1] and int(said[1]) > len(atoms):
             raise EOFError(f"it has {len(atoms)} of the {said[1]} atoms that it says")
+        if charged and kind in ("mol", "sdf"):
+            atoms.info["charge"] = sum(int(n) for line in charged for n in line.split()[1::2])
         yield atoms
     if kind in ENDS and not re.search(ENDS[kind], text):
         warnings.warn(

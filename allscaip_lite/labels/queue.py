@@ -35,7 +35,7 @@ from ase import Atoms
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, checksum, write_aselmdb
-from allscaip_lite.errors import RunError
+from allscaip_lite.errors import DataError, RunError
 from allscaip_lite.files import locked, store_text, try_lock, unfinished_folder
 from allscaip_lite.labels import LabelError
 
@@ -370,5 +370,8 @@ def stored(folder: str | os.PathLike[str], job: Job) -> list[Atoms]:
     path = Path(folder) / f"{job.file}.aselmdb"
     if not path.exists():
         return []
-    data = Dataset(path)
-    return [data[index] for index in range(len(data))]
+    try:
+        data = Dataset(path)
+        return [data[index] for index in range(len(data))]
+    except DataError as error:
+        raise LabelError(f"{error}; or remove {path}, and its job is done again") from error

@@ -101,6 +101,23 @@ def test_pairs_and_data_of_a_row_may_not_contradict(tmp_path: Path, suffix: str)
         list(convert([file], progress=False))
 
 
+def test_a_molfile_states_its_charges(tmp_path: Path) -> None:
+    """The sum of those of its atoms, where it lists them; else it states none."""
+    lines = ["salt", "", "", "  3  0  0  0  0  0            999 V2000"]
+    lines += [
+        f"{x:10.4f}    0.0000    0.0000 {name:3} 0" for x, name in enumerate(("O", "H", "Ca"))
+    ]
+    charges = "M  CHG  2   1  -1   3   2"
+    for name, listed, expected in (
+        ("a.mol", [charges], 1),
+        ("b.sdf", [charges], 1),
+        ("c.mol", [], None),
+    ):
+        ends = ["M  END", "M  CHG  1   1   5", "$$$$"]
+        (tmp_path / name).write_text("\n".join([*lines, *listed, *ends, ""]))
+        assert read_structure(tmp_path / name).info.get("charge") == expected
+
+
 def test_a_gaussian_input_states_its_charge_and_multiplicity(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "a.com", molecule("OH"), charge=-1, mult=3)
     atoms = read_structure(tmp_path / "a.com")

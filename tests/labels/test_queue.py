@@ -210,6 +210,15 @@ def test_runs_in_one_folder_collect_one_after_the_other(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == names, "a lock or a part of a file is left"
 
 
+def test_a_result_that_is_damaged_is_named_and_can_be_made_again(tmp_path):
+    job = Job("pair", "job", "train", 0.7)
+    (tmp_path / "job.aselmdb").write_bytes(b"cut")
+    with pytest.raises(
+        LabelError, match=r"job\.aselmdb.*remove .*job\.aselmdb, and its job is done"
+    ):
+        collect(tmp_path, [job], tmp_path / "out")
+
+
 def test_a_job_without_structures_has_failed(tmp_path):
     run_jobs(tmp_path, JOBS[:1], nothing)
     collect(tmp_path, JOBS[:1], tmp_path)
