@@ -49,10 +49,18 @@ ENDS = {
 }
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether something has this name; nothing has one that is too long, as SMILES may be."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
 def file_and_index(name: str | Path, index: str = ":") -> tuple[str, str]:
     """A path and ASE's index: `run.traj@7` is 7 of run.traj, unless a file is called so."""
     path = str(name)
-    if not Path(path).exists() and "@" in path:
+    if "@" in path and not is_there(path):
         path, _, index = path.rpartition("@")
     return path, index
 
@@ -67,7 +75,7 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
     listed_paths(name)  # raises
     path, index = file_and_index(name, index)
     file = Path(path)
-    if not file.exists():
+    if not is_there(file):
         raise FileNotFoundError(f"{path}: no such file")
     if file.is_dir():
         raise DataError(f"{path} is a folder: give the files in it")

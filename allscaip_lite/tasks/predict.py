@@ -22,7 +22,7 @@ from tqdm import tqdm
 from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.data.checks import check_apart
-from allscaip_lite.data.reading import file_and_index, read_structures
+from allscaip_lite.data.reading import file_and_index, is_there, read_structures
 from allscaip_lite.electrons import charge_and_spin, state_charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import WAYS, InputError
 from allscaip_lite.files import atomic_write, check_writable
@@ -40,8 +40,8 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, Atoms]]:
     what no model can answer for.
     """
     for word in args.structures:
-        exists = Path(file_and_index(word)[0]).exists()
-        for name, atoms in read_structures(word) if exists else _from_smiles(word):
+        known = is_there(file_and_index(word)[0])
+        for name, atoms in read_structures(word) if known else _from_smiles(word):
             charge, spin = stated_charge_and_spin(atoms, name)
             state_charge_and_spin(
                 atoms,

@@ -23,7 +23,7 @@ from ase.optimize import LBFGS
 from tqdm import tqdm
 
 from allscaip_lite.calculator import check_calculator
-from allscaip_lite.data.reading import file_and_index
+from allscaip_lite.data.reading import file_and_index, is_there
 from allscaip_lite.errors import InputError
 from allscaip_lite.tasks.predict import (
     add_common_arguments,
@@ -117,7 +117,7 @@ def relax(
 def file_beside(words: Sequence[str], ending: str) -> Path:
     """A name in this folder for the results of structures: water.xyz → water-relaxed.extxyz."""
     first = Path(file_and_index(words[0])[0])
-    stem = first.stem if first.exists() else re.sub(r"[^\w.+-]+", "_", words[0])[:40]
+    stem = first.stem if is_there(first) else re.sub(r"[^\w.+-]+", "_", words[0])[:40]
     return Path(f"{stem}-{ending}.extxyz")
 
 

@@ -132,7 +132,7 @@ def test_a_structure_that_cannot_be_is_named_with_its_file(
     assert f"{where} is periodic along a lattice vector that is zero or flat" in said
 
 
-@pytest.mark.parametrize("word", ["nowhere.xyz", "nowhere", "C("])
+@pytest.mark.parametrize("word", ["nowhere.xyz", "nowhere", "C(", "C" * 300 + "("])
 def test_what_is_no_file_and_no_smiles_is_said(
     word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
