@@ -295,8 +295,8 @@ WATERS = 6  # around an amino acid
 LARGER_SHARES = {"druglike": 0.07, "peptides": 0.5}
 
 # Of the ions of `main`'s molecules, the shares that meet in `salts`, and of the pairs.
-SALT_IONS = {"cation": 0.04, "anion": 0.1}
-SALT_SHARE, MOST_IN_SALT = 0.12, 20  # atoms of an ion
+SALT_IONS = {"cation": 0.16, "anion": 0.4}
+SALT_SHARE, MOST_IN_SALT = 0.03, 20  # atoms of an ion
 
 # The set `ethanol`: one molecule, as snapshots of Langevin runs. Each run, and with it all of its
 # snapshots, belongs to one split.
