@@ -27,7 +27,6 @@ THREADS_OF_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variable
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 KEPT_MEMORY = 2**30  # bytes that stay free at the end of the heap
 MAPPED_ALONE = 2**25  # bytes of a block that is given back; older glibc takes no more
-MANY_ATOMS = 1000
 PERIOD = 0.5  # s of work over which the load of other programs is averaged
 
 if hasattr(os, "register_at_fork"):  # a forked process has no threads, and would wait for them
@@ -68,29 +67,11 @@ def keep_freed_memory() -> None:
     are of the whole process. Where the user has chosen, by `GLIBC_TUNABLES` or a variable
     `MALLOC_…_`, and on other systems, nothing changes.
     """
-    if library := _glibc():
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not chosen and "GLIBC_TUNABLES" not in os.environ:
+        library = ctypes.CDLL(None)
         library.mallopt(MALLOC_TRIM_THRESHOLD, KEPT_MEMORY)
         library.mallopt(MALLOC_MMAP_THRESHOLD, MAPPED_ALONE)
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is glibc and the user has not chosen how it keeps memory."""
-    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" and not chosen else None
-
-
-@contextmanager
-def working_on(atoms: int) -> Iterator[None]:
-    """Around the work on a batch of so many atoms: its threads; memory that is given back after it.
-
-    Blocks of many sizes leave gaps in the memory that is kept, which add up from call to call. From
-    `MANY_ATOMS` on it takes a hundredth of the time of the call to give them back to the system.
-    """
-    with threads_for(atoms):
-        yield
-    if atoms >= MANY_ATOMS and (library := _glibc()):
-        library.malloc_trim(0)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from allscaip_lite.kernels import compiled, elementwise, fused_attention
 from allscaip_lite.machine import (
     keep_freed_memory,
     processor_name,
+    threads_for,
     usable_device,
-    working_on,
 )
 from allscaip_lite.operations import PLAIN, Operations
 
@@ -69,7 +69,7 @@ def choose(
 @functools.cache
 def plain() -> Operations:
     """The formulas as they are written, with as many threads as pay on a CPU."""
-    return replace(PLAIN, threads=working_on)
+    return replace(PLAIN, threads=threads_for)
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def in_torch(device_type: str) -> Operations:
         soft_rank=elementwise.soft_rank,
         self_edge_attention=fused_attention.self_edge_attention,
         rotary_biases=functools.partial(attention.rotary_biases, bias=elementwise.rotary_bias),
-        threads=working_on if on_cpu else nullcontext,
+        threads=threads_for if on_cpu else nullcontext,
     )
     return replace(
         twice,

@@ -156,35 +156,3 @@ def test_freed_memory_is_kept_unless_the_user_has_chosen(chosen: dict[str, str])
     )
     pages = 10 * 2**23 // os.sysconf("SC_PAGE_SIZE")
     assert (int(done.stdout) > pages / 2) == bool(chosen)
-
-
-HELD = """
-import torch
-from allscaip_lite.kernels import choose
-from allscaip_lite.machine import MANY_ATOMS, working_on
-
-def held():  # MiB
-    lines = open("/proc/self/status").readlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) >> 10
-
-choose()
-found = []
-for atoms in (MANY_ATOMS - 1, MANY_ATOMS):
-    with working_on(atoms):
-        blocks = [torch.ones(2**20) for _ in range(200)]  # 4 MiB each
-        last = blocks[-1]
-        del blocks
-    found.append(held())
-print(*found)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps no memory")
-def test_memory_that_was_freed_is_kept_after_small_work_and_given_back_after_large(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
-        monkeypatch.delenv(name)
-    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
-    small, large = map(int, done.stdout.split())
-    assert small - large > 600
