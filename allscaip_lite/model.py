@@ -456,7 +456,7 @@ class AllScAIP(nn.Module):
         """
         structures = self._here(structures)
         states = self.features(structures, self.operations)
-        atomic = self.energy_head(states, self.operations).squeeze(1)
+        atomic = self._atomic(states, self.operations, None)
         common = self.energy_mean + self.charge_reference * structures.charge  # (B,)
         shares = (common / structures.natoms)[structures.system]
         return self.own_energies(atomic, structures) + shares

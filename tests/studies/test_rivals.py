@@ -1,41 +1,89 @@
-"""The rivals of the study see one structure in the same way from all sides, and share one loop."""
+"""The rivals of the study: forces, symmetry and reach of each, and the command on a tiny budget."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule as water
 from scipy.spatial.transform import Rotation
 
-from allscaip_lite.data.aselmdb import Dataset, Subset
+from allscaip_lite.data.aselmdb import Dataset
+from allscaip_lite.model import AllScAIP
 from docs.studies.rivals import run as study
 
-pytestmark = pytest.mark.slow  # each model takes two steps of training
+SAMPLE = study.HERE.parents[2] / "data" / "xtb"
+INVARIANT = [name for name in study.MODELS if name != "AllScAIP"]
+FAR_SIGHTED = ("AllScAIP", "without directions")
+
+
+def make(name: str) -> AllScAIP:
+    pytest.importorskip(study.NEEDED.get(name, "torch"))
+    torch.manual_seed(0)
+    return study.MODELS[name].make(1.0).double().eval().requires_grad_(False)
+
+
+def ask(model: AllScAIP, *structures: Atoms) -> tuple[np.ndarray, list[np.ndarray]]:
+    found = model.predict(list(structures), outside_training="ignore")
+    return np.array([one.energy for one in found]), [one.forces for one in found]
 
 
 @pytest.fixture(scope="module")
-def ethanol() -> Subset:
-    whole = Dataset(study.ROOT / "data" / "xtb" / "ethanol" / "train.aselmdb")
-    return Subset(whole, np.arange(0, 200, 10))
+def molecule() -> Atoms:
+    data = study.neutral(Dataset(SAMPLE / "test.aselmdb"))
+    return study.smallest_of([data[index] for index in range(len(data))], 9)
 
 
 @pytest.mark.parametrize("name", study.MODELS)
-def test_forces_are_the_slope_of_the_energy_and_turn_with_the_molecule(name, ethanol):
-    if name == "eSEN":
-        pytest.importorskip("fairchem.core")
-    predict, parameters = study.MODELS[name](ethanol, 0, 2)
-    atoms, h = ethanol[0], 1e-2  # Å; in float32
-    moved = [atoms.copy() for _ in range(3)]
+def test_forces_are_the_slope_of_the_energy_and_turn_with_the_molecule(name, molecule):
+    model, h = make(name), 1e-3  # Å
+    moved = [molecule.copy() for _ in range(3)]
     for copy, step in zip(moved, (0, h, -h), strict=True):
         copy.positions[2, 1] += step
-    energies, forces = predict(moved)
-    assert parameters > 10_000 and forces.shape == (3, len(atoms), 3)
+    energies, forces = ask(model, *moved)
     slope = -(energies[1] - energies[2]) / (2 * h)
-    assert abs(slope - forces[0, 2, 1]) < 0.02 * np.abs(forces[0]).max() + 5e-3
+    assert abs(slope - forces[0][2, 1]) < 1e-3 * np.abs(forces[0]).max()
     turn = Rotation.from_euler("xyz", [0.3, 1.1, -0.7])
-    turned = atoms.copy()
-    turned.positions = turn.apply(atoms.positions)
-    there, rotated = predict([turned])
-    invariant = abs(there[0] - energies[0]) < 1e-3
-    assert invariant == (name != "AllScAIP")
-    if invariant:
-        assert np.allclose(rotated[0], turn.apply(forces[0]), atol=1e-3)
+    turned = molecule.copy()
+    turned.positions = turn.apply(molecule.positions)
+    (there,), (rotated,) = ask(model, turned)
+    assert (abs(there - energies[0]) < 1e-6) == (name in INVARIANT)
+    if name in INVARIANT:
+        assert np.allclose(rotated, turn.apply(forces[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", study.MODELS)
+def test_only_node_attention_without_a_cut_sees_beyond_the_cutoff(name, molecule):
+    def pair(gap: float) -> Atoms:
+        other = molecule.copy()
+        other.positions[:, 0] += np.ptp(molecule.positions[:, 0]) + gap
+        both = molecule + other
+        both.info = {"charge": 0, "spin": 1}
+        return both
+
+    near, far = ask(make(name), pair(9.0), pair(12.0))[0]
+    assert (abs(near - far) > 1e-9) == (name in FAR_SIGHTED)
+
+
+def test_a_batch_gives_what_single_structures_do(molecule):
+    for name in study.AVAILABLE:
+        model = make(name)
+        other = water("H2O", info={"charge": 0, "spin": 1})
+        together, alone = ask(model, molecule, other)[0], ask(model, other)[0]
+        assert np.isclose(together[1], alone[0], atol=1e-8), name
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_and_writes_its_table(tmp_path, capsys):
+    page, out = tmp_path / "page.md", tmp_path / "found.json"
+    arguments = ["--data", str(SAMPLE), "--structures", "20", "--seconds", "0.1", "--out", str(out)]
+    arguments += ["--models", "without directions", "--page", str(page)]
+    assert study.main([*arguments, "--speed"]) == 0
+    first = json.loads(out.read_text())
+    assert [row["cell"][1] for row in first] == ["usual", "narrow", "wide"]
+    assert study.main(arguments) == 0
+    assert json.loads(out.read_text()) == first
+    assert page.read_text().count("| without directions |") == 3

@@ -1,14 +1,13 @@
-"""Error against structures and throughput, for AllScAIP, eSEN and an invariant network.
+"""Error against structures, size and throughput: AllScAIP in five forms, eSEN and SchNet.
 
-In: the snapshots of ethanol in `data/xtb/ethanol`. Out: a file of results, and a page's table:
+In: a folder of `.aselmdb` files with labels of GFN2-xTB. Out: a file of results, a page's table:
 
-    python docs/studies/rivals/run.py --page docs/studies/rivals/README.md
+    python docs/studies/rivals/run.py --speed --page docs/studies/rivals/README.md
 
-A cell is a model, a number of structures and a seed. Each is trained for the same seconds of the
-processor, to the end of its schedule, and kept as soon as it is done. The invariant network and the
-loop that trains it are those of lesson 15, whose cells are read from there, so that there is one of
-each. eSEN is the backbone of fairchem-core (the extra `parity`) in the same loop; without that
-package its cells are left out.
+A cell is a model, its size, a number of structures and a seed. Each is trained by the package's own
+loop for the same seconds of the processor, to the end of its schedule, and kept as soon as it is
+done. eSEN is the backbone of fairchem-core, SchNet that of torch_geometric: an adapter gives either
+the references, the forces and the loop of AllScAIP. Without these packages their cells are missing.
 """
 
 from __future__ import annotations
@@ -20,223 +19,396 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ase import Atoms
+from ase import Atoms, units
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
 from scipy.spatial.transform import Rotation
-from torch import Tensor
+from torch import Tensor, nn
 
-from allscaip_lite import AllScAIPConfig
+from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.cli import run_script
-from allscaip_lite.data.aselmdb import Dataset, Subset
+from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import processor_name
+from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.notebook.lessons import SMALL
+from allscaip_lite.operations import PLAIN
+from allscaip_lite.structures import Structures
 from allscaip_lite.tables import insert_table, markdown_table
-from allscaip_lite.training.loop import Stage, fresh_model, train
+from allscaip_lite.training.loop import Stage, fit_units, train
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-LESSON = ROOT / "notebooks" / "15_rivals_and_scaling.ipynb"
-Predict = Callable[[Sequence[Atoms]], tuple[np.ndarray, np.ndarray]]  # eV (S,), eV/Å (S, N, 3)
+ETHANOL = HERE.parents[2] / "data" / "xtb" / "ethanol"
+CUTOFF = 6.0  # Å, of all models
+WIDTHS = {"narrow": 0.5, "usual": 1.0, "wide": 2.0}
+
+# --- The models ------------------------------------------------------------------------------
+
+
+class Placebo(AllScAIP):
+    """AllScAIP whose node attention ends at the cutoff: as many weights, and no longer reach."""
+
+    def biases(self, systems: Any, distances: Any, operations: Any) -> Sequence[Any]:
+        """Of each block, -inf for atoms farther apart than the cutoff."""
+        far = torch.zeros_like(distances).masked_fill(distances > CUTOFF, -torch.inf)  # (B, n, n)
+        return [bias + far[:, None] for bias in super().biases(systems, distances, PLAIN)]
+
+
+class Rival(AllScAIP):
+    """Another network in the place of the blocks; references, units and forces are AllScAIP's.
+
+    network: structures → (N, 1), a number for each atom, in units of `energy_scale`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(AllScAIPConfig(hidden_size=1, num_layers=1, num_heads=1, cutoff=CUTOFF,
+                                        angular_channels=None))  # fmt: skip
+        self.input, self.energy_head, self.blocks = nn.Identity(), nn.Identity(), nn.ModuleList()
+        self.network = network
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def features(self, structures: Structures, *others: Any, **named: Any) -> Tensor:
+        """(N, 1)."""
+        return self.network(structures)
+
+    def _atomic(self, nodes: Tensor, *others: Any) -> Tensor:
+        return nodes.squeeze(1)
+
+
+def edges(structures: Structures) -> Tensor:
+    """(2, E): the pairs of atoms within the cutoff, in both directions, of molecules."""
+    first, second, _ = candidate_pairs(structures, CUTOFF)
+    return torch.cat([torch.stack([first, second]), torch.stack([second, first])], dim=1)
+
+
+class Esen(nn.Module):
+    """Two layers of eSEN (fairchem-core) with degrees 0 to 2."""
+
+    def __init__(self, width: float) -> None:
+        from fairchem.core.models.uma.escn_md import eSCNMDBackbone
+
+        super().__init__()
+        size = round(32 * width)
+        self.backbone = eSCNMDBackbone(
+            sphere_channels=size, hidden_channels=size, edge_channels=size, num_layers=2,
+            lmax=2, mmax=2, cutoff=CUTOFF, num_distance_basis=64, ff_type="spectral",
+            otf_graph=False, direct_forces=False, regress_stress=False, always_use_pbc=False,
+            use_dataset_embedding=False,
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 1))
+
+    def forward(self, structures: Structures) -> Tensor:
+        """(N, 1)."""
+        from fairchem.core.datasets.atomic_data import AtomicData
+
+        pairs, count = edges(structures), len(structures)
+        atoms = torch.zeros_like(structures.atomic_numbers)
+        of_pair = structures.system[pairs[0]]
+        data = AtomicData(
+            structures.positions, structures.atomic_numbers, structures.cell, structures.pbc,
+            structures.natoms, pairs, structures.positions.new_zeros(pairs.shape[1], 3),
+            torch.bincount(of_pair, minlength=count), structures.charge, structures.spin,
+            atoms, atoms, batch=structures.system, sid=[""] * count,
+        )  # fmt: skip
+        return self.head(self.backbone(data)["node_embedding"][:, 0])
+
+
+class Neighbours(nn.Module):
+    """Of SchNet: hands over the pairs (2, E) and their distances (E,) Å, which are set before."""
+
+    pairs: Tensor
+    distances: Tensor
+
+    def forward(self, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pairs, self.distances
+
+
+class Schnet(nn.Module):
+    """SchNet (torch_geometric), three blocks. It reads distances, and neither charge nor spin."""
+
+    def __init__(self, width: float) -> None:
+        from torch_geometric.nn.models import SchNet
+
+        super().__init__()
+        size = round(64 * width)
+        self.graph = Neighbours()
+        self.network = SchNet(
+            size, size, num_interactions=3, num_gaussians=50, cutoff=CUTOFF,
+            interaction_graph=self.graph,
+        )  # fmt: skip
+        for block in self.network.interactions:
+            del block.mlp  # a second name of `block.conv.nn`
+
+    def forward(self, structures: Structures) -> Tensor:
+        """(N, 1)."""
+        pairs, positions = edges(structures), structures.positions
+        vectors = positions[pairs[0]] - positions[pairs[1]]
+        self.graph.pairs, self.graph.distances = pairs, torch.linalg.vector_norm(vectors, dim=1)
+        own = torch.arange(len(positions), device=positions.device)  # each atom its own sum
+        return self.network(structures.atomic_numbers, positions, own)
+
+
+def transformer(width: float, kind: type[AllScAIP] = AllScAIP, **changes: Any) -> AllScAIP:
+    """AllScAIP of the lessons' size times `width`."""
+    channels = tuple(round(width * channels) for channels in SMALL.angular_channels or ())
+    return kind(
+        SMALL.replace(
+            **{
+                "hidden_size": round(64 * width),
+                "angular_channels": channels,
+                "cutoff": CUTOFF,
+                "bond_order_softness": 0.03,
+                "conservative": True,
+            }
+            | changes
+        )
+    )
+
+
+class Model(NamedTuple):
+    """How a model is made, of a width; and its learning rate, the best of a few that were tried."""
+
+    make: Callable[[float], AllScAIP]
+    rate: float
+
+
+MODELS = {
+    "AllScAIP": Model(lambda width: transformer(width, direction_degree=5), 1e-2),
+    "without directions": Model(transformer, 1e-2),
+    "and node attention cut at 6 Å": Model(lambda width: transformer(width, Placebo), 1e-2),
+    "and without node attention": Model(
+        lambda width: transformer(width, node_attention=False), 1e-2
+    ),
+    "and without angles": Model(
+        lambda width: transformer(width, node_attention=False, angular_channels=None), 1e-2
+    ),
+    "SchNet": Model(lambda width: Rival(Schnet(width)), 1e-2),
+    "eSEN": Model(lambda width: Rival(Esen(width)), 3e-3),
+}
+NEEDED = {"eSEN": "fairchem", "SchNet": "torch_geometric"}
+AVAILABLE = [
+    name for name in MODELS if name not in NEEDED or importlib.util.find_spec(NEEDED[name])
+]
+COMPARED = ("without directions", "SchNet", "eSEN")  # in more than one width
+
+# --- A cell ----------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=ETHANOL, help="folder of the data set")
     parser.add_argument("--structures", type=int, nargs="+", default=[20, 50, 200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seconds", type=float, default=40, help="of training, for each")
+    parser.add_argument("--models", nargs="+", default=AVAILABLE, choices=AVAILABLE)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
     parser.add_argument("--speed", action="store_true", help="time energies and forces anew, first")
-    parser.add_argument("--page", type=Path, help="write the table into this page")
+    parser.add_argument("--page", type=Path, help="write the tables into this page")
 
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     done = [row["cell"] for row in found]
+    test = "test" if (args.data / "test.aselmdb").exists() else "val"
+    data, held = (neutral(Dataset(args.data / f"{part}.aselmdb")) for part in ("train", test))
+    speed_file = args.out.with_name("speed.json")
     if args.speed:
-        store_text(args.out.with_name("speed.json"), json.dumps(throughput(), indent=1) + "\n")
-    grid = [(n, name, seed) for seed in args.seeds for n in args.structures for name in AVAILABLE]
-    for structures, name, seed in grid:
-        cell = [name, structures, seed, args.seconds]
-        if cell in done:
-            continue
-        found.append(measure(name, structures, seed, args.seconds))
-        store_text(args.out, json.dumps(found, indent=1) + "\n")
-        print(found[-1], flush=True)
+        store_text(speed_file, json.dumps(throughput(data, held), indent=1) + "\n")
+    most = max(args.structures)
+    grid = [(n, name, "usual") for n in sorted(args.structures) for name in args.models]
+    grid += [(most, n, w) for n in args.models if n in COMPARED for w in WIDTHS if w != "usual"]
+    for seed in args.seeds:
+        for structures, name, width in grid:
+            cell = [name, width, structures, seed, args.seconds]
+            if cell in done:
+                continue
+            print(*cell, flush=True)
+            found.append({"cell": cell} | measure(data, held, *cell))
+            store_text(args.out, json.dumps(found, indent=1) + "\n")
+            print(found[-1], flush=True)
     if args.page:
-        speeds = json.loads(args.out.with_name("speed.json").read_text(encoding="utf-8"))
+        speeds = json.loads(speed_file.read_text(encoding="utf-8"))
         insert_table(args.page, table(found, speeds))
 
 
-def measure(name: str, structures: int, seed: int, seconds: float) -> dict[str, Any]:
-    """Train one model on some structures, and its errors on the others."""
-    whole = Dataset(ROOT / "data" / "xtb" / "ethanol" / "train.aselmdb")
-    data = Subset(whole, np.arange(0, len(whole), len(whole) // structures))
-    fit = MODELS[name]
-    fit(data, seed, 1)  # the first call imports and compiles
-    clock = [time.process_time()]
-    fit(data, seed, 3)
-    clock.append(time.process_time())
-    fit(data, seed, 13)
-    a_step = (time.process_time() - 2 * clock[1] + clock[0]) / 10
-    steps = max(20, round(seconds / max(a_step, 1e-4)))
-    begin = time.process_time()
-    predict, parameters = fit(data, seed, steps)
-    spent = time.process_time() - begin
+def neutral(data: Dataset) -> Subset:
+    """The neutral structures without unpaired electrons, in an order drawn at random.
 
-    held = Dataset(ROOT / "data" / "xtb" / "ethanol" / "val.aselmdb")
-    frames = [held[index] for index in range(len(held))]
-    energies, forces = predict(frames)
-    true = np.array([atoms.get_potential_energy() for atoms in frames])
-    pull = np.array([atoms.get_forces() for atoms in frames])
-    turned = []
-    for rotation in Rotation.random(30, random_state=0):
-        moved = frames[0].copy()
-        moved.positions = rotation.apply(frames[0].positions)
-        turned.append(moved)
-    return {
-        "cell": [name, structures, seed, seconds],
-        "parameters": parameters,
-        "steps": steps,
-        "seconds": spent,
-        "forces": float(1e3 * np.abs(forces - pull).mean()),  # meV/Å
-        "energy": float(1e3 * np.abs(energies - true).mean() / len(frames[0])),  # meV/atom
-        "rotation": float(1e3 * predict(turned)[0].std() / len(frames[0])),  # meV/atom
-        "machine": {"processor": processor_name(), "torch": torch.__version__, "threads": 1},
-    }
+    SchNet knows of no other.
+    """
+    order = np.random.default_rng(0).permutation(len(data))
+    states = [(data[int(i)].info["charge"], data[int(i)].info["spin"]) for i in order]
+    return Subset(data, order[[state == (0, 1) for state in states]])
 
 
-def throughput() -> dict[str, float]:
-    """Atoms a second: energies and forces of twenty molecules in a call, all models in turn."""
-    data, held = (
-        Dataset(ROOT / "data" / "xtb" / "ethanol" / f"{part}.aselmdb") for part in ("train", "val")
-    )
-    twenty = [held[index] for index in range(20)]
-    few = Subset(data, np.arange(20))
-    calls = {name: MODELS[name](few, 0, 1)[0] for name in AVAILABLE}
-    seconds: dict[str, list[float]] = {name: [] for name in AVAILABLE}
-    for _ in range(9):
-        for name, call in calls.items():
-            begin = time.process_time()
-            call(twenty)
-            seconds[name].append(time.process_time() - begin)
-    return {name: 20 * len(twenty[0]) / float(np.median(s[2:])) for name, s in seconds.items()}
-
-
-def _allscaip(config: AllScAIPConfig, data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
+def fit(data: Subset, name: str, width: str, seed: int, steps: int) -> AllScAIP:
+    """A model of `MODELS`, trained."""
+    torch.manual_seed(seed)
+    model = MODELS[name].make(WIDTHS[width])
+    references, unit = fit_units(data, model.config.max_num_elements)
+    model.element_references.copy_(references)
+    model.energy_scale.fill_(unit)
+    model.force_scale.fill_(unit)
     stage = Stage(
         "conservative",
         steps=steps,
-        learning_rate=1e-2,
+        learning_rate=MODELS[name].rate / WIDTHS[width],
         energy_weight=10,
         force_weight=20,
         warmup=0.05,
         ema_decay=0.98,
         muon=1,
     )
-    start = fresh_model(config, data, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         few = Subset(data, np.arange(5))
         options: dict[str, Any] = {"max_atoms": 90, "validate_every": 10**6, "save_every": 10**6}
-        model = train(start, [stage], data, few, Path(folder) / "run", seed=seed, **options)
+        model = train(model, [stage], data, few, Path(folder) / "run", seed=seed, **options)
     model.operations = choose()  # the fastest, as `load_model` chooses
-
-    def predict(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
-        results = model.predict(list(frames), outside_training="ignore")
-        return np.array([r.energy for r in results]), np.array([r.forces for r in results])
-
-    return predict, model.num_parameters
+    return model.requires_grad_(False)
 
 
-def _network(data: Subset, seed: int, steps: int, **network: Any) -> tuple[Predict, int]:
-    """Train a network in the loop of lesson 15, by default the one that is written there."""
-    scope: dict[str, Any] = {"np": np, "torch": torch, "F": torch.nn.functional}
-    for cell in json.loads(LESSON.read_text(encoding="utf-8"))["cells"]:
-        if cell["id"] in ("rivals-network", "rivals-train"):
-            exec("".join(cell["source"]), scope)  # noqa: S102 -- code of this repository
-    trained = scope["train_rival"](data, steps, seed, **network)
-    call = {"network": network["network"]} if network else {}
+def measure(
+    data: Subset, held: Subset, name: str, width: str, structures: int, seed: int, seconds: float
+) -> dict[str, Any]:
+    """Train one model on some structures, and its errors on the others."""
+    data = Subset(data, np.arange(structures))
+    fit(data, name, width, seed, 1)  # the first call imports and compiles
+    clock = [time.process_time()]
+    for steps in (3, 23):
+        fit(data, name, width, seed, steps)
+        clock.append(time.process_time())
+    a_step = (clock[2] - 2 * clock[1] + clock[0]) / 20
+    steps = max(20, round(seconds / max(a_step, 1e-4)))
+    begin = time.process_time()
+    model = fit(data, name, width, seed, steps)
+    spent = time.process_time() - begin
+    frames = [held[index] for index in range(len(held))]
+    found = [
+        result
+        for first in range(0, len(frames), 50)
+        for result in model.predict(frames[first : first + 50], outside_training="ignore")
+    ]
+    off = [
+        (abs(r.energy - a.get_potential_energy()) / len(a), np.abs(r.forces - a.get_forces()))
+        for r, a in zip(found, frames, strict=True)
+    ]
+    some = evenly_spaced(len(frames), 10)
+    return {
+        "parameters": model.num_parameters,
+        "steps": steps,
+        "seconds": spent,
+        "forces": float(1e3 * np.concatenate([f.ravel() for _, f in off]).mean()),  # meV/Å
+        "energy": float(1e3 * np.mean([e for e, _ in off])),  # meV/atom
+        "rotation": float(np.mean([spread(model, frames[i]) for i in some])),
+        "drift": drift(model, smallest_of(frames, 9)),
+        "machine": {"processor": processor_name(), "torch": torch.__version__, "threads": 1},
+    }  # fmt: skip
 
-    def predict(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
-        positions = torch.tensor(np.array([atoms.positions for atoms in frames])).float()
-        numbers = torch.tensor(frames[0].numbers)
-        energies, forces = scope["rival_predict"](trained, numbers, positions, **call)
-        return energies.numpy(), forces.numpy()
 
-    return predict, sum(part.numel() for parts in trained[0].values() for part in parts)
+def smallest_of(frames: Sequence[Atoms], least: int) -> Atoms:
+    """The first structure of the fewest atoms that are at least so many."""
+    return min((atoms for atoms in frames if len(atoms) >= least), key=len)
 
 
-def _esen(data: Subset, seed: int, steps: int) -> tuple[Predict, int]:
-    """Two layers of eSEN with 32 channels of degree 0 to 2, and forces from the energy."""
-    from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
-    from fairchem.core.models.uma.escn_md import MLP_EFS_Head, eSCNMDBackbone
+def spread(model: AllScAIP, atoms: Atoms) -> float:
+    """Standard deviation of the energy over 20 random orientations, meV/atom."""
+    turned = []
+    for rotation in Rotation.random(20, random_state=0):
+        moved = atoms.copy()
+        moved.positions = rotation.apply(atoms.positions)
+        turned.append(moved)
+    energies = [result.energy for result in model.predict(turned, outside_training="ignore")]
+    return float(1e3 * np.std(energies) / len(atoms))
 
-    torch.manual_seed(seed)
-    backbone = eSCNMDBackbone(
-        sphere_channels=32, hidden_channels=32, edge_channels=32, num_layers=2,
-        lmax=2, mmax=2, cutoff=6.0, num_distance_basis=64, ff_type="spectral", otf_graph=True,
-        direct_forces=False, always_use_pbc=False, use_dataset_embedding=False,
-    )  # fmt: skip
-    head = MLP_EFS_Head(backbone, wrap_property=False)
 
-    def network(weights: Any, numbers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        info = {"charge": 0, "spin": 1}
-        structures = [Atoms(numbers.numpy(), one.numpy(), info=info) for one in positions]
-        options: dict[str, Any] = {"task_name": "omol", "r_data_keys": ["charge", "spin"]}
-        batch = atomicdata_list_to_batch([AtomicData.from_ase(s, **options) for s in structures])
-        found = head(batch, backbone(batch))
-        return found["energy"], found["forces"].view_as(positions)
+def drift(model: AllScAIP, atoms: Atoms, steps: int = 4000) -> float | None:
+    """Slope of the total energy in 2 ps of 0.5 fs from 300 K, meV/atom/ps; None where it breaks."""
+    atoms = atoms.copy()
+    atoms.calc = AllScAIPCalculator(model, outside_training="ignore")
+    rng = np.random.default_rng(0)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=rng)
+    Stationary(atoms)
+    run, totals = VelocityVerlet(atoms, 0.5 * units.fs), []
+    run.attach(lambda: totals.append(atoms.get_total_energy()), interval=10)
+    run.run(steps)
+    if not np.isfinite(totals).all() or np.ptp(totals) > len(atoms):
+        return None
+    times = np.arange(len(totals)) * 10 * 0.5e-3  # ps
+    return float(1e3 * np.polyfit(times, totals, 1)[0] / len(atoms))
 
-    weights = {"all": [*backbone.parameters(), *head.parameters()]}
-    found = _network(data, seed, steps, network=network, weights=weights, rate=ESEN_RATE)
-    head.eval()  # no second derivatives from here on
+
+def throughput(data: Subset, held: Subset) -> dict[str, dict[str, float]]:
+    """Atoms a second of each model and width.
+
+    Energies and forces of twenty molecules in a call, all models in turn, by the clock of the
+    processor. Weights do not change it: they are random.
+    """
+    frames = [held[index] for index in range(20)]
+    few = Subset(data, np.arange(20))
+    models = {
+        (name, width): fit(few, name, width, 0, 1)
+        for name in AVAILABLE
+        for width in (WIDTHS if name in COMPARED else ("usual",))
+    }
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in models}
+    for _ in range(9):
+        for key, model in models.items():
+            begin = time.process_time()
+            model.predict(frames, outside_training="ignore")
+            seconds[key].append(time.process_time() - begin)
+    atoms = sum(map(len, frames))
+    found: dict[str, dict[str, float]] = {}
+    for (name, width), times in seconds.items():
+        found.setdefault(name, {})[width] = atoms / float(np.median(times[2:]))
     return found
 
 
-ESEN_RATE = 3e-3  # the best of 1e-3, 3e-3 and 1e-2
-MODELS: dict[str, Callable[[Subset, int, int], tuple[Predict, int]]] = {
-    "AllScAIP": partial(_allscaip, SMALL.replace(direction_degree=5)),
-    "AllScAIP without directions": partial(_allscaip, SMALL),
-    "invariant network": _network,
-    "eSEN": _esen,
-}
-HAS_FAIRCHEM = importlib.util.find_spec("fairchem") is not None
-AVAILABLE = [name for name in MODELS if name != "eSEN" or HAS_FAIRCHEM]
+# --- The table -------------------------------------------------------------------------------
 
 
-def table(found: Sequence[dict[str, Any]], speeds: dict[str, float]) -> str:
-    """Means over the seeds, the lowest and highest of the forces, and atoms a second by model."""
+def table(found: Sequence[dict[str, Any]], speeds: dict[str, dict[str, float]]) -> str:
+    """Means over the seeds, of the forces also the lowest and the highest."""
     rows = []
     for name in MODELS:
-        for structures in sorted({row["cell"][1] for row in found}):
-            cells = [row for row in found if row["cell"][:2] == [name, structures]]
-            if not cells:
-                continue
-            mean = {
-                key: np.mean([row[key] for row in cells])
-                for key in ("steps", "forces", "energy", "rotation")
-            }
-            low, high = (pick(row["forces"] for row in cells) for pick in (min, max))
+        kinds = {
+            (list(WIDTHS).index(r["cell"][1]), r["cell"][2]) for r in found if r["cell"][0] == name
+        }
+        for place, structures in sorted(kinds, key=lambda kind: (kind[1], kind[0])):
+            width = list(WIDTHS)[place]
+            cells = [row for row in found if row["cell"][:3] == [name, width, structures]]
+            forces = [row["forces"] for row in cells]
+            drifts = [abs(row["drift"]) for row in cells if row["drift"] is not None]
+            several = f" ({min(forces):.0f}–{max(forces):.0f})" if len(forces) > 1 else ""
             rows.append(
                 [
                     name,
-                    str(structures),
+                    f"{structures:,}",
                     f"{cells[0]['parameters']:,}",
-                    f"{mean['steps']:.0f}",
-                    f"{mean['forces']:.0f} ({low:.0f}–{high:.0f})",
-                    f"{mean['energy']:.1f}",
-                    f"{mean['rotation']:.3f}",
-                    f"{speeds[name]:,.0f}" if name in speeds else "",
+                    f"{np.mean([row['steps'] for row in cells]):.0f}",
+                    f"{np.mean(forces):.0f}{several}",
+                    f"{np.mean([row['energy'] for row in cells]):.1f}",
+                    f"{np.mean([row['rotation'] for row in cells]):.3f}",
+                    f"{max(drifts):.3f}" if len(drifts) == len(cells) else "unstable",
+                    f"{speeds[name][width]:,.0f}" if width in speeds.get(name, {}) else "",
                 ]
-            )
+            )  # fmt: skip
     head = ["model", "structures", "parameters", "steps", "forces, meV/Å", "energy, meV/atom"]
-    return markdown_table([*head, "spread over rotations, meV/atom", "atoms/s"], rows)
+    head += ["spread over rotations, meV/atom", "drift, meV/atom/ps", "atoms/s"]
+    return markdown_table(head, rows, "l" + "r" * (len(head) - 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
