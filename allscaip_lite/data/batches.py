@@ -25,11 +25,31 @@ from allscaip_lite.structures import Structures, structures_from_atoms
 
 
 @dataclass(frozen=True)
+class Fragments:
+    """The molecules of some structures of a batch, each alone, where it is in the whole.
+
+    structures: F molecules. whole (F,): the structure in the batch that each is of. interaction
+    (B,): the energy of the whole less those of its molecules, eV; not a number without molecules.
+    """
+
+    structures: Structures
+    whole: Tensor
+    interaction: Tensor
+
+    def to(self, device: torch.device) -> Fragments:
+        """The same on a device."""
+        return Fragments(
+            self.structures.to(device), self.whole.to(device), self.interaction.to(device)
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """Structures with their labels: energy (B,) eV in float64, forces (N, 3) eV/Å.
 
     stress (B, 3, 3) eV/Å³: not a number where a structure has no such label or is not periodic.
     padded: the same structures padded to a size, if they were asked for and fit.
+    fragments: the molecules of those that say what is between theirs.
     """
 
     structures: Structures
@@ -37,6 +57,7 @@ class Batch:
     forces: Tensor
     stress: Tensor
     padded: PaddedBatch | None = None
+    fragments: Fragments | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -45,6 +66,7 @@ class Batch:
             self.forces.to(device),
             self.stress.to(device),
             None if self.padded is None else self.padded.to(device),
+            None if self.fragments is None else self.fragments.to(device),
         )
 
     def padded_to(self, size: Size, reach: float) -> Batch:
@@ -81,7 +103,41 @@ def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch
         energy=torch.tensor([label["energy"] for label in labels], dtype=torch.float64),
         forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
         stress=torch.as_tensor(np.stack(stress), dtype=torch.float32),
+        fragments=_fragments(systems),
     )
+
+
+def _fragments(systems: Sequence[Atoms]) -> Fragments | None:
+    """Of the structures whose `info` has them: `fragments`, for each molecule in order how many
+    atoms, charge and multiplicity, and `interaction_energy`, eV. Raises DataError for others'.
+    """
+    alone: list[Atoms] = []
+    whole: list[int] = []
+    interaction = torch.full((len(systems),), torch.nan, dtype=torch.float64)
+    for index, system in enumerate(systems):
+        if "fragments" not in system.info:
+            continue
+        first = 0
+        try:
+            interaction[index] = float(system.info["interaction_energy"])
+            for natoms, charge, spin in system.info["fragments"]:
+                molecule = system[first : first + natoms]
+                molecule.info = {"charge": charge, "spin": spin}
+                alone.append(molecule)
+                whole.append(index)
+                first += natoms
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"structure {index}: `fragments` in its info need [atoms, charge, multiplicity] "
+                f"for each molecule, and `interaction_energy` in eV beside them ({error!r})"
+            ) from error
+        if first != len(system):
+            raise DataError(
+                f"structure {index}: its `fragments` have {first} atoms, and it has {len(system)}"
+            )
+    if not alone:
+        return None
+    return Fragments(structures_from_atoms(alone, assumed={}), torch.tensor(whole), interaction)
 
 
 def _full_stress(voigt: np.ndarray | None) -> np.ndarray:

@@ -65,6 +65,8 @@ class Stage:
     """One stage of a run.
 
     Loss weights multiply normalised errors: |ΔE|/N, ‖ΔF‖ and ‖Δσ‖V/N (V: volume), over rmsd.
+    `interaction_weight` is that of |ΔE|/N of interaction energies, for the structures that say what
+    is between their molecules (`allscaip_lite.data.batches.Fragments`).
     """
 
     name: str  # "direct" or "conservative"
@@ -78,15 +80,17 @@ class Stage:
     clip: float = 100.0
     ema_decay: float = 0.999
     stress_weight: float = 0.0  # for structures that have a stress; conservative models only
+    interaction_weight: float = 0.0
     muon: float = 0.0  # Muon's rate for the blocks' matrices, over learning_rate; 0: AdamW for all
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "energy_weight", "force_weight", "stress_weight", "muon"):
+        weights = ("energy_weight", "force_weight", "stress_weight", "interaction_weight")
+        for name in ("learning_rate", *weights, "muon"):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (name == "learning_rate" and not value):
                 least = "above 0" if name == "learning_rate" else "0 or more"
                 raise RunError(f"{name} {value} of the {self.name} stage: give a number, {least}")
-        if not self.energy_weight + self.force_weight + self.stress_weight:
+        if not any(getattr(self, name) for name in weights):
             raise RunError(f"all weights of the {self.name} stage are 0: nothing would be learned")
 
     def learning_rate_at(self, step: int) -> float:
@@ -108,10 +112,12 @@ def conservative_stage(
     steps: int,
     learning_rate: float = 4e-4,
     weights: tuple[float, float] = (40, 20),
-    stress_weight: float = 0.0,
+    **others: float,
 ) -> Stage:
-    """The reference's second stage; `weights` are those of energy and forces in the loss."""
-    return Stage("conservative", steps, learning_rate, *weights, stress_weight=stress_weight)
+    """The reference's second stage; `weights` are those of energy and forces in the loss, `others`
+    those of `Stage`.
+    """
+    return Stage("conservative", steps, learning_rate, *weights, **others)
 
 
 def fit_units(
@@ -212,9 +218,10 @@ def loss(
     stage: Stage,
     real: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖ + stress_weight · mean ‖Δσ‖V/N.
+    """energy_weight · mean |ΔE|/N + force_weight · mean ‖ΔF‖ + stress_weight · mean ‖Δσ‖V/N
+    + interaction_weight · mean |Δ(E - Σ E of its molecules)|/N.
 
-    Errors in units of the rmsd; stresses of the structures that have one.
+    Errors in units of the rmsd; stresses and interactions of the structures that have them.
 
     Args:
         prediction: of the batch.
@@ -234,6 +241,17 @@ def loss(
         error = torch.where(known[:, None, None], prediction.stress - batch.stress, 0.0)
         scaled = torch.linalg.matrix_norm(error) * batch.structures.volume / natoms
         value = value + stage.stress_weight * _mean(scaled / model.energy_scale, known)
+    if stage.interaction_weight and batch.fragments is not None:
+        alone = batch.fragments.structures
+        atomic = model.atomic_energies(alone)
+        molecules = atomic.new_zeros(len(alone)).index_add(0, alone.system, atomic)  # (F,)
+        apart = torch.zeros_like(prediction.energy).index_add(0, batch.fragments.whole, molecules)
+        known = batch.fragments.interaction.isfinite()  # (B,)
+        error = torch.where(
+            known, prediction.energy - apart - batch.fragments.interaction.nan_to_num(), 0.0
+        )
+        scaled = error.abs() / natoms / model.energy_scale
+        value = value + stage.interaction_weight * _mean(scaled, known)
     return value
 
 
@@ -440,6 +458,7 @@ def train(
             raise InputError(f"{name} {number!r}: give a whole number, {least} or more")
     for stage in stages:
         _check_stress_weight(stage, model, training_data)
+        _check_interaction_weight(stage, training_data)
     fabric = fabric or lightning_fabric.Fabric(accelerator="auto", devices=1)
     operations = choose(kernels, fabric.device, model.dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -538,7 +557,8 @@ def train(
         place = (first, stage.steps - first, fabric.global_rank, fabric.world_size)
         batches = Batches(training_data, max_atoms, seed + index, *place)
         recorded = None
-        if kernels in ("auto", "cuda-graphs") and can_record(model, training_data, fabric):
+        usual = kernels in ("auto", "cuda-graphs") and not stage.interaction_weight
+        if usual and can_record(model, training_data, fabric):
             batches.size = batch_size(training_data.natoms, max_atoms, model.config)
             batches.reach = model.config.reach
             recorded = RecordedLoss(model, stage, batches.size)
@@ -618,6 +638,15 @@ def _check_stress_weight(stage: Stage, model: AllScAIP, data: LabelledData) -> N
         )
 
 
+def _check_interaction_weight(stage: Stage, data: LabelledData) -> None:
+    found = (data[int(index)] for index in evenly_spaced(len(data), 20_000))
+    if stage.interaction_weight and not any("fragments" in atoms.info for atoms in found):
+        raise RunError(
+            f"interaction weight {stage.interaction_weight:g}, but no training structure says in "
+            "its info what its `fragments` and its `interaction_energy` are"
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `allscaip-lite train`."""
     parser.add_argument("--data", required=True, type=Path, nargs="+", help="training .aselmdb")
@@ -677,6 +706,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="weight of the stress in the conservative stage, for data that have it",
+    )
+    parser.add_argument(
+        "--interaction-weight",
+        type=float,
+        default=0.0,
+        help="weight of interaction energies in the conservative stage, the energy of a structure "
+        "less those of its molecules alone, for data that have `fragments`",
     )
     parser.add_argument(
         "--muon",
@@ -808,7 +844,15 @@ def run(args: argparse.Namespace) -> None:
     if conservative:
         weights = tuple(args.conservative_weights)
         rate = rate if args.conservative_rate is None else args.conservative_rate
-        stages.append(conservative_stage(conservative, rate, weights, args.stress_weight))
+        stages.append(
+            conservative_stage(
+                conservative,
+                rate,
+                weights,
+                stress_weight=args.stress_weight,
+                interaction_weight=args.interaction_weight,
+            )
+        )
     stages = [replace(stage, muon=args.muon) for stage in stages]
     if not stages:
         raise InputError("nothing to train: give --direct-steps or --conservative-steps")

@@ -73,6 +73,7 @@ OMOL_MINI = Path(__file__).parents[1] / "omol-mini"
 STARTS, HEAD = ("lite-xtb", "lite-local-xtb"), 0.02
 AT_ONCE = 128  # structures in a batch
 KEYS = ("charge", "spin", "data_id", "molecule", "source", "num_atoms", "num_electrons")
+KEYS += ("fragments", "interaction_energy")
 
 # --- Differences -----------------------------------------------------------------------------
 
@@ -456,6 +457,11 @@ def meeting(system: System, molecules: Molecules, rng: np.random.Generator) -> A
     if answer is None or not np.abs(answer.forces).max() < MAX_FORCE:
         return None
     _described(atoms, system, f"{'near' if near else 'separate'}/{min(gaps):.2f} Å")
+    atoms.info["fragments"] = [
+        [len(one.atoms), one.atoms.info["charge"], one.atoms.info["spin"]] for one in chosen
+    ]
+    between = answer.energy - sum(one.label.energy for one in chosen)
+    atoms.info["interaction_energy"] = float(between)
     text = LABEL if near else f"{LABEL}, Coulomb's law between"
     return _labelled(atoms, answer.energy, answer.forces, text)
 

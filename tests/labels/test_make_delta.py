@@ -76,6 +76,8 @@ def test_two_ions_far_apart_follow_coulombs_law(molecules, monkeypatch):
     assert pair.get_potential_energy() - alone == pytest.approx(-14.3996 / distance, rel=1e-4)
     pull = pair.get_forces()[0] @ (pair.positions[1] - pair.positions[0]) / distance
     assert pull == pytest.approx(14.3996 / distance**2, rel=1e-4)
+    assert pair.info["fragments"] == [[1, 1, 1], [1, -1, 1]]
+    assert pair.info["interaction_energy"] == pytest.approx(-14.3996 / distance, rel=1e-4)
 
 
 def test_forces_turn_with_a_molecule(monkeypatch):
@@ -100,6 +102,13 @@ def test_near_each_other_the_label_is_xtb_and_the_differences(molecules, monkeyp
     found = xtb.results_of(pair)
     assert pair.get_potential_energy() == pytest.approx(found["energy"] + 0.5 * len(pair))
     np.testing.assert_allclose(pair.get_forces(), found["forces"], atol=1e-9)
+    assert pair.info["fragments"] == [[5, 1, 1], [3, 0, 1]]
+    alone = []
+    for part, charge in ((pair[:5], 1), (pair[5:], 0)):
+        part.info = {"charge": charge, "spin": 1}
+        alone.append(xtb.results_of(part)["energy"])
+    expected = found["energy"] - sum(alone)
+    assert pair.info["interaction_energy"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_near_a_metal_ion_the_label_is_that_of_the_whole(monkeypatch):

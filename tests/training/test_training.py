@@ -341,6 +341,88 @@ def test_stress_in_the_loss() -> None:
     assert not torch.allclose(plain.stress[0], turned.stress[0], atol=1e-3)
 
 
+def _pair(data: Dataset, **info: object) -> Atoms:
+    """Two molecules of a data set 12 Å apart, with a label and what its `info` is to have."""
+    first, second = data[0], data[1]
+    moved = second.copy()
+    moved.positions += first.positions.max(0) - second.positions.min(0) + 12.0
+    both = first + moved
+    charges = [atoms.info["charge"] for atoms in (first, second)]
+    both.info = {"charge": sum(charges), "spin": 1, **info}
+    both.calc = SinglePointCalculator(both, energy=-100.0, forces=np.zeros((len(both), 3)))
+    return both
+
+
+def _parts(data: Dataset) -> list[list[int]]:
+    return [[len(a), a.info["charge"], a.info["spin"]] for a in (data[0], data[1])]
+
+
+def test_interactions_are_compared_with_those_of_the_molecules_alone(data: Dataset) -> None:
+    """Of the structures that have fragments, and turned with them."""
+    pair = _pair(data, fragments=_parts(data), interaction_energy=0.7)
+    model = small_model(data, conservative=True)
+    stage = conservative_stage(1, interaction_weight=7.0)
+    losses = []
+    for seed in (None, 3):
+        batch = collate([data[2], pair], seed)
+        assert batch.fragments.whole.tolist() == [1, 1]
+        predicted = model(batch.structures, create_graph=True)
+        without = loss(predicted, batch, model, conservative_stage(1))
+        losses.append(loss(predicted, batch, model, stage) - without)
+        alone = model(batch.fragments.structures).energy
+        between = float((predicted.energy[1] - alone.sum()).detach())
+        expected = 7 * abs(between - 0.7) / len(pair) / float(model.energy_scale)
+        assert float(losses[-1]) == pytest.approx(expected, rel=1e-4)
+    molecules = model.predict([data[0], data[1]], outside_training="ignore")
+    plain = model(collate([pair]).fragments.structures).energy
+    np.testing.assert_allclose(plain.detach(), [one.energy for one in molecules], atol=1e-4)
+    gradients = torch.autograd.grad(losses[0], model.parameters(), allow_unused=True)
+    found = [g for g in gradients if g is not None]
+    assert all(g.isfinite().all() for g in found) and any(g.abs().max() > 0 for g in found)
+    assert collate([data[0], data[1]]).fragments is None
+
+
+def test_training_on_interactions_makes_molecules_far_apart_a_sum(
+    data: Dataset, tmp_path: Path
+) -> None:
+    pair = _pair(data, fragments=_parts(data), interaction_energy=0.0)
+    stage = replace(conservative_stage(40, 3e-3, (0, 0), interaction_weight=1.0), ema_decay=0.5)
+    model, off = small_model(data, conservative=True), []
+    for _ in range(2):
+        whole, *alone = model.predict([pair, data[0], data[1]], outside_training="ignore")
+        off.append(abs(whole.energy - sum(one.energy for one in alone)))
+        if len(off) == 1:
+            pair.calc.results["energy"] = sum(one.energy for one in alone)
+            write_aselmdb(tmp_path / "pairs.aselmdb", [pair])
+            pairs = Dataset(tmp_path / "pairs.aselmdb")
+            model = train(model, [stage], pairs, pairs, tmp_path / "run", max_atoms=200)
+    assert off[1] < off[0] / 5
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({"fragments": [[3, 0]]}, "interaction_energy"),
+        ({"fragments": [[3, 0]], "interaction_energy": 0.0}, "charge, multiplicity"),
+        ({"fragments": [[3, 0, 1]], "interaction_energy": 0.0}, "`fragments` have 3 atoms"),
+        ({"fragments": 3, "interaction_energy": 0.0}, "charge, multiplicity"),
+    ],
+)
+def test_fragments_that_are_none_are_refused(
+    data: Dataset, info: dict[str, object], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        collate([data[2], _pair(data, **info)])
+
+
+def test_an_interaction_weight_that_meets_no_fragments_is_refused(
+    data: Dataset, tmp_path: Path
+) -> None:
+    model = small_model(data, conservative=True)
+    with pytest.raises(RunError, match="interaction weight 5, but no training structure"):
+        train(model, [conservative_stage(1, interaction_weight=5.0)], data, data, tmp_path)
+
+
 # --- stages -------------------------------------------------------------------------------------
 
 
