@@ -115,6 +115,16 @@ def unit_of_total(atoms: Atoms, energy: float) -> str | None:
     return next(names, None) if atoms.numbers.max() > 2 else None
 
 
+def check_size(atoms: Atoms, energy: float, where: object) -> None:
+    """Raise `DataError` for an energy (eV) larger than all electrons of the atoms can have."""
+    most = 1.5 * units.Hartree * sum(-free_atom(int(number)) for number in atoms.numbers)
+    if abs(energy) > most and atoms.numbers.max() > 2:
+        raise DataError(
+            f"{where}: an energy of {energy:.6g} eV, where all electrons of its atoms have about "
+            f"{-most / 1.5:.3g}: leave the structure out, or convert its unit to eV"
+        )
+
+
 def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> Labels:
     """`checked_labels` of a structure that another program wrote.
 
@@ -141,6 +151,8 @@ def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> L
             kind = {"force": "forces", "virials": "virial"}.get(match[1], match[1])
             if "tot" not in key.lower() or not (moving or kind in candidates):
                 candidates.setdefault(kind, {}).setdefault(key, value)
+        elif value is not None and re.search("stress(?!es)|virial(?!s)", key.lower()):
+            taken[f"no stress from {key} (a name without a unit is needed, and eV/Å³)"] += 1
     _virial_as_stress(atoms, where, candidates, taken)
     found: Labels = {}
     for kind, spellings in candidates.items():

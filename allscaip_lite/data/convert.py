@@ -18,7 +18,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from tqdm import tqdm
 
 from allscaip_lite.data.aselmdb import write_aselmdb
-from allscaip_lite.data.checks import UNITS, check_apart, labels_under_any_name, unit_of_total
+from allscaip_lite.data.checks import (
+    UNITS,
+    check_apart,
+    check_size,
+    labels_under_any_name,
+    unit_of_total,
+)
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import (
     Assumptions,
@@ -58,14 +64,15 @@ def convert(
         FileNotFoundError: for a file that does not exist.
         DataError: for a file that ASE cannot read, and for a structure without energy or forces,
             with labels that `checks` does not take, or with a multiplicity its electrons forbid;
-            at its end, for a file whose energies are in another unit than eV (a warning, where
-            they are of one or two molecules, and hartree).
+            at its end, for a file whose energies are all 0, and for one whose energies are in
+            another unit than eV (a warning, where they are of one or two molecules, and hartree).
     """
     assumed: Assumptions = {}
     taken: Counter[str] = Counter()
     for name in listed_paths(files):
         path, _ = file_and_index(name)
         energies: list[tuple[str, str | None]] = []  # formulas and units
+        largest = 0.0
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
             check_apart(atoms, where)
             labels = labels_under_any_name(atoms, where, taken)
@@ -81,8 +88,13 @@ def convert(
                 atoms.info["data_id"] = domain
             atoms.calc = SinglePointCalculator(atoms, **labels)
             energies.append((atoms.get_chemical_formula(), unit_of_total(atoms, labels["energy"])))
+            largest = max(largest, abs(labels["energy"]))
+            if energies[-1][1] is None:
+                check_size(atoms, labels["energy"], where)
             yield atoms
         _check_unit(path, energies)
+        if len(energies) > 1 and not largest:
+            raise DataError(f"{path}: all its energies are 0, which are no labels to learn")
     say_assumptions(assumed)
     if taken:
         listed = "; ".join(f"{count} structures: {what}" for what, count in taken.items())

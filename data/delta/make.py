@@ -226,9 +226,8 @@ class Teachers:
         """Whether any of them knows a structure."""
         return any(teacher.knows(atoms) for teacher in self.teachers)
 
-    def __call__(self, batch: Sequence[Atoms], agreed: bool = True) -> list[Answer | None]:
-        """The label of each structure, None where no teacher knows it or, if asked for `agreed`
-        labels, where its teacher's networks differ.
+    def __call__(self, batch: Sequence[Atoms]) -> list[Answer | None]:
+        """The label of each structure, None where no teacher knows it or its networks differ.
 
         GFN2-xTB's labels have to be with the structures that AIMNet2 was not made for.
         """
@@ -239,7 +238,7 @@ class Teachers:
             left = [index for index in left if index not in own]
             found = teacher([batch[index] for index in own]) if own else []
             for index, answer in zip(own, found, strict=True):
-                if not agreed or answer.spread <= teacher.agreement:
+                if answer.spread <= teacher.agreement:
                     answers[index] = answer
         return answers
 
@@ -597,42 +596,27 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
     """A table of interaction energies of `pairs`, by kind and gap: their mean size in the labels,
     and the mean absolute error of each model (eV).
 
-    What a model says of the pair less what it says of each molecule alone, against the same of the
-    labels (of molecules without one, of GFN2-xTB) for those near each other, and Coulomb's law for
-    those apart.
+    What a model says of the pair less what it says of each molecule alone, against
+    `info["interaction_energy"]`.
     """
-    near = any("near" in atoms.info["source"] for atoms in structures)
-    teachers = Teachers([]) if near else None
     alone: list[Atoms] = []
     groups: dict[tuple[str, int], list[int]] = {}
-    expected = []
-    for index, atoms in enumerate(tqdm(structures, disable=not sys.stderr.isatty())):
-        states = [parse_system("", part) for part in atoms.info["molecule"].split(".")]
-        first = atom_count(states[0])
+    for index, atoms in enumerate(structures):
+        (first, *_), _ = atoms.info["fragments"]
         pieces = [
-            in_state(piece, state.charge, state.multiplicity)
-            for piece, state in zip((atoms[:first], atoms[first:]), states, strict=True)
+            in_state(piece, charge, spin)
+            for piece, (_, charge, spin) in zip(
+                (atoms[:first], atoms[first:]), atoms.info["fragments"], strict=True
+            )
         ]
-        near = "near" in atoms.info["source"]
-        if near and teachers and all(map(teachers.knows, pieces)):
-            answers = teachers(pieces, agreed=False)
-            energy = atoms.get_potential_energy() - sum(one.energy for one in answers if one)
-        elif near:
-            whole, *alone_by_xtb = (xtb.results_of(one)["energy"] for one in (atoms, *pieces))
-            energy = whole - sum(alone_by_xtb)
-        else:
-            charges = np.concatenate([xtb.results_of(piece)["charges"] for piece in pieces])
-            owner = np.repeat([0, 1], [first, len(atoms) - first])
-            energy, _ = coulomb(atoms.positions, charges, owner)
-        expected.append(energy)
         alone += pieces
-        signs = np.sign([state.charge for state in states]).astype(int)
+        signs = np.sign([charge for _, charge, _ in atoms.info["fragments"]])
         kind = (0, 0) if not signs.any() else tuple(sorted(signs * signs[np.abs(signs).argmax()]))
         closest = np.linalg.norm(atoms.positions[:first, None] - atoms.positions[first:], axis=2)
         place = int(np.searchsorted(GAPS, closest.min(), side="right"))
-        metal = any(map(_is_metal, pieces))
-        name = MEETING[kind] + ", one a metal ion" * metal
+        name = MEETING[kind] + ", one a metal ion" * any(map(_is_metal, pieces))
         groups.setdefault((name, place), []).append(index)
+    expected = np.array([atoms.info["interaction_energy"] for atoms in structures])
     off = []
     for model_name in models:
         model = load_model(model_name)
@@ -691,8 +675,11 @@ def run(args: argparse.Namespace) -> None:
     if args.what == "interactions":
         if not args.direct or not args.data:
             raise LabelError("interactions needs --direct MODEL ... and --data FOLDER of pairs")
-        data = Dataset([folder / "test.aselmdb" for folder in args.data])
-        print(interactions([a for a in data if a.info["molecule"].count(".") == 1], args.direct))
+        rows = Dataset([folder / "test.aselmdb" for folder in args.data])
+        pairs_of = [a for a in rows if len(a.info.get("fragments", ())) == 2]
+        if not pairs_of:
+            raise LabelError("no pair has `fragments`: make the set again, as its page says")
+        print(interactions(pairs_of, args.direct))
         return
     systems = SETS.get(args.what, {})
     kind = args.set or next(iter(systems), None)

@@ -362,6 +362,33 @@ def test_what_is_no_path_is_named(path: object, tmp_path: Path) -> None:
         write_aselmdb(tmp_path / "a.aselmdb", molecule("H2O"))
 
 
+@pytest.mark.parametrize(
+    ("energies", "words"),
+    [([0.0, 0.0], "all its energies are 0"), ([-2000.0, 1e10], "an energy of 1e.10 eV, where")],
+)
+def test_energies_that_no_molecule_has_are_refused(
+    tmp_path: Path, energies: list[float], words: str
+) -> None:
+    frames = []
+    for energy in energies:
+        atoms = molecule("H2O")
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((3, 3)))
+        frames.append(atoms)
+    ase.io.write(tmp_path / "odd.extxyz", frames)
+    with pytest.raises(DataError, match=words):
+        list(convert(tmp_path / "odd.extxyz", 0, 1))
+
+
+def test_a_stress_in_another_unit_is_mentioned(tmp_path: Path) -> None:
+    atoms = molecule("H2O", cell=[9, 9, 9], pbc=True)
+    atoms.calc = SinglePointCalculator(atoms, energy=-2000.0, forces=np.zeros((3, 3)))
+    atoms.info["stress_gpa"] = np.ones(6)
+    ase.io.write(tmp_path / "cell.extxyz", atoms)
+    with pytest.warns(StructureWarning, match="1 structures: no stress from stress_gpa"):
+        (read,) = convert(tmp_path / "cell.extxyz", 0, 1)
+    assert "stress" not in read.calc.results
+
+
 @pytest.mark.parametrize("unit", [1.0, units.Hartree, units.kcal / units.mol])
 def test_total_energies_in_another_unit_are_not_taken_as_ev(tmp_path: Path, unit: float) -> None:
     """ωB97M-V of OMol25's level."""

@@ -28,6 +28,7 @@ from ase import Atoms, units
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 from scipy.spatial.transform import Rotation
+from scipy.stats import linregress
 from torch import Tensor, nn
 
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
@@ -187,12 +188,12 @@ class Model(NamedTuple):
 
 MODELS = {
     "AllScAIP": Model(lambda width: transformer(width, direction_degree=5), 1e-2),
-    "without directions": Model(transformer, 1e-2),
-    "and node attention cut at 6 Å": Model(lambda width: transformer(width, Placebo), 1e-2),
-    "and without node attention": Model(
+    "invariant": Model(transformer, 1e-2),
+    "invariant, attention within 6 Å": Model(lambda width: transformer(width, Placebo), 1e-2),
+    "invariant, no node attention": Model(
         lambda width: transformer(width, node_attention=False), 1e-2
     ),
-    "and without angles": Model(
+    "invariant, no node attention, no angles": Model(
         lambda width: transformer(width, node_attention=False, angular_channels=None), 1e-2
     ),
     "SchNet": Model(lambda width: Rival(Schnet(width)), 1e-2),
@@ -202,7 +203,7 @@ NEEDED = {"eSEN": "fairchem", "SchNet": "torch_geometric"}
 AVAILABLE = [
     name for name in MODELS if name not in NEEDED or importlib.util.find_spec(NEEDED[name])
 ]
-COMPARED = ("without directions", "SchNet", "eSEN")  # in more than one width
+COMPARED = ("invariant", "invariant, no node attention", "SchNet", "eSEN")  # in three widths
 
 # --- A cell ----------------------------------------------------------------------------------
 
@@ -212,6 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--structures", type=int, nargs="+", default=[20, 50, 200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seconds", type=float, default=40, help="of training, for each")
+    parser.add_argument("--drift-ps", type=float, default=2.0, help="ps of dynamics, for the drift")
     parser.add_argument("--models", nargs="+", default=AVAILABLE, choices=AVAILABLE)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
     parser.add_argument("--speed", action="store_true", help="time energies and forces anew, first")
@@ -227,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
     data, held = (neutral(Dataset(args.data / f"{part}.aselmdb")) for part in ("train", test))
     speed_file = args.out.with_name("speed.json")
     if args.speed:
-        store_text(speed_file, json.dumps(throughput(data, held), indent=1) + "\n")
+        store_text(speed_file, json.dumps(throughput(data, held, args.models), indent=1) + "\n")
     most = max(args.structures)
     grid = [(n, name, "usual") for n in sorted(args.structures) for name in args.models]
     grid += [(most, n, w) for n in args.models if n in COMPARED for w in WIDTHS if w != "usual"]
@@ -237,12 +239,12 @@ def run(args: argparse.Namespace) -> None:
             if cell in done:
                 continue
             print(*cell, flush=True)
-            found.append({"cell": cell} | measure(data, held, *cell))
+            found.append({"cell": cell} | measure(data, held, *cell, args.drift_ps))
             store_text(args.out, json.dumps(found, indent=1) + "\n")
             print(found[-1], flush=True)
     if args.page:
         speeds = json.loads(speed_file.read_text(encoding="utf-8"))
-        insert_table(args.page, table(found, speeds))
+        insert_table(args.page, f"{table(found, speeds)}\n\n{exponents(found)}")
 
 
 def neutral(data: Dataset) -> Subset:
@@ -282,7 +284,14 @@ def fit(data: Subset, name: str, width: str, seed: int, steps: int) -> AllScAIP:
 
 
 def measure(
-    data: Subset, held: Subset, name: str, width: str, structures: int, seed: int, seconds: float
+    data: Subset,
+    held: Subset,
+    name: str,
+    width: str,
+    structures: int,
+    seed: int,
+    seconds: float,
+    drift_ps: float,
 ) -> dict[str, Any]:
     """Train one model on some structures, and its errors on the others."""
     data = Subset(data, np.arange(structures))
@@ -314,7 +323,7 @@ def measure(
         "forces": float(1e3 * np.concatenate([f.ravel() for _, f in off]).mean()),  # meV/Å
         "energy": float(1e3 * np.mean([e for e, _ in off])),  # meV/atom
         "rotation": float(np.mean([spread(model, frames[i]) for i in some])),
-        "drift": drift(model, smallest_of(frames, 9)),
+        "drift": drift(model, smallest_of(frames, 9), drift_ps),
         "machine": {"processor": processor_name(), "torch": torch.__version__, "threads": 1},
     }  # fmt: skip
 
@@ -335,8 +344,8 @@ def spread(model: AllScAIP, atoms: Atoms) -> float:
     return float(1e3 * np.std(energies) / len(atoms))
 
 
-def drift(model: AllScAIP, atoms: Atoms, steps: int = 4000) -> float | None:
-    """Slope of the total energy in 2 ps of 0.5 fs from 300 K, meV/atom/ps; None where it breaks."""
+def drift(model: AllScAIP, atoms: Atoms, ps: float) -> float | None:
+    """Slope of the total energy from 300 K, 0.5 fs a step, meV/atom/ps; None where it breaks."""
     atoms = atoms.copy()
     atoms.calc = AllScAIPCalculator(model, outside_training="ignore")
     rng = np.random.default_rng(0)
@@ -344,14 +353,14 @@ def drift(model: AllScAIP, atoms: Atoms, steps: int = 4000) -> float | None:
     Stationary(atoms)
     run, totals = VelocityVerlet(atoms, 0.5 * units.fs), []
     run.attach(lambda: totals.append(atoms.get_total_energy()), interval=10)
-    run.run(steps)
+    run.run(round(2000 * ps))
     if not np.isfinite(totals).all() or np.ptp(totals) > len(atoms):
         return None
     times = np.arange(len(totals)) * 10 * 0.5e-3  # ps
     return float(1e3 * np.polyfit(times, totals, 1)[0] / len(atoms))
 
 
-def throughput(data: Subset, held: Subset) -> dict[str, dict[str, float]]:
+def throughput(data: Subset, held: Subset, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Atoms a second of each model and width.
 
     Energies and forces of twenty molecules in a call, all models in turn, by the clock of the
@@ -361,7 +370,7 @@ def throughput(data: Subset, held: Subset) -> dict[str, dict[str, float]]:
     few = Subset(data, np.arange(20))
     models = {
         (name, width): fit(few, name, width, 0, 1)
-        for name in AVAILABLE
+        for name in names
         for width in (WIDTHS if name in COMPARED else ("usual",))
     }
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in models}
@@ -409,6 +418,18 @@ def table(found: Sequence[dict[str, Any]], speeds: dict[str, dict[str, float]]) 
     head = ["model", "structures", "parameters", "steps", "forces, meV/Å", "energy, meV/atom"]
     head += ["spread over rotations, meV/atom", "drift, meV/atom/ps", "atoms/s"]
     return markdown_table(head, rows, "l" + "r" * (len(head) - 1))
+
+
+def exponents(found: Sequence[dict[str, Any]]) -> str:
+    """Of a power law through the force errors of each model, with the standard error of the fit."""
+    rows = []
+    for name in MODELS:
+        cells = [row for row in found if row["cell"][:2] == [name, "usual"]]
+        sizes = np.log([row["cell"][2] for row in cells])
+        if len(cells) > 2 and np.ptp(sizes):
+            line = linregress(sizes, np.log([row["forces"] for row in cells]))
+            rows.append([name, len(cells), f"{line.slope:.2f} ± {line.stderr:.2f}"])
+    return markdown_table(["model", "cells", "exponent of the force error"], rows, "lrr")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
