@@ -75,8 +75,13 @@ class Batch:
         return replace(self, padded=pad(self.structures, pairs, size))
 
 
-def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch:
-    """Labelled structures as one batch; with a seed, each turned by a random rotation."""
+def collate(
+    systems: Sequence[Atoms], rotation_seed: int | None = None, fragments: bool = False
+) -> Batch:
+    """Labelled structures as one batch; with a seed, each turned by a random rotation.
+
+    `fragments` are read from the `info` of the structures that have them, if they are asked for.
+    """
     systems = list(systems)
     labels = [
         checked_labels(system.calc.results, len(system), f"structure {index}")
@@ -103,7 +108,7 @@ def collate(systems: Sequence[Atoms], rotation_seed: int | None = None) -> Batch
         energy=torch.tensor([label["energy"] for label in labels], dtype=torch.float64),
         forces=torch.as_tensor(np.concatenate(forces), dtype=torch.float32),
         stress=torch.as_tensor(np.stack(stress), dtype=torch.float32),
-        fragments=_fragments(systems),
+        fragments=_fragments(systems) if fragments else None,
     )
 
 
@@ -151,6 +156,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
     Batches are numbered from the start of training, so that a resumed run goes on with exactly
     the one it would have seen next. Ranks of a distributed run take turns. With a `size`, batches
     of molecules come as `PaddedBatch` too, with the pairs of atoms within `reach` Å, if they fit.
+    `fragments` is as for `collate`.
     """
 
     def __init__(
@@ -165,9 +171,10 @@ class Batches(torch.utils.data.Dataset[Batch]):
         rotate: bool = True,
         size: Size | None = None,
         reach: float = 0.0,
+        fragments: bool = False,
     ) -> None:
         self.data, self.max_atoms, self.seed, self.rotate = data, max_atoms, seed, rotate
-        self.size, self.reach = size, reach
+        self.size, self.reach, self.fragments = size, reach, fragments
         self.first, self.count, self.rank, self.world_size = first, count, rank, world_size
         largest = int(data.natoms.max())
         if largest > max_atoms:
@@ -194,7 +201,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
             self._epochs[epoch] = self._fill(epoch)
         members = self._epochs[epoch][number - self._starts[epoch]]
         rotation_seed = hash((self.seed, number)) % 2**63 if self.rotate else None
-        batch = collate([self.data[int(i)] for i in members], rotation_seed)
+        batch = collate([self.data[int(i)] for i in members], rotation_seed, self.fragments)
         if self.size is None or batch.structures.periodic:
             return batch
         try:

@@ -557,8 +557,9 @@ def train(
         place = (first, stage.steps - first, fabric.global_rank, fabric.world_size)
         batches = Batches(training_data, max_atoms, seed + index, *place)
         recorded = None
-        usual = kernels in ("auto", "cuda-graphs") and not stage.interaction_weight
-        if usual and can_record(model, training_data, fabric):
+        batches.fragments = stage.interaction_weight > 0
+        recording = kernels in ("auto", "cuda-graphs") and not batches.fragments
+        if recording and can_record(model, training_data, fabric):
             batches.size = batch_size(training_data.natoms, max_atoms, model.config)
             batches.reach = model.config.reach
             recorded = RecordedLoss(model, stage, batches.size)

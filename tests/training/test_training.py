@@ -364,7 +364,7 @@ def test_interactions_are_compared_with_those_of_the_molecules_alone(data: Datas
     stage = conservative_stage(1, interaction_weight=7.0)
     losses = []
     for seed in (None, 3):
-        batch = collate([data[2], pair], seed)
+        batch = collate([data[2], pair], seed, fragments=True)
         assert batch.fragments.whole.tolist() == [1, 1]
         predicted = model(batch.structures, create_graph=True)
         without = loss(predicted, batch, model, conservative_stage(1))
@@ -374,12 +374,14 @@ def test_interactions_are_compared_with_those_of_the_molecules_alone(data: Datas
         expected = 7 * abs(between - 0.7) / len(pair) / float(model.energy_scale)
         assert float(losses[-1]) == pytest.approx(expected, rel=1e-4)
     molecules = model.predict([data[0], data[1]], outside_training="ignore")
-    plain = model(collate([pair]).fragments.structures).energy
+    plain = model(collate([pair], fragments=True).fragments.structures).energy
     np.testing.assert_allclose(plain.detach(), [one.energy for one in molecules], atol=1e-4)
     gradients = torch.autograd.grad(losses[0], model.parameters(), allow_unused=True)
     found = [g for g in gradients if g is not None]
     assert all(g.isfinite().all() for g in found) and any(g.abs().max() > 0 for g in found)
-    assert collate([data[0], data[1]]).fragments is None
+    assert collate([data[0], data[1]], fragments=True).fragments is None
+    pair.info["fragments"] = "a user's own words"
+    assert collate([data[0], pair]).fragments is None
 
 
 def test_training_on_interactions_makes_molecules_far_apart_a_sum(
@@ -412,7 +414,7 @@ def test_fragments_that_are_none_are_refused(
     data: Dataset, info: dict[str, object], words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
-        collate([data[2], _pair(data, **info)])
+        collate([data[2], _pair(data, **info)], fragments=True)
 
 
 def test_an_interaction_weight_that_meets_no_fragments_is_refused(
