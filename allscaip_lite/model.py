@@ -620,11 +620,13 @@ def without_weight_grad(module: M) -> M:
 
     The weights of `module` stay as they are, so that another thread may train it meanwhile.
     """
-    twin = copy.copy(module)
-    weights = module.named_parameters(recurse=False)
+    twin, own = copy.copy(module), vars(module)
     vars(twin).update(
-        _parameters={name: nn.Parameter(weight.detach(), False) for name, weight in weights},
-        _buffers=dict(module.named_buffers(recurse=False)),
+        _parameters={  # some are None, as a linear layer's bias
+            name: None if weight is None else nn.Parameter(weight.detach(), False)
+            for name, weight in own["_parameters"].items()
+        },
+        _buffers=dict(own["_buffers"]),
         _modules={name: without_weight_grad(part) for name, part in module.named_children()},
     )
     return twin

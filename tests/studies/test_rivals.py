@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.build import molecule as water
 from scipy.spatial.transform import Rotation
 
+from allscaip_lite import AllScAIPCalculator
 from allscaip_lite.data.aselmdb import Dataset
 from allscaip_lite.model import AllScAIP
 from docs.studies.rivals import run as study
@@ -40,11 +41,13 @@ def molecule() -> Atoms:
 @pytest.mark.parametrize("name", study.MODELS)
 def test_forces_are_the_slope_of_the_energy_and_turn_with_the_molecule(name, molecule):
     model, h = make(name), 1e-3  # Å
+    calculator = AllScAIPCalculator(model, outside_training="ignore")
     moved = [molecule.copy() for _ in range(3)]
     for copy, step in zip(moved, (0, h, -h), strict=True):
         copy.positions[2, 1] += step
     energies, forces = ask(model, *moved)
     slope = -(energies[1] - energies[2]) / (2 * h)
+    np.testing.assert_allclose(calculator.get_forces(molecule), forces[0], atol=1e-8)
     assert abs(slope - forces[0][2, 1]) < 1e-3 * np.abs(forces[0]).max()
     turn = Rotation.from_euler("xyz", [0.3, 1.1, -0.7])
     turned = molecule.copy()

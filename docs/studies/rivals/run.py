@@ -145,10 +145,9 @@ class Schnet(nn.Module):
 
         super().__init__()
         size = round(64 * width)
-        self.graph = Neighbours()
         self.network = SchNet(
             size, size, num_interactions=3, num_gaussians=50, cutoff=CUTOFF,
-            interaction_graph=self.graph,
+            interaction_graph=Neighbours(),
         )  # fmt: skip
         for block in self.network.interactions:
             del block.mlp  # a second name of `block.conv.nn`
@@ -156,8 +155,9 @@ class Schnet(nn.Module):
     def forward(self, structures: Structures) -> Tensor:
         """(N, 1)."""
         pairs, positions = edges(structures), structures.positions
+        graph = self.network.interaction_graph
         vectors = positions[pairs[0]] - positions[pairs[1]]
-        self.graph.pairs, self.graph.distances = pairs, torch.linalg.vector_norm(vectors, dim=1)
+        graph.pairs, graph.distances = pairs, torch.linalg.vector_norm(vectors, dim=1)
         own = torch.arange(len(positions), device=positions.device)  # each atom its own sum
         return self.network(structures.atomic_numbers, positions, own)
 
