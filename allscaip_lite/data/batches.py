@@ -112,34 +112,47 @@ def collate(
     )
 
 
-def _fragments(systems: Sequence[Atoms]) -> Fragments | None:
-    """Of the structures whose `info` has them: `fragments`, for each molecule in order how many
-    atoms, charge and multiplicity, and `interaction_energy`, eV. Raises DataError for others'.
+def molecules_of(atoms: Atoms, where: object) -> list[Atoms]:
+    """The molecules that `info["fragments"]` names, each alone, with charge and multiplicity.
+
+    It has how many atoms, the charge and the multiplicity of each, in order. Raises DataError,
+    which calls the structure `where`, if that is not so.
     """
+    found: list[Atoms] = []
+    first = 0
+    try:
+        for natoms, charge, spin in atoms.info["fragments"]:
+            found.append(atoms[first : first + natoms])
+            found[-1].info = {"charge": charge, "spin": spin}
+            first += natoms
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: `fragments` in its info need [atoms, charge, multiplicity] for each "
+            f"molecule ({error!r})"
+        ) from error
+    if first != len(atoms):
+        raise DataError(f"{where}: its `fragments` have {first} atoms, and it has {len(atoms)}")
+    return found
+
+
+def _fragments(systems: Sequence[Atoms]) -> Fragments | None:
+    """Of the structures whose `info` has `fragments`, which need an `interaction_energy`, eV."""
     alone: list[Atoms] = []
     whole: list[int] = []
     interaction = torch.full((len(systems),), torch.nan, dtype=torch.float64)
     for index, system in enumerate(systems):
         if "fragments" not in system.info:
             continue
-        first = 0
         try:
             interaction[index] = float(system.info["interaction_energy"])
-            for natoms, charge, spin in system.info["fragments"]:
-                molecule = system[first : first + natoms]
-                molecule.info = {"charge": charge, "spin": spin}
-                alone.append(molecule)
-                whole.append(index)
-                first += natoms
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"structure {index}: `fragments` in its info need [atoms, charge, multiplicity] "
-                f"for each molecule, and `interaction_energy` in eV beside them ({error!r})"
+                f"structure {index}: `fragments` need an `interaction_energy` in eV beside them "
+                f"({error!r})"
             ) from error
-        if first != len(system):
-            raise DataError(
-                f"structure {index}: its `fragments` have {first} atoms, and it has {len(system)}"
-            )
+        molecules = molecules_of(system, f"structure {index}")
+        alone += molecules
+        whole += [index] * len(molecules)
     if not alone:
         return None
     return Fragments(structures_from_atoms(alone, assumed={}), torch.tensor(whole), interaction)

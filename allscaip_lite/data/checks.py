@@ -103,13 +103,18 @@ def free_atom(number: int) -> float:
     return -0.7687 * number ** (7 / 3) + number**2 / 2 - 0.2699 * number ** (5 / 3)
 
 
+def _of_all_electrons(atoms: Atoms) -> float:
+    """Energy in eV of the atoms, each alone and neutral."""
+    return units.Hartree * sum(free_atom(int(number)) for number in atoms.numbers)
+
+
 def unit_of_total(atoms: Atoms, energy: float) -> str | None:
     """The unit of `UNITS` in which a number is the energy of all electrons; None of any other.
 
     Energies in eV without the core electrons are of the size of hartree, and some come as near: of
     GFN2-xTB one in twenty. Hydrogen and helium alone tell nothing.
     """
-    total = units.Hartree * sum(free_atom(int(number)) for number in atoms.numbers)
+    total = _of_all_electrons(atoms)
     low, high = BOUND
     names = (name for name, unit in UNITS.items() if low < energy * unit / total < high)
     return next(names, None) if atoms.numbers.max() > 2 else None
@@ -117,11 +122,11 @@ def unit_of_total(atoms: Atoms, energy: float) -> str | None:
 
 def check_size(atoms: Atoms, energy: float, where: object) -> None:
     """Raise `DataError` for an energy (eV) larger than all electrons of the atoms can have."""
-    most = 1.5 * units.Hartree * sum(-free_atom(int(number)) for number in atoms.numbers)
-    if abs(energy) > most and atoms.numbers.max() > 2:
+    total = _of_all_electrons(atoms)
+    if abs(energy) > 1.5 * abs(total) and atoms.numbers.max() > 2:
         raise DataError(
             f"{where}: an energy of {energy:.6g} eV, where all electrons of its atoms have about "
-            f"{-most / 1.5:.3g}: leave the structure out, or convert its unit to eV"
+            f"{total:.3g}: leave the structure out, or convert its unit to eV"
         )
 
 

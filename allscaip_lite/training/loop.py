@@ -242,16 +242,12 @@ def loss(
         scaled = torch.linalg.matrix_norm(error) * batch.structures.volume / natoms
         value = value + stage.stress_weight * _mean(scaled / model.energy_scale, known)
     if stage.interaction_weight and batch.fragments is not None:
-        alone = batch.fragments.structures
-        atomic = model.atomic_energies(alone)
-        molecules = atomic.new_zeros(len(alone)).index_add(0, alone.system, atomic)  # (F,)
-        apart = torch.zeros_like(prediction.energy).index_add(0, batch.fragments.whole, molecules)
-        known = batch.fragments.interaction.isfinite()  # (B,)
-        error = torch.where(
-            known, prediction.energy - apart - batch.fragments.interaction.nan_to_num(), 0.0
-        )
-        scaled = error.abs() / natoms / model.energy_scale
-        value = value + stage.interaction_weight * _mean(scaled, known)
+        alone, interaction = batch.fragments.structures, batch.fragments.interaction
+        whole = batch.fragments.whole[alone.system]  # of each atom
+        apart = torch.zeros_like(interaction).index_add(0, whole, model.atomic_energies(alone))
+        known = interaction.isfinite()  # before abs, whose slope at a NaN is one
+        error = (prediction.energy - apart - interaction)[known].abs() / natoms[known]
+        value = value + stage.interaction_weight * (error / model.energy_scale).mean()
     return value
 
 

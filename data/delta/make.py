@@ -47,6 +47,7 @@ from tqdm import tqdm
 from allscaip_lite.checkpoints import load_model, save_model
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
+from allscaip_lite.data.batches import molecules_of
 from allscaip_lite.labels import LabelError, aimnet2, counts_of, xtb
 from allscaip_lite.labels.sampling import (
     System,
@@ -602,15 +603,10 @@ def interactions(structures: Sequence[Atoms], models: Sequence[str]) -> str:
     alone: list[Atoms] = []
     groups: dict[tuple[str, int], list[int]] = {}
     for index, atoms in enumerate(structures):
-        (first, *_), _ = atoms.info["fragments"]
-        pieces = [
-            in_state(piece, charge, spin)
-            for piece, (_, charge, spin) in zip(
-                (atoms[:first], atoms[first:]), atoms.info["fragments"], strict=True
-            )
-        ]
+        pieces = molecules_of(atoms, f"structure {index}")
         alone += pieces
-        signs = np.sign([charge for _, charge, _ in atoms.info["fragments"]])
+        first = len(pieces[0])
+        signs = np.sign([piece.info["charge"] for piece in pieces])
         kind = (0, 0) if not signs.any() else tuple(sorted(signs * signs[np.abs(signs).argmax()]))
         closest = np.linalg.norm(atoms.positions[:first, None] - atoms.positions[first:], axis=2)
         place = int(np.searchsorted(GAPS, closest.min(), side="right"))

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
+from allscaip_lite.evaluation.errors import evaluate
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import processor_name
@@ -306,22 +307,14 @@ def measure(
     model = fit(data, name, width, seed, steps)
     spent = time.process_time() - begin
     frames = [held[index] for index in range(len(held))]
-    found = [
-        result
-        for first in range(0, len(frames), 50)
-        for result in model.predict(frames[first : first + 50], outside_training="ignore")
-    ]
-    off = [
-        (abs(r.energy - a.get_potential_energy()) / len(a), np.abs(r.forces - a.get_forces()))
-        for r, a in zip(found, frames, strict=True)
-    ]
+    errors = evaluate(model, held)
     some = evenly_spaced(len(frames), 10)
     return {
         "parameters": model.num_parameters,
         "steps": steps,
         "seconds": spent,
-        "forces": float(1e3 * np.concatenate([f.ravel() for _, f in off]).mean()),  # meV/Å
-        "energy": float(1e3 * np.mean([e for e, _ in off])),  # meV/atom
+        "forces": errors["force_mae"],  # meV/Å
+        "energy": errors["energy_mae"],  # meV/atom
         "rotation": float(np.mean([spread(model, frames[i]) for i in some])),
         "drift": drift(model, smallest_of(frames, 9), drift_ps),
         "machine": {"processor": processor_name(), "torch": torch.__version__, "threads": 1},
