@@ -171,7 +171,10 @@ def _by_dask(folder: Path, jobs: Sequence[Job], work: Work, scheduler: str) -> N
     except (OSError, ValueError) as error:
         raise RunError(f"no Dask scheduler answers at {scheduler}: {error}") from error
     sent: dict[distributed.Future[Any], tuple[Job, ExitStack]] = {}
-    left, killed, noted = _claimed(folder, jobs), [], 0.0
+    left, noted = _claimed(folder, jobs), 0.0
+    suspects: list[Job] = []  # their workers died: of them, or of another job there
+    alone: list[Job] = []  # so they are tried again, one at a time
+    killed: list[str] = []
     with client, _interrupts_noted() as stop:
         try:
             while not stop.is_set():
@@ -182,7 +185,12 @@ def _by_dask(folder: Path, jobs: Sequence[Job], work: Work, scheduler: str) -> N
                         "process: start workers with --nthreads 1, and --nworkers for more"
                     )
                 room = len(threads) + len(threads) // 4 + 1 - len(sent)
-                for job, claim in itertools.islice(left, max(0, room)):
+                more = list(itertools.islice(left, max(0, room)))
+                if not sent and not more:
+                    more = list(itertools.islice(_claimed(folder, suspects), 1))
+                    alone += [job for job, _ in more]
+                    suspects = [job for job in suspects if job not in alone]
+                for job, claim in more:
                     sent[client.submit(work, job.task, pure=False)] = job, claim
                 if not sent:
                     break
@@ -194,7 +202,7 @@ def _by_dask(folder: Path, jobs: Sequence[Job], work: Work, scheduler: str) -> N
                         try:
                             _do(job, folder / job.file, lambda _: future.result())
                         except distributed.KilledWorker:
-                            killed.append(job.name)
+                            killed.append(job.name) if job in alone else suspects.append(job)
                     future.release()  # or a worker that dies with it has it computed again
                 if not sent or time.monotonic() > noted + 1:  # to count takes as long as to store
                     yield f"{len(threads)} workers"
