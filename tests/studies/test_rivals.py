@@ -83,19 +83,11 @@ def test_a_batch_gives_what_single_structures_do(molecule):
 def test_the_command_goes_on_and_writes_its_table(tmp_path, capsys):
     page, out = tmp_path / "page.md", tmp_path / "found.json"
     arguments = ["--data", str(SAMPLE), "--structures", "20", "--seconds", "0.1", "--seeds", "0"]
-    arguments += [
-        "--models",
-        "invariant",
-        "--drift-ps",
-        "0.02",
-        "--page",
-        str(page),
-        "--out",
-        str(out),
-    ]
+    arguments += ["--models", "invariant", "--drift-ps", "0.02", "--page", str(page)]
+    arguments += ["--out", str(out)]
     assert study.main([*arguments, "--speed"]) == 0
     first = json.loads(out.read_text())
-    assert [row["cell"][1] for row in first] == ["usual", "narrow", "wide"]
+    assert [row["cell"][1] for row in first["cells"]] == ["usual", "narrow", "wide"]
     assert study.main(arguments) == 0
     assert json.loads(out.read_text()) == first
-    assert page.read_text().count("| invariant |") == 3
+    assert page.read_text().count("| invariant |") == 3 and "### Found" in page.read_text()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from allscaip_lite.spcfw import water_cluster
 from docs.studies.scaling import run as study
 
 MACHINE = {"device": "a processor", "threads": 1, "clock": "on the wall", "shared": False}
@@ -71,3 +72,31 @@ def test_the_clock_of_a_shared_machine() -> None:
     for shared, device, threads in ((True, "cpu", 1), (False, "cpu", 1), (True, "cpu", 2)):
         args = argparse.Namespace(shared=shared, device=device, threads=threads)
         assert study.works_alone(args) == (shared and threads == 1)
+
+
+@pytest.mark.parametrize("forces", study.FORCES)
+def test_esen_gives_an_energy_and_forces_and_notes_its_graphs(forces: str) -> None:
+    pytest.importorskip("fairchem.core")
+    args = argparse.Namespace(device="cpu", shared=False, threads=1)
+    waters, graphs, step = water_cluster(3), [], 1e-2
+    waters.info.update(charge=0, spin=1)
+    waters.calc = study.esen(1, 2, forces, args, graphs)
+    found = waters.get_forces()[4, 1]
+    energies = []
+    for shift in (step, -2 * step):
+        waters.positions[4, 1] += shift
+        energies.append(waters.get_potential_energy())
+    slope = (energies[1] - energies[0]) / (2 * step)
+    assert len(graphs) == 3
+    assert (abs(found - slope) < 0.01 * abs(slope)) == (forces == "conservative")
+
+
+def test_only_one_side_measures_esen() -> None:
+    args = argparse.Namespace(
+        models=["lite", "eSEN-sm"], forces=["direct"], atoms=[3], sides=["c", "fairchem"]
+    )
+    assert [cell[::2] for cell in study.cells(args)] == [
+        ("lite", "c"),
+        ("lite", "fairchem"),
+        ("eSEN-sm", "fairchem"),
+    ]

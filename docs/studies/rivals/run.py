@@ -1,19 +1,22 @@
 """Error against structures, size and throughput: AllScAIP in five forms, eSEN and SchNet.
 
-In: a folder of `.aselmdb` files with labels of GFN2-xTB. Out: a file of results, a page's table:
+In: a folder of `.aselmdb` files with labels of GFN2-xTB. Out: a file of results, and a page's
+tables of all files of results in its folder:
 
-    python docs/studies/rivals/run.py --speed --page docs/studies/rivals/README.md
+    python docs/studies/rivals/run.py --page docs/studies/rivals/README.md
 
 A cell is a model, its size, a number of structures and a seed. Each is trained by the package's own
-loop for the same seconds of the processor, to the end of its schedule, and kept as soon as it is
-done. eSEN is the backbone of fairchem-core, SchNet that of torch_geometric: an adapter gives either
-the references, the forces and the loop of AllScAIP. Without these packages their cells are missing.
+loop, to the end of its schedule, for the steps that fit into the same seconds of the processor
+(`--speed` times them), and kept as soon as it is done. eSEN is the backbone of fairchem-core,
+SchNet that of torch_geometric: an adapter gives either the references, the forces and the loop of
+AllScAIP. Without these packages their cells are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
-from allscaip_lite.evaluation.errors import evaluate
+from allscaip_lite.evaluation.errors import residuals, summary
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import processor_name
@@ -48,6 +51,7 @@ from allscaip_lite.training.loop import Stage, fit_units, train
 HERE = Path(__file__).parent
 ETHANOL = HERE.parents[2] / "data" / "xtb" / "ethanol"
 CUTOFF = 6.0  # Å, of all models
+BETWEEN = ("dimers", "dimers_grid", "hydrates", "water_clusters")  # of data/xtb: several molecules
 WIDTHS = {"narrow": 0.5, "usual": 1.0, "wide": 2.0}
 
 # --- The models ------------------------------------------------------------------------------
@@ -216,36 +220,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=40, help="of training, for each")
     parser.add_argument("--drift-ps", type=float, default=2.0, help="ps of dynamics, for the drift")
     parser.add_argument("--models", nargs="+", default=AVAILABLE, choices=AVAILABLE)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
-    parser.add_argument("--speed", action="store_true", help="time energies and forces anew, first")
+    parser.add_argument("--widths", nargs="+", default=list(WIDTHS), choices=WIDTHS)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "ethanol.json")
+    parser.add_argument("--speed", action="store_true", help="time the models anew, first")
     parser.add_argument("--page", type=Path, help="write the tables into this page")
 
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
-    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
-    done = [row["cell"] for row in found]
+    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     test = "test" if (args.data / "test.aselmdb").exists() else "val"
     data, held = (neutral(Dataset(args.data / f"{part}.aselmdb")) for part in ("train", test))
-    speed_file = args.out.with_name("speed.json")
-    if args.speed:
-        store_text(speed_file, json.dumps(throughput(data, held, args.models), indent=1) + "\n")
+    if args.speed or not found:
+        machine = {"processor": processor_name(), "torch": torch.__version__, "threads": 1}
+        speeds = throughput(data, held, args.models, args.widths)
+        found = {"cells": []} | found | {"machine": machine, "speeds": speeds}
+        store_text(args.out, json.dumps(found, indent=1) + "\n")
     most = max(args.structures)
     grid = [(n, name, "usual") for n in sorted(args.structures) for name in args.models]
-    grid += [(most, n, w) for n in args.models if n in COMPARED for w in WIDTHS if w != "usual"]
+    others = [width for width in args.widths if width != "usual"]
+    grid += [(most, name, w) for name in args.models if name in COMPARED for w in others]
+    done = [row["cell"] for row in found["cells"]]
     for seed in args.seeds:
         for structures, name, width in grid:
             cell = [name, width, structures, seed, args.seconds]
             if cell in done:
                 continue
-            print(*cell, flush=True)
-            found.append({"cell": cell} | measure(data, held, *cell, args.drift_ps))
+            steps = max(1, round(args.seconds / found["speeds"][name][width]["step"]))
+            print(*cell, f"{steps} steps", flush=True)
+            row = measure(data, held, name, width, structures, seed, steps, args.drift_ps)
+            found["cells"].append({"cell": cell} | row)
             store_text(args.out, json.dumps(found, indent=1) + "\n")
-            print(found[-1], flush=True)
+            print(row, flush=True)
     if args.page:
-        speeds = json.loads(speed_file.read_text(encoding="utf-8"))
-        insert_table(args.page, f"{table(found, speeds)}\n\n{exponents(found)}")
+        texts = []
+        for file in sorted(args.out.parent.glob("*.json")):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            tables = [f"### {file.stem.capitalize()}", table(found), exponents(found)]
+            texts.append("\n\n".join(filter(None, tables)))
+        insert_table(args.page, "\n\n".join(texts))
 
 
 def neutral(data: Dataset) -> Subset:
@@ -291,34 +305,33 @@ def measure(
     width: str,
     structures: int,
     seed: int,
-    seconds: float,
+    steps: int,
     drift_ps: float,
 ) -> dict[str, Any]:
-    """Train one model on some structures, and its errors on the others."""
-    data = Subset(data, np.arange(structures))
-    fit(data, name, width, seed, 1)  # the first call imports and compiles
-    clock = [time.process_time()]
-    for steps in (3, 23):
-        fit(data, name, width, seed, steps)
-        clock.append(time.process_time())
-    a_step = (clock[2] - 2 * clock[1] + clock[0]) / 20
-    steps = max(20, round(seconds / max(a_step, 1e-4)))
+    """Train one model on some structures, and its errors on the others; the drift is left out where
+    `drift_ps` is 0.
+    """
     begin = time.process_time()
-    model = fit(data, name, width, seed, steps)
+    model = fit(Subset(data, np.arange(structures)), name, width, seed, steps)
     spent = time.process_time() - begin
     frames = [held[index] for index in range(len(held))]
-    errors = evaluate(model, held)
+    errors = residuals(model, held)
+    several = np.array([atoms.info.get("data_id") in BETWEEN for atoms in frames])
     some = evenly_spaced(len(frames), 10)
-    return {
+    row = {
         "parameters": model.num_parameters,
         "steps": steps,
         "seconds": spent,
-        "forces": errors["force_mae"],  # meV/Å
-        "energy": errors["energy_mae"],  # meV/atom
+        "forces": summary(errors)["force_mae"],  # meV/Å
+        "energy": summary(errors)["energy_mae"],  # meV/atom
         "rotation": float(np.mean([spread(model, frames[i]) for i in some])),
-        "drift": drift(model, smallest_of(frames, 9), drift_ps),
-        "machine": {"processor": processor_name(), "torch": torch.__version__, "threads": 1},
-    }  # fmt: skip
+    }
+    if several.any():
+        chosen = torch.cat(list(itertools.compress(errors.forces, several)))
+        row["between"] = chosen.abs().mean().item()
+    if drift_ps:
+        row["drift"] = drift(model, smallest_of(frames, 9), drift_ps)
+    return row
 
 
 def smallest_of(frames: Sequence[Atoms], least: int) -> Atoms:
@@ -353,76 +366,99 @@ def drift(model: AllScAIP, atoms: Atoms, ps: float) -> float | None:
     return float(1e3 * np.polyfit(times, totals, 1)[0] / len(atoms))
 
 
-def throughput(data: Subset, held: Subset, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Atoms a second of each model and width.
+def throughput(
+    data: Subset, held: Subset, names: Sequence[str], widths: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each model and width: seconds of a step of training, and atoms a second.
 
-    Energies and forces of twenty molecules in a call, all models in turn, by the clock of the
-    processor. Weights do not change it: they are random.
+    The latter of energies and forces of twenty molecules in a call. All models in turn, by the
+    clock of the processor. Weights do not change it: they are random.
     """
     frames = [held[index] for index in range(20)]
-    few = Subset(data, np.arange(20))
-    models = {
-        (name, width): fit(few, name, width, 0, 1)
-        for name in names
-        for width in (WIDTHS if name in COMPARED else ("usual",))
-    }
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in models}
-    for _ in range(9):
+    few = Subset(data, np.arange(200))
+    keys = [(n, w) for n in names for w in widths if w == "usual" or n in COMPARED]
+    models = {key: fit(few, *key, 0, 1) for key in keys}  # the first call imports and compiles
+    steps: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    calls: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    for _ in range(3):
         for key, model in models.items():
-            begin = time.process_time()
-            model.predict(frames, outside_training="ignore")
-            seconds[key].append(time.process_time() - begin)
+            clock = [time.process_time()]
+            for count in (3, 33):
+                fit(few, *key, 0, count)
+                clock.append(time.process_time())
+            steps[key].append((clock[2] - 2 * clock[1] + clock[0]) / 30)
+            for _ in range(4):
+                clock.append(time.process_time())
+                model.predict(frames, outside_training="ignore")
+                calls[key].append(time.process_time() - clock[-1])
     atoms = sum(map(len, frames))
-    found: dict[str, dict[str, float]] = {}
-    for (name, width), times in seconds.items():
-        found.setdefault(name, {})[width] = atoms / float(np.median(times[2:]))
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (name, width), times in steps.items():
+        speed = atoms / float(np.median(calls[name, width]))
+        found.setdefault(name, {})[width] = {"step": float(np.median(times)), "atoms": speed}
     return found
 
 
 # --- The table -------------------------------------------------------------------------------
 
 
-def table(found: Sequence[dict[str, Any]], speeds: dict[str, dict[str, float]]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Means over the seeds, of the forces also the lowest and the highest."""
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+        "steps": lambda cells: f"{np.mean(of(cells, 'steps')):,.0f}",
+        "forces, meV/Å": lambda cells: f"{np.mean(of(cells, 'forces')):.0f}{span(cells)}",
+        "of several molecules": lambda cells: f"{np.mean(of(cells, 'between')):.0f}",
+        "energy, meV/atom": lambda cells: f"{np.mean(of(cells, 'energy')):.1f}",
+        "spread over rotations, meV/atom": lambda cells: f"{np.mean(of(cells, 'rotation')):.3f}",
+        "drift, meV/atom/ps": lambda cells: worst(of(cells, "drift")),
+    }
+    if not any("between" in row for row in found["cells"]):
+        del columns["of several molecules"]
+    kinds: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    for row in found["cells"]:
+        name, width, structures = row["cell"][:3]
+        place = (list(MODELS).index(name), structures, list(WIDTHS).index(width))
+        kinds.setdefault(place, []).append(row)
     rows = []
-    for name in MODELS:
-        kinds = {
-            (list(WIDTHS).index(r["cell"][1]), r["cell"][2]) for r in found if r["cell"][0] == name
-        }
-        for place, structures in sorted(kinds, key=lambda kind: (kind[1], kind[0])):
-            width = list(WIDTHS)[place]
-            cells = [row for row in found if row["cell"][:3] == [name, width, structures]]
-            forces = [row["forces"] for row in cells]
-            drifts = [abs(row["drift"]) for row in cells if row["drift"] is not None]
-            several = f" ({min(forces):.0f}–{max(forces):.0f})" if len(forces) > 1 else ""
-            rows.append(
-                [
-                    name,
-                    f"{structures:,}",
-                    f"{cells[0]['parameters']:,}",
-                    f"{np.mean([row['steps'] for row in cells]):.0f}",
-                    f"{np.mean(forces):.0f}{several}",
-                    f"{np.mean([row['energy'] for row in cells]):.1f}",
-                    f"{np.mean([row['rotation'] for row in cells]):.3f}",
-                    f"{max(drifts):.3f}" if len(drifts) == len(cells) else "unstable",
-                    f"{speeds[name][width]:,.0f}" if width in speeds.get(name, {}) else "",
-                ]
-            )  # fmt: skip
-    head = ["model", "structures", "parameters", "steps", "forces, meV/Å", "energy, meV/atom"]
-    head += ["spread over rotations, meV/atom", "drift, meV/atom/ps", "atoms/s"]
+    for _, cells in sorted(kinds.items()):
+        name, width, structures = cells[0]["cell"][:3]
+        speed = found["speeds"].get(name, {}).get(width, {}).get("atoms")
+        row = [name, f"{structures:,}", f"{cells[0]['parameters']:,}"]
+        row += [write(cells) for write in columns.values()]
+        rows.append([*row, f"{speed:,.0f}" if speed else ""])
+    head = ["model", "structures", "parameters", *columns, "atoms/s"]
     return markdown_table(head, rows, "l" + "r" * (len(head) - 1))
 
 
-def exponents(found: Sequence[dict[str, Any]]) -> str:
+def of(cells: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """What was measured of some cells; not of all was everything."""
+    return [row[key] for row in cells if key in row]
+
+
+def span(cells: Sequence[dict[str, Any]]) -> str:
+    """Lowest and highest error of the forces, where there are several seeds."""
+    forces = of(cells, "forces")
+    return f" ({min(forces):.0f}–{max(forces):.0f})" if len(forces) > 1 else ""
+
+
+def worst(drifts: Sequence[float | None]) -> str:
+    """The largest drift of the seeds whose drift was measured."""
+    if None in drifts:
+        return "unstable"
+    return f"{max(abs(drift) for drift in drifts if drift is not None):.3f}" if drifts else ""
+
+
+def exponents(found: dict[str, Any]) -> str:
     """Of a power law through the force errors of each model, with the standard error of the fit."""
     rows = []
     for name in MODELS:
-        cells = [row for row in found if row["cell"][:2] == [name, "usual"]]
+        cells = [row for row in found["cells"] if row["cell"][:2] == [name, "usual"]]
         sizes = np.log([row["cell"][2] for row in cells])
-        if len(cells) > 2 and np.ptp(sizes):
+        if len(set(sizes)) > 2:
             line = linregress(sizes, np.log([row["forces"] for row in cells]))
             rows.append([name, len(cells), f"{line.slope:.2f} ± {line.stderr:.2f}"])
-    return markdown_table(["model", "cells", "exponent of the force error"], rows, "lrr")
+    head = ["model", "cells", "exponent of the force error"]
+    return markdown_table(head, rows, "lrr") if rows else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
