@@ -88,7 +88,7 @@ def test_esen_gives_an_energy_and_forces_and_notes_its_graphs(forces: str) -> No
         energies.append(waters.get_potential_energy())
     slope = (energies[1] - energies[0]) / (2 * step)
     assert len(graphs) == 3
-    assert (abs(found - slope) < 0.01 * abs(slope)) == (forces == "conservative")
+    assert (abs(found - slope) < 0.03 * abs(slope)) == (forces == "conservative")  # float32
 
 
 def test_only_one_side_measures_esen() -> None:
