@@ -36,9 +36,8 @@ from allscaip_lite.spcfw import (
     CHARGES,
     EPSILON,
     SIGMA,
-    molecules,
-    water_box,
 )
+from data.water.boxes import molecules, water_box
 from data.xtb.sets import store_plan
 
 if TYPE_CHECKING:

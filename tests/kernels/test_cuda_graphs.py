@@ -24,8 +24,8 @@ from allscaip_lite.kernels.padded import (
     padded_prediction,
 )
 from allscaip_lite.neighbors import candidate_pairs
-from allscaip_lite.spcfw import water_box
 from allscaip_lite.structures import Structures, structures_from_atoms
+from data.water.boxes import water_box
 
 ModelMaker = Callable[..., AllScAIP]
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from allscaip_lite.cli import main
 from allscaip_lite.data.aselmdb import Dataset, write_aselmdb
 from allscaip_lite.labels import command as label_command
 from allscaip_lite.labels import spcfw, xtb
-from allscaip_lite.spcfw import water_box
+from data.water.boxes import water_box
 
 
 def in_state(atoms: Atoms, charge: int = 0, spin: int = 1) -> Atoms:

@@ -12,7 +12,8 @@ from allscaip_lite import spcfw
 from allscaip_lite.errors import InputError
 from allscaip_lite.labels import LabelError
 from allscaip_lite.labels.spcfw import label
-from allscaip_lite.spcfw import SPCFw, molecules, water_box
+from allscaip_lite.spcfw import SPCFw
+from data.water.boxes import molecules, water_box
 
 KCAL = units.kcal / units.mol
 

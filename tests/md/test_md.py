@@ -339,7 +339,7 @@ def test_other_weights_under_the_same_name_do_not_go_on(tmp_path):
 
 
 def test_a_killed_command_goes_on_to_the_same_bits(tmp_path):
-    from allscaip_lite.spcfw import water_box
+    from data.water.boxes import water_box
 
     write(tmp_path / "box.extxyz", water_box(4, 0.5, seed=1))
     (tmp_path / "input.toml").write_text(

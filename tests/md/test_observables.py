@@ -28,7 +28,8 @@ from allscaip_lite.md.observables import (
     size_correction,
     temperatures_by_motion,
 )
-from allscaip_lite.spcfw import SPCFw, molecules, water_box
+from allscaip_lite.spcfw import SPCFw
+from data.water.boxes import molecules, water_box
 from docs.studies.water.run import (
     closest_contact,
     dielectric_constant,

@@ -40,8 +40,8 @@ from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
 from allscaip_lite.machine import peak_memory, processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.tables import insert_table, markdown_table
+from data.water.boxes import water_cluster
 
 HERE = Path(__file__).parent
 FAIRCHEM = "fairchem"

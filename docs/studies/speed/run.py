@@ -43,7 +43,6 @@ from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
 from allscaip_lite.machine import THREADS_OF_USER, peak_memory, processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.spcfw import water_cluster
 from allscaip_lite.tables import insert_table, markdown_table
 from allscaip_lite.training.loop import (
     RecordedLoss,
@@ -52,6 +51,7 @@ from allscaip_lite.training.loop import (
     loss,
     make_optimizers,
 )
+from data.water.boxes import water_cluster
 
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
 FAIRCHEM = "fairchem"

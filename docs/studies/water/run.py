@@ -71,8 +71,9 @@ from allscaip_lite.md.observables import (
     size_correction,
     temperatures_by_motion,
 )
-from allscaip_lite.spcfw import SPCFw, molecules, water_box
+from allscaip_lite.spcfw import SPCFw
 from allscaip_lite.tables import insert_table, markdown_table
+from data.water.boxes import molecules, water_box
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
