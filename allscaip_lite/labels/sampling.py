@@ -1,8 +1,7 @@
 """Molecules from SMILES, for predictions and for the makers of data sets.
 
 In: SMILES. Out: a `System` with charge and multiplicity, and `ase.Atoms`: conformers, complexes of
-several molecules, structures relaxed by GFN2-xTB. Which systems a data set holds is said beside it,
-in `data/<set>`.
+several molecules. Which systems a data set holds is said beside it, in `data/<set>`.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from ase import Atoms
-from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from allscaip_lite.errors import InputError
 from allscaip_lite.labels import LabelError
-from allscaip_lite.labels.xtb import GFN2xTB
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -155,19 +152,3 @@ def assemble(
         turned.positions = moved
         whole += turned
     return whole
-
-
-def in_state(atoms: Atoms, charge: int, spin: int) -> Atoms:
-    """Elements and positions alone, with charge and multiplicity in `info`."""
-    return Atoms(atoms.numbers, atoms.positions, info={"charge": charge, "spin": spin})
-
-
-def relax(atoms: Atoms, steps: int) -> Atoms:
-    """The structure after so many steps of BFGS by GFN2-xTB, or fewer: until no force is above
-    0.02 eV/Å.
-    """
-    atoms = atoms.copy()
-    atoms.calc = GFN2xTB()
-    BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.02, steps=steps)
-    atoms.calc = None
-    return atoms

@@ -49,17 +49,11 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
 from allscaip_lite.data.batches import molecules_of
 from allscaip_lite.labels import LabelError, aimnet2, counts_of, xtb
-from allscaip_lite.labels.sampling import (
-    System,
-    assemble,
-    embed,
-    in_state,
-    parse_system,
-    relax,
-)
+from allscaip_lite.labels.sampling import System, assemble, embed, parse_system
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
 from data.long_range.ions import COULOMB
+from data.xtb.sets import in_state, relax
 from data.xtb.splits import atom_count, split_of
 from data.xtb.systems import (
     further_ions,

@@ -44,17 +44,20 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import SPLITS
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, queue, xtb
-from allscaip_lite.labels.sampling import (
-    System,
-    in_state,
-    parse_system,
-    relax,
-    with_hydrogens,
-)
+from allscaip_lite.labels.sampling import System, parse_system, with_hydrogens
 from allscaip_lite.labels.xtb import GFN2xTB
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.tables import markdown_table
-from data.xtb.sets import Job, label_entry, langevin, make_set, take_over, take_share
+from data.xtb.sets import (
+    Job,
+    in_state,
+    label_entry,
+    langevin,
+    make_set,
+    relax,
+    take_over,
+    take_share,
+)
 from data.xtb.splits import split_of
 
 # --- Species ---------------------------------------------------------------------------------

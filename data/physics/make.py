@@ -27,13 +27,9 @@ from tqdm import tqdm
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import checksum, write_aselmdb
 from allscaip_lite.labels import LabelError, queue, xtb
-from allscaip_lite.labels.sampling import (
-    assemble,
-    embed,
-    in_state,
-)
+from allscaip_lite.labels.sampling import assemble, embed
 from allscaip_lite.labels.xtb import GFN2xTB
-from data.xtb.sets import label_entry, take_over
+from data.xtb.sets import in_state, label_entry, take_over
 from data.xtb.systems import protomers
 
 MOLECULES = Path(__file__).parent / "molecules.txt"

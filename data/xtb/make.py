@@ -27,15 +27,8 @@ from scipy.spatial.transform import Rotation
 
 from allscaip_lite.cli import run_script
 from allscaip_lite.labels import LabelError, queue, xtb
-from allscaip_lite.labels.sampling import (
-    System,
-    assemble,
-    embed,
-    parse_system,
-    relax,
-    with_hydrogens,
-)
-from data.xtb.sets import Job, langevin, make_set, take_share
+from allscaip_lite.labels.sampling import System, assemble, embed, parse_system, with_hydrogens
+from data.xtb.sets import Job, langevin, make_set, relax, take_share
 from data.xtb.splits import atom_count, split_of
 from data.xtb.systems import (
     RUN_SPLITS,

@@ -2,7 +2,8 @@
 
 In: systems with the structures wanted of each, and a function that samples one. Out: the folder of
 a data set, `{train,val,test}.aselmdb` and `references.json` with the energies of the free atoms.
-`take_over` spares the jobs of a queue, of whatever labels, that a set has already.
+`relax` and `langevin` move a structure by GFN2-xTB. `take_over` spares the jobs of a queue, of
+whatever labels, that a set has already.
 """
 
 from __future__ import annotations
@@ -20,12 +21,29 @@ import numpy as np
 from ase import Atoms, units
 from ase.data import atomic_numbers
 from ase.md.langevin import Langevin
+from ase.optimize import BFGS
 
 from allscaip_lite.data.aselmdb import SPLITS, Dataset, write_aselmdb
 from allscaip_lite.files import store_text
 from allscaip_lite.labels import LabelError, dft, queue
 from allscaip_lite.labels.sampling import System
 from allscaip_lite.labels.xtb import GFN2xTB, results_of
+
+
+def in_state(atoms: Atoms, charge: int, spin: int) -> Atoms:
+    """Elements and positions alone, with charge and multiplicity in `info`."""
+    return Atoms(atoms.numbers, atoms.positions, info={"charge": charge, "spin": spin})
+
+
+def relax(atoms: Atoms, steps: int) -> Atoms:
+    """The structure after so many steps of BFGS by GFN2-xTB, or fewer: until no force is above
+    0.02 eV/Å.
+    """
+    atoms = atoms.copy()
+    atoms.calc = GFN2xTB()
+    BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.02, steps=steps)
+    atoms.calc = None
+    return atoms
 
 
 def langevin(start: Atoms, temperature: float, rng: np.random.Generator) -> Langevin:

@@ -311,7 +311,7 @@ def test_two_atoms_have_a_wall_a_minimum_and_an_end():
 
 def test_what_is_unfit_for_training_is_rejected(jobs):
     system = job_of(jobs, "CCO", 1).system
-    good = sampling.relax(sample(job_of(jobs, "CCO", 2))[0], steps=3)
+    good = sets.relax(sample(job_of(jobs, "CCO", 2))[0], steps=3)
     assert make._label(good, system) is not None
     # another electronic state than the run's
     assert make._label(good, system, expected=energy(good) + 0.1) is None

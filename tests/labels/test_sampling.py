@@ -57,7 +57,7 @@ def test_assembled_molecules_touch_at_the_distance_asked_for():
 
 def test_relaxing_lowers_the_forces_and_leaves_no_calculator():
     stretched = Atoms("H2", [[0, 0, 0], [0, 0, 0.9]])
-    relaxed = sampling.relax(stretched, steps=20)
+    relaxed = sets.relax(stretched, steps=20)
     assert relaxed.calc is None and 0.7 < relaxed.get_distance(0, 1) < 0.85
     assert stretched.get_distance(0, 1) == 0.9
 

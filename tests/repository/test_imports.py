@@ -17,9 +17,14 @@ RULES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlint
 MODEL = next(rule["layers"] for rule in RULES if rule["type"] == "layers")
 SCRIPT_FOLDERS = ("data", "docs", "make", "run")
 # by the makers of data
-SHARED = ("data.xtb.systems.", "data.xtb.sets.", "data.xtb.splits.", "data.crystals.prototypes")
+SHARED = ("data.xtb.systems.", "data.xtb.splits.", "data.crystals.prototypes")
 # by studies and lessons besides
-STUDIED = ("data.long_range.ions.", "data.long_range.curves.", "data.water.boxes.")
+STUDIED = (
+    "data.long_range.ions.",
+    "data.long_range.curves.",
+    "data.water.boxes.",
+    "data.xtb.sets.",
+)
 
 
 def imported(source: str) -> set[str]:

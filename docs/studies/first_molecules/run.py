@@ -30,12 +30,13 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.cli import run_script
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import locked, store_text
-from allscaip_lite.labels.sampling import embed, in_state, parse_system, with_hydrogens
-from allscaip_lite.labels.sampling import relax as relax_by_xtb
+from allscaip_lite.labels.sampling import embed, parse_system, with_hydrogens
 from allscaip_lite.labels.xtb import results_of
 from allscaip_lite.machine import processor_name
 from allscaip_lite.tables import insert_table, markdown_table
 from allscaip_lite.tasks.relax import relax
+from data.xtb.sets import in_state
+from data.xtb.sets import relax as relax_by_xtb
 
 HERE = Path(__file__).parent
 DFT, XTB = "wb97m-v", "gfn2-xtb"
