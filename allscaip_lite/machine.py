@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,21 +40,6 @@ def processor_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def peak_memory(device: str) -> float:
-    """GiB: the most this process held in memory, or on a GPU the most PyTorch allocated."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not ru_maxrss: on Linux that starts at the peak of the process that started this one
-        (line,) = [s for s in status.read_text().splitlines() if s.startswith("VmHWM")]
-        return int(line.split()[1]) / 2**20
-    import resource  # not there on Windows
-
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @functools.cache

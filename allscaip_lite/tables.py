@@ -1,14 +1,8 @@
-"""Tables in Markdown, and their places in pages."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from allscaip_lite.errors import InputError
-from allscaip_lite.files import store_text
-
-MARKS = ("<!-- table: written by run.py -->", "<!-- end of the table -->")
 
 
 def markdown_table(
@@ -25,18 +19,3 @@ def markdown_table(
         for cells in (head, *rows)
     )
     return "\n".join([head_line, rule, *lines])
-
-
-def insert_table(page: Path, text: str) -> None:
-    """Put a table into a page, between the two lines of `MARKS`; the rest of the page stays.
-
-    A page that does not exist gets the marks and the table. Raises `InputError` for a page without
-    marks.
-    """
-    old = page.read_text() if page.exists() else "\n".join(MARKS) + "\n"
-    begin, end = (old.find(mark) for mark in MARKS)
-    if begin < 0 or end < begin:
-        raise InputError(
-            f"{page} has no place for a table: write the lines {MARKS[0]} and {MARKS[1]} into it"
-        )
-    store_text(page, f"{old[: begin + len(MARKS[0])]}\n\n{text.rstrip()}\n\n{old[end:]}")

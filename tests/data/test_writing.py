@@ -13,7 +13,7 @@ import pytest
 
 from allscaip_lite import cli, files
 from allscaip_lite.data.batches import fill_batches
-from allscaip_lite.errors import InputError, RunError
+from allscaip_lite.errors import RunError
 from allscaip_lite.files import (
     atomic_write,
     check_writable,
@@ -23,7 +23,7 @@ from allscaip_lite.files import (
     store_text,
     try_lock,
 )
-from allscaip_lite.tables import MARKS, insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
 
 
 def test_a_write_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
@@ -196,17 +196,3 @@ def test_a_table_in_markdown() -> None:
     text = "| | n |\n|---|---:|\n| a | 1 |\n| b | 2 |"
     assert markdown_table(["", "n"], [["a", 1], ["b", 2]]) == text
     assert markdown_table(["x", "y"], [], align="rl") == "| x | y |\n|---:|---|"
-
-
-def test_a_page_keeps_what_stands_around_its_table(tmp_path):
-    page = tmp_path / "docs" / "page.md"
-    insert_table(page, "| one |\n")
-    assert page.read_text() == f"{MARKS[0]}\n\n| one |\n\n{MARKS[1]}\n"
-    page.write_text("Before.\n" + page.read_text() + "After.\n")
-    insert_table(page, "| two |")
-    text = page.read_text()
-    assert text.startswith("Before.\n") and text.endswith("After.\n")
-    assert "| two |" in text and "| one |" not in text
-    page.write_text("no marks")
-    with pytest.raises(InputError, match="no place for a table"):
-        insert_table(page, "")

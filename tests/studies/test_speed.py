@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from allscaip_lite.tables import MARKS
 from data.water.boxes import water_cluster
+from docs.studies.report import MARKS
 from docs.studies.speed.run import compare, main, table
 
 

@@ -38,7 +38,8 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.cli import run_script
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import locked, store_text
-from allscaip_lite.tables import insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
+from docs.studies.report import insert_table
 
 HERE = Path(__file__).parent
 TEACHER = "chgnet"

@@ -33,10 +33,11 @@ from allscaip_lite.files import locked, store_text
 from allscaip_lite.labels.sampling import embed, parse_system, with_hydrogens
 from allscaip_lite.labels.xtb import results_of
 from allscaip_lite.machine import processor_name
-from allscaip_lite.tables import insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
 from allscaip_lite.tasks.relax import relax
 from data.xtb.sets import in_state
 from data.xtb.sets import relax as relax_by_xtb
+from docs.studies.report import insert_table
 
 HERE = Path(__file__).parent
 DFT, XTB = "wb97m-v", "gfn2-xtb"

@@ -45,8 +45,9 @@ from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.notebook.lessons import SMALL
 from allscaip_lite.operations import PLAIN
 from allscaip_lite.structures import Structures
-from allscaip_lite.tables import insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import Stage, fit_units, train
+from docs.studies.report import insert_table
 
 HERE = Path(__file__).parent
 ETHANOL = HERE.parents[2] / "data" / "xtb" / "ethanol"

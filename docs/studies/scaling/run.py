@@ -38,10 +38,11 @@ from allscaip_lite.cli import run_script
 from allscaip_lite.config import PRESETS
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
-from allscaip_lite.machine import peak_memory, processor_name
+from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.tables import insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
 from data.water.boxes import water_cluster
+from docs.studies.report import insert_table, peak_memory
 
 HERE = Path(__file__).parent
 FAIRCHEM = "fairchem"

@@ -41,9 +41,9 @@ from allscaip_lite.errors import InputError, KernelError
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
 from allscaip_lite.kernels.compiled import load_kernels
-from allscaip_lite.machine import THREADS_OF_USER, peak_memory, processor_name
+from allscaip_lite.machine import THREADS_OF_USER, processor_name
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.tables import insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import (
     RecordedLoss,
     batch_size,
@@ -52,6 +52,7 @@ from allscaip_lite.training.loop import (
     make_optimizers,
 )
 from data.water.boxes import water_cluster
+from docs.studies.report import insert_table, peak_memory
 
 BENCHMARK = AllScAIPConfig()  # hidden 128, 4 blocks, 4 heads, both encodings, k = 30
 FAIRCHEM = "fairchem"

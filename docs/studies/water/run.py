@@ -72,8 +72,9 @@ from allscaip_lite.md.observables import (
     temperatures_by_motion,
 )
 from allscaip_lite.spcfw import SPCFw
-from allscaip_lite.tables import insert_table, markdown_table
+from allscaip_lite.tables import markdown_table
 from data.water.boxes import molecules, water_box
+from docs.studies.report import insert_table
 
 if TYPE_CHECKING:
     from MDAnalysis import Universe
