@@ -71,8 +71,7 @@ def convert(
     taken: Counter[str] = Counter()
     for name in listed_paths(files):
         path, _ = file_and_index(name)
-        energies: list[tuple[str, str | None]] = []  # formulas and units
-        largest = 0.0
+        energies: list[tuple[str, float, str | None]] = []  # formulas, eV, and other units
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
             check_apart(atoms, where)
             labels = labels_under_any_name(atoms, where, taken)
@@ -87,23 +86,26 @@ def convert(
             if domain:
                 atoms.info["data_id"] = domain
             atoms.calc = SinglePointCalculator(atoms, **labels)
-            energies.append((atoms.get_chemical_formula(), unit_of_total(atoms, labels["energy"])))
-            largest = max(largest, abs(labels["energy"]))
-            if energies[-1][1] is None:
-                check_size(atoms, labels["energy"], where)
+            energy = labels["energy"]
+            unit = unit_of_total(atoms, energy)
+            energies.append((atoms.get_chemical_formula(), energy, unit))
+            if unit is None:
+                check_size(atoms, energy, where)
             yield atoms
-        _check_unit(path, energies)
-        if len(energies) > 1 and not largest:
-            raise DataError(f"{path}: all its energies are 0, which are no labels to learn")
+        _check_energies(path, energies)
     say_assumptions(assumed)
     if taken:
         listed = "; ".join(f"{count} structures: {what}" for what, count in taken.items())
         warnings.warn(f"labels under other names: {listed}", StructureWarning, stacklevel=2)
 
 
-def _check_unit(path: str, energies: Sequence[tuple[str, str | None]]) -> None:
-    """Raise `DataError`, or warn where it may be chance, for energies of a file in another unit."""
-    ((unit, count),) = Counter(unit for _, unit in energies).most_common(1)
+def _check_energies(path: str, energies: Sequence[tuple[str, float, str | None]]) -> None:
+    """Raise `DataError` for energies of a file that are all 0, or in another unit; or warn of these
+    where it may be chance.
+    """
+    if len(energies) > 1 and not any(energy for _, energy, _ in energies):
+        raise DataError(f"{path}: all its energies are 0, which are no labels to learn")
+    ((unit, count),) = Counter(unit for *_, unit in energies).most_common(1)
     if unit is None or 2 * count < len(energies):
         return
     text = (
@@ -111,7 +113,7 @@ def _check_unit(path: str, energies: Sequence[tuple[str, str | None]]) -> None:
         f"these atoms have, and are read as eV: multiply them by {UNITS[unit]:.6g}, and the forces "
         "by their unit in eV/Å (1 hartree/bohr is 51.4221 eV/Å)"
     )
-    if unit != "hartree" or len({formula for formula, _ in energies}) > 2:
+    if unit != "hartree" or len({formula for formula, *_ in energies}) > 2:
         raise DataError(text)
     warnings.warn(text, StructureWarning, stacklevel=3)
 

@@ -113,13 +113,14 @@ def label(atoms: Atoms, level: str | Level = "pbe") -> Atoms:
 
     level = LEVELS[level] if isinstance(level, str) else level
     started = time.process_time()
-    magnetic = level.magnetic and moments(atoms) is not None
+    start = moments(atoms) if level.magnetic else None
     few, many = (k_points(atoms, level.density * part) for part in (0.5, 1.0))
     try:
-        work = _computed(atoms, level, few, magnetic)
+        work = _computed(atoms, level, few, start)
         if many != few and not _ions_with_gap(work):
-            magnetic = magnetic and np.abs(work.get_magnetic_moments()).max() > NO_MOMENT
-            work = _computed(atoms, level, many, magnetic)
+            if start is not None and np.abs(work.get_magnetic_moments()).max() <= NO_MOMENT:
+                start = None
+            work = _computed(atoms, level, many, start)
         results = {
             "energy": float(work.get_potential_energy(force_consistent=True)),
             "forces": work.get_forces(),
@@ -141,12 +142,14 @@ def label(atoms: Atoms, level: str | Level = "pbe") -> Atoms:
     )
 
 
-def _computed(atoms: Atoms, level: Level, counts: tuple[int, ...], magnetic: bool) -> Atoms:
-    """A copy with GPAW as its calculator and the cycle converged."""
+def _computed(
+    atoms: Atoms, level: Level, counts: tuple[int, ...], start: np.ndarray | None
+) -> Atoms:
+    """A copy with GPAW as its calculator and the cycle converged, from moments (N,), or none."""
     from gpaw import GPAW
 
     work = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
-    work.set_initial_magnetic_moments(moments(work) if magnetic else None)
+    work.set_initial_magnetic_moments(start)
     work.calc = GPAW(
         mode={"name": "pw", "ecut": level.cutoff},
         xc=level.functional,

@@ -63,6 +63,7 @@ from allscaip_lite.structures import check_structure
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
+TIMES = ("duration", "timestep", "save_every", "log_every", "thermostat_time", "barostat_time")
 LOG_COLUMNS = (
     "step time_ps potential_eV kinetic_eV conserved_eV temperature_K pressure_bar volume_A3 "
     "density_g_cm3"
@@ -121,8 +122,7 @@ class Settings:
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not (text or number or (value is None and field.name == "temperature")):
                 raise RunError(f"{field.name} {value!r} is no number: fs, K, bar or steps")
-        times = ("duration", "timestep", "thermostat_time", "barostat_time")
-        for name in (*times, "save_every", "log_every", "hottest"):
+        for name in (*TIMES, "hottest"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"{name} {getattr(self, name)} must be positive, and finite")
         for name in ("seed", "relax"):
@@ -634,8 +634,6 @@ def read_log(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 # --- The command -----------------------------------------------------------------------------
-
-TIMES = ("duration", "timestep", "save_every", "log_every", "thermostat_time", "barostat_time")
 
 
 def femtoseconds(text: str) -> float:

@@ -455,7 +455,8 @@ def plot_molecule(
                 )
             axes.add_patch(shape)
     if arrows is not None:
-        flat_arrows = (np.asarray(arrows) @ front(atoms))[:, :2] * arrow_scale(arrows)
+        longest = np.linalg.norm(arrows, axis=1).max(initial=1e-9)
+        flat_arrows = 1.5 / longest * (np.asarray(arrows) @ front(atoms))[:, :2]
         length = np.linalg.norm(flat_arrows, axis=1, keepdims=True)
         starts = flat[:n] + radii[:n, None] * flat_arrows / np.where(length > 0, length, 1)
         style = {"color": LINK_COLOR, "width": 0.006, "zorder": above}
@@ -499,9 +500,3 @@ def plot_harmonics(harmonics: Callable[[np.ndarray], np.ndarray], degree: int) -
         text = f"$l={l},\\ m={m}$"
         figure.text(left + width / 2, bottom + 0.06 * height, text, ha="center", fontsize=9)
     return figure
-
-
-def arrow_scale(arrows: np.ndarray) -> float:
-    """The factor that makes the longest arrow 1.5 Å long."""
-    longest = np.linalg.norm(arrows, axis=1).max()
-    return 1.5 / longest if longest > 0 else 0.0

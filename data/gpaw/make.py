@@ -107,10 +107,11 @@ class Crystalline:
                     cell = crystals.with_defect(cell, rng, self.split)
                 cell = crystals.strained(cell, rng, 0.015, volume=0.03)
                 atoms = crystals.displaced(cell, rng, rng.choice(crystals.SPREADS) * distance)
-            if crystals.nearest(atoms) > crystals.CLOSEST * distance:
+            held = crystals.split_of(atoms.get_chemical_symbols()) == self.split
+            if held and crystals.nearest(atoms) > crystals.CLOSEST * distance:
                 atoms.info["data_id"] = f"crystal_{kind}"
                 return atoms
-        raise LabelError(f"{self.name}: the atoms come too close")
+        raise LabelError(f"{self.name}: the atoms come too close, or are of another split")
 
     def _cell(self, primitive: Atoms, rng: np.random.Generator, least: int) -> Atoms:
         """The primitive cell, the conventional one, or one of them doubled; a small one rather."""

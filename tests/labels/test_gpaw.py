@@ -102,8 +102,8 @@ def test_few_k_points_tell_whether_more_and_spin_are_needed(monkeypatch, symbol,
         def get_homo_lumo(self):
             return np.array([0.0, gap])
 
-    def computed(atoms, level, counts, magnetic):
-        calls.append((counts, magnetic))
+    def computed(atoms, level, counts, start):
+        calls.append((counts, start is not None))
         results = {"energy": 0.0, "free_energy": 0.0, "forces": np.zeros((1, 3))}
         results |= {"stress": np.zeros(6), "magmoms": np.full(1, moment), "magmom": moment}
         work = atoms.copy()
@@ -149,6 +149,16 @@ def test_crystals_are_small_and_repeatable(unrelaxed):
         assert 1 <= len(atoms) <= max(entry.most_atoms, len(make.relaxed(entry.crystal)))
         assert np.array_equal(atoms.positions, again.positions)
         assert min(gpaw.k_points(atoms, 2.0)) > 1
+
+
+def test_a_vacancy_makes_no_chemical_system_of_another_split(unrelaxed):
+    """Li-C-S without its carbon is Li-S, of the validation set."""
+    name = "Li-C-S ordered fluorite"
+    entries = [entry for entry in make.crystalline() if entry.crystal.name == name]
+    assert entries
+    for entry in entries:
+        symbols = entry.structure().get_chemical_symbols()
+        assert make.crystals.split_of(symbols) == entry.split == "train"
 
 
 @pytest.mark.parametrize("adsorbate", make.ADSORBATES)
