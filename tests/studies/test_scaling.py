@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from allscaip_lite.spcfw import water_cluster
+from data.water.boxes import water_cluster
 from docs.studies.scaling import run as study
 
 MACHINE = {"device": "a processor", "threads": 1, "clock": "on the wall", "shared": False}
