@@ -98,9 +98,7 @@ def show(alt: str) -> None:
     if not pyplot.get_fignums():
         raise ValueError("there is no figure to show: draw one first")
     figure, buffer = pyplot.gcf(), io.BytesIO()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        if axis.get_scale() == "log":
-            _plain_numbers(axis)
+    plain_numbers(figure)
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", bbox_inches="tight")
     pyplot.close(figure)
     data = buffer.getvalue()
@@ -111,17 +109,22 @@ def show(alt: str) -> None:
     display({"text/html": picture, "text/plain": alt}, raw=True)
 
 
-def _plain_numbers(axis: Any) -> None:
-    """Ticks at 1, 2, 5, 10, …, more within a decade; ticks that were set are the only ones."""
-    ticker = import_extra("matplotlib.ticker", "show")
-    low, high = axis.get_view_interval()
-    if isinstance(axis.get_major_locator(), ticker.FixedLocator):
-        axis.set_minor_locator(ticker.NullLocator())
-    elif low >= 1e-3 and high <= 1e5 and high < 1e3 * low:
-        subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
-        axis.set_major_locator(ticker.LogLocator(subs=subs))
-        axis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axis.set_minor_locator(ticker.NullLocator())
+def plain_numbers(figure: Figure) -> None:
+    """Ticks of logarithmic axes at 1, 2, 5, 10, …, more within a decade, none from three decades
+    on; ticks that were set are the only ones.
+    """
+    ticker = import_extra("matplotlib.ticker", "plain_numbers")
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = axis.get_view_interval()
+        if axis.get_scale() != "log":
+            continue
+        if isinstance(axis.get_major_locator(), ticker.FixedLocator):
+            axis.set_minor_locator(ticker.NullLocator())
+        elif low >= 1e-3 and high <= 1e5 and high < 1e3 * low:
+            subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+            axis.set_major_locator(ticker.LogLocator(subs=subs))
+            axis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axis.set_minor_locator(ticker.NullLocator())
 
 
 # --- geometry and weights -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What studies share: tables in their pages, and the memory that a measurement took."""
+"""What studies share: tables and figures of their pages, and the memory that a measurement took."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
+from allscaip_lite.notebook.plots import plain_numbers
 
 MARKS = ("<!-- table: written by run.py -->", "<!-- end of the table -->")
 
@@ -26,6 +28,12 @@ def insert_table(page: Path, text: str) -> None:
             f"{page} has no place for a table: write the lines {MARKS[0]} and {MARKS[1]} into it"
         )
     store_text(page, f"{old[: begin + len(MARKS[0])]}\n\n{text.rstrip()}\n\n{old[end:]}")
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """The same figure gives the same file; its logarithmic axes have plain numbers."""
+    plain_numbers(figure)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 def peak_memory(device: str) -> float:

@@ -91,3 +91,4 @@ def test_the_command_goes_on_and_writes_its_table(tmp_path, capsys):
     assert study.main(arguments) == 0
     assert json.loads(out.read_text()) == first
     assert page.read_text().count("| invariant |") == 3 and "### Found" in page.read_text()
+    assert page.with_name("found.png").exists()

@@ -35,6 +35,7 @@ def test_a_cell_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert study.main([*command, "3"]) == 0  # nothing is left to do but the page
     assert json.loads(results.read_text()) == [first]
     assert "| lite | conservative | 3 | c | 1.23e+03 |" in page.read_text()
+    assert page.with_name("cpu.png").exists()
 
 
 def test_a_cell_that_is_too_slow_says_so_and_larger_ones_are_left_out(tmp_path: Path) -> None:

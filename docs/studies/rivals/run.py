@@ -43,11 +43,12 @@ from allscaip_lite.kernels import choose
 from allscaip_lite.machine import processor_name
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.notebook.lessons import SMALL
+from allscaip_lite.notebook.plots import LINES, STYLE
 from allscaip_lite.operations import PLAIN
 from allscaip_lite.structures import Structures
 from allscaip_lite.tables import markdown_table
 from allscaip_lite.training.loop import Stage, fit_units, train
-from docs.studies.report import insert_table
+from docs.studies.report import insert_table, save_figure
 
 HERE = Path(__file__).parent
 ETHANOL = HERE.parents[2] / "data" / "xtb" / "ethanol"
@@ -258,7 +259,9 @@ def run(args: argparse.Namespace) -> None:
         texts = []
         for file in sorted(args.out.parent.glob("*.json")):
             found = json.loads(file.read_text(encoding="utf-8"))
-            tables = [f"### {file.stem.capitalize()}", table(found), exponents(found)]
+            draw(found, args.page.with_name(f"{file.stem}.png"))
+            picture = f"![Error against structures and throughput]({file.stem}.png)"
+            tables = [f"### {file.stem.capitalize()}", picture, table(found), exponents(found)]
             texts.append("\n\n".join(filter(None, tables)))
         insert_table(args.page, "\n\n".join(texts))
 
@@ -460,6 +463,40 @@ def exponents(found: dict[str, Any]) -> str:
             rows.append([name, len(cells), f"{line.slope:.2f} ± {line.stderr:.2f}"])
     head = ["model", "cells", "exponent of the force error"]
     return markdown_table(head, rows, "lrr") if rows else ""
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Error against structures, and, with the most structures, against throughput."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    most = max(row["cell"][2] for row in found["cells"])
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4))
+        left, right = figure.subplots(1, 2, sharey=True)
+        for name, line in zip(MODELS, LINES, strict=True):
+            own = [row for row in found["cells"] if row["cell"][0] == name]
+            counts = sorted({row["cell"][2] for row in own if row["cell"][1] == "usual"})
+            means = [mean_error(own, "usual", count) for count in counts]
+            left.loglog(counts, means, **line, label=name)
+            left.set_xticks(counts, [f"{count:,}" for count in counts])
+            widths = [w for w in WIDTHS if cells_of(own, w, most) and name in found["speeds"]]
+            speeds = [found["speeds"][name][width]["atoms"] for width in widths]
+            right.loglog(speeds, [mean_error(own, width, most) for width in widths], **line)
+        left.set(xlabel="structures to train on", ylabel="force error, meV/Å")
+        right.set(xlabel="atoms per second, one core", title=f"{most:,} structures, all widths")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        save_figure(figure, file)
+
+
+def cells_of(rows: Sequence[dict[str, Any]], width: str, count: int) -> list[dict[str, Any]]:
+    """The cells of a model, one for each seed."""
+    return [row for row in rows if row["cell"][1:3] == [width, count]]
+
+
+def mean_error(rows: Sequence[dict[str, Any]], width: str, count: int) -> float:
+    """Mean force error over the seeds, meV/Å."""
+    return float(np.mean(of(cells_of(rows, width, count), "forces")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,9 +40,10 @@ from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
 from allscaip_lite.machine import processor_name
 from allscaip_lite.model import AllScAIP
+from allscaip_lite.notebook.plots import LINES, STYLE
 from allscaip_lite.tables import markdown_table
 from data.water.boxes import water_cluster
-from docs.studies.report import insert_table, peak_memory
+from docs.studies.report import insert_table, peak_memory, save_figure
 
 HERE = Path(__file__).parent
 FAIRCHEM = "fairchem"
@@ -306,8 +307,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         "",
     ]
     parts = [markdown_table(head, lines, align="llrlrrrrrl")]
-    for line in dict.fromkeys(tuple(row["cell"][:3]) for row in sorted(results, key=place)):
-        rows = [row for row in results if tuple(row["cell"][:3]) == line]
+    for line, rows in lines_of(results).items():
         power, where = exponent(rows), crossing(rows)
         if power is not None:
             growth.append([*line, f"{power:.2f}", "–" if where is None else f"{where:.0f}"])
@@ -332,6 +332,49 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([*parts, *(f"{line}." for line in about)])
 
 
+def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Throughput and memory against the number of atoms; dashed lines are fairchem's."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    names = [*PRESETS, *ESEN]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6.5))
+        axes = figure.subplots(2, 2, sharex=True, sharey="row")
+        for (name, forces, side), rows in lines_of(results).items():
+            color, marker = (LINES[names.index(name)][key] for key in ("color", "marker"))
+            dashes = "--" if side == FAIRCHEM else "-"
+            label = f"{name}, fairchem" if side == FAIRCHEM else name
+            atoms = np.array([row["cell"][3] for row in rows])
+            heights = (
+                atoms / np.array([row["seconds"] for row in rows]),
+                [row["memory"] for row in rows],
+            )
+            for row, height in enumerate(heights):
+                panel = axes[row, FORCES.index(forces)]
+                panel.loglog(atoms, height, dashes, color=color, marker=marker, label=label)
+        for panel, forces in zip(axes[0], FORCES, strict=True):
+            panel.set_title(f"{forces} forces")
+        for panel in axes[1]:
+            panel.set_xlabel("atoms of water")
+        axes[0, 0].set_ylabel("atoms per second")
+        axes[1, 0].set_ylabel("peak memory, GiB")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+        save_figure(figure, file)
+
+
+def lines_of(
+    results: Sequence[dict[str, Any]],
+) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Of each model, kind of forces and side what was measured, from few atoms to many."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in sorted(results, key=lambda row: row["cell"][3]):
+        if "seconds" in row:
+            found.setdefault(tuple(row["cell"][:3]), []).append(row)
+    order = [*PRESETS, *ESEN]
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][2])))
+
+
 # --- The command ------------------------------------------------------------------------------
 
 
@@ -347,7 +390,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=600.0, help="s for a cell, loading included")
     parser.add_argument("--shared", action="store_true", help="other programs use the machine too")
     parser.add_argument("--json", type=Path, help="results (default: results/DEVICE.json)")
-    parser.add_argument("--page", type=Path, help="put the tables of --json into this page")
+    parser.add_argument("--page", type=Path, help="put figure and tables of --json there")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)  # a measured process
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
@@ -391,7 +434,8 @@ def run(args: argparse.Namespace) -> int:
                 *cell, {key: value for key, value in found.items() if value is not None}, flush=True
             )
     if args.page:
-        insert_table(args.page, tables(results))
+        draw(results, args.page.with_name(f"{path.stem}.png"))
+        insert_table(args.page, f"![Time and memory]({path.stem}.png)\n\n{tables(results)}")
     return 0
 
 
