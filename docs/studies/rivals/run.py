@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from allscaip_lite import AllScAIP, AllScAIPCalculator, AllScAIPConfig
 from allscaip_lite.cli import run_script
 from allscaip_lite.data.aselmdb import Dataset, Subset, evenly_spaced
+from allscaip_lite.errors import StructureError
 from allscaip_lite.evaluation.errors import residuals, summary
 from allscaip_lite.files import store_text
 from allscaip_lite.kernels import choose
@@ -363,7 +364,10 @@ def drift(model: AllScAIP, atoms: Atoms, ps: float) -> float | None:
     Stationary(atoms)
     run, totals = VelocityVerlet(atoms, 0.5 * units.fs), []
     run.attach(lambda: totals.append(atoms.get_total_energy()), interval=10)
-    run.run(round(2000 * ps))
+    try:
+        run.run(round(2000 * ps))
+    except StructureError:  # atoms that fly apart
+        return None
     if not np.isfinite(totals).all() or np.ptp(totals) > len(atoms):
         return None
     times = np.arange(len(totals)) * 10 * 0.5e-3  # ps
