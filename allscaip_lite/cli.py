@@ -277,6 +277,8 @@ def _explanation(error: Exception) -> str | None:
         if missing not in EXTRA_OF:
             return None
         return f"{missing} is missing here: pip install 'allscaip-lite[{EXTRA_OF[missing]}]'"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # where ASE is imported
+        return "this user has no home directory: set HOME to a folder, such as HOME=/tmp"
     if isinstance(error, OSError) and error.strerror and not error.filename:
         return error.strerror
     if isinstance(error, OSError) and error.filename:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -126,7 +127,7 @@ def _locate(name_or_path: str | Path) -> Path:
         return bundled[name]
     if name in OFFICIAL_FILES:
         return download_official(name)
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  # leaves ~nobody as it is
     if path.is_file():
         return path
     known = [*bundled, *OFFICIAL_FILES]

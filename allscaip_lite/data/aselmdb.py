@@ -10,6 +10,7 @@ Energies are in eV, forces in eV/Å, stress in eV/Å³ (Voigt, ASE's order).
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import operator
 import os
@@ -17,6 +18,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from allscaip_lite.data.checks import LABELS, check_apart, check_atoms, checked_
 from allscaip_lite.data.lmdb_file import ROW_BYTES, LMDBFile, unpack_json, write_lmdb
 from allscaip_lite.electrons import Assumptions, charge_and_spin, stated_charge_and_spin
 from allscaip_lite.errors import DataError, InputError, check_kind
-from allscaip_lite.files import atomic_write, fingerprint, listed_paths
+from allscaip_lite.files import atomic_write, fingerprint, listed_paths, locked
 
 SLOW = 4  # seconds, after which what is under way shows a progress bar
 SPLITS = ("train", "val", "test")
@@ -55,11 +57,6 @@ def write_aselmdb(
     path = Path(path)
     if path.suffix != ".aselmdb":
         raise DataError(f"{path}: the name of a data file ends in .aselmdb")
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists: choose another name (--out), or replace it (--overwrite, in Python "
-            "overwrite=True)"
-        )
     natoms: list[int] = []
 
     def entries() -> Iterator[tuple[str, str]]:
@@ -70,6 +67,9 @@ def write_aselmdb(
         yield "metadata", encode({"natoms": natoms})
 
     with atomic_write(path) as partial:
+        if path.exists() and not overwrite:  # asked here, where no other process makes it meanwhile
+            what = "exists: choose another name (--out), or replace it (--overwrite, in Python "
+            raise FileExistsError(errno.EEXIST, f"{what}overwrite=True)", str(path))
         write_lmdb(partial, entries())
     return len(natoms)
 
@@ -450,21 +450,25 @@ def write_sample(
     About `structures` in all: seven in ten are of the training set, the others half each; within a
     split they are spread evenly over its length, so the same source yields the same sample. Both
     folders have `{train,val,test}.aselmdb`; `references.json` is copied where there is one.
+    All of it is written or nothing. Raises `RunError` where another process writes there.
     """
     if structures < 1:
         raise InputError(f"{structures} structures: give 1 or more")
     source, out = Path(source), Path(out)
+    sets = [Dataset(source / f"{split}.aselmdb") for split in SPLITS]
     counts = {}
-    for split, share in zip(SPLITS, (0.7, 0.15, 0.15), strict=True):
-        dataset = Dataset(source / f"{split}.aselmdb")
-        wanted = min(len(dataset), round(share * structures))
-        chosen = np.linspace(0, len(dataset) - 1, wanted).round().astype(int)
-        progress = tqdm(chosen, desc=split, delay=SLOW, leave=False)
-        picked = (dataset[index] for index in progress)
-        counts[split] = write_aselmdb(out / f"{split}.aselmdb", picked, overwrite)
-    if (source / "references.json").exists():
-        with atomic_write(out / "references.json") as partial:
-            shutil.copyfile(source / "references.json", partial)
+    with locked(out), ExitStack() as undo:
+        for split, dataset, share in zip(SPLITS, sets, (0.7, 0.15, 0.15), strict=True):
+            file, wanted = out / f"{split}.aselmdb", min(len(dataset), round(share * structures))
+            chosen = np.linspace(0, len(dataset) - 1, wanted).round().astype(int)
+            progress = tqdm(chosen, desc=split, delay=SLOW, leave=False)
+            picked = (dataset[index] for index in progress)
+            counts[split] = write_aselmdb(file, picked, overwrite)
+            undo.callback(file.unlink)
+        if (source / "references.json").exists():
+            with atomic_write(out / "references.json") as partial:
+                shutil.copyfile(source / "references.json", partial)
+        undo.pop_all()  # all of it is there
     return counts
 
 

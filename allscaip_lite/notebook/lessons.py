@@ -88,7 +88,7 @@ def open_data(split: str = "test", part: str | None = None) -> Dataset:
     ALLSCAIP_DATA does not replace. Raises DataError, FileNotFoundError where there are no data.
     """
     named = os.environ.get("ALLSCAIP_DATA") if part is None else None
-    path = Path(named or BUNDLED_DATA / (part or "")).expanduser()
+    path = Path(os.path.expanduser(named or BUNDLED_DATA / (part or "")))  # noqa: PTH111
     if not named and not path.exists():
         raise DataError(
             "the sample data come with the source of the package, not with an installed package: "

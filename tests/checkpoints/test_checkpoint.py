@@ -241,6 +241,8 @@ def test_unknown_name_suggests_the_nearest() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file"):
         load_model(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="no file ~no-such-user/"):
+        load_model("~no-such-user/a.safetensors")
     with pytest.raises(FileNotFoundError, match=r"load_model\('allscaip-md-direct-all-omol'\)"):
         load_model(tmp_path / "AllScAIP-OMol102M-md-d.pt")
     with pytest.raises(IsADirectoryError, match="folder"):

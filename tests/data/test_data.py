@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import ase.db
@@ -22,7 +24,8 @@ from allscaip_lite.data.aselmdb import (
     Dataset,
     write_aselmdb,
 )
-from allscaip_lite.errors import DataError, InputError
+from allscaip_lite.errors import DataError, InputError, RunError
+from allscaip_lite.files import atomic_write, locked
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "xtb"
 
@@ -327,7 +330,42 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.aselmdb"]
 
 
+def test_a_file_that_another_process_made_meanwhile_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "a.aselmdb"
+
+    @contextmanager
+    def after_another(file):
+        with atomic_write(file) as partial:
+            path.write_text("another's")  # while this one waited for the lock
+            yield partial
+
+    monkeypatch.setattr(data, "atomic_write", after_another)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_aselmdb(path, [labelled("H2O")])
+    assert path.read_text() == "another's"
+
+
 # --- splits, samples, neighbours ----------------------------------------------------------------
+
+
+def test_a_sample_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A mixture of two samples would have structures of one's training in the other's test."""
+    for split in data.SPLITS:
+        write_aselmdb(tmp_path / "all" / f"{split}.aselmdb", [labelled("H2")])
+    out = tmp_path / "few"
+    with locked(out), pytest.raises(RunError, match="another process works in"):
+        data.write_sample(tmp_path / "all", out, 20)
+
+    def until_full(file, structures, overwrite=False):
+        if file.stem == "test":
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return write_aselmdb(file, structures, overwrite)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(data, "write_aselmdb", until_full)
+        data.write_sample(tmp_path / "all", out, 20)
+    assert not list(out.iterdir())
+    assert data.write_sample(tmp_path / "all", out, 20) == dict.fromkeys(data.SPLITS, 1)
 
 
 def test_a_sample_is_spread_over_each_split(tmp_path, capsys):

@@ -47,6 +47,7 @@ def test_a_command_gets_its_arguments_and_gives_its_status(monkeypatch, capsys):
     [
         (InputError("the cutoff must be positive"), "allscaip-lite: the cutoff must be positive\n"),
         (FileNotFoundError("no data set in x"), "allscaip-lite: no data set in x\n"),
+        (RuntimeError("Could not determine home directory."), "set HOME to a folder"),
         (ModuleNotFoundError("no tblite", name="tblite.interface"), "allscaip-lite[labels-xtb]"),
     ],
 )
