@@ -175,7 +175,7 @@ def structures_from_atoms(
     cells, charges, spins = [], [], []
     noted: Assumptions = {} if assumed is None else assumed
     for index, system in enumerate(batch):
-        where = _Place(index, system)
+        where = Place(index, system)
         charge, spin = check_structure(system, where, max_num_elements, noted)
         charges.append(charge)
         spins.append(spin)
@@ -217,7 +217,7 @@ def listed(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """What messages call a structure; put into words only where there is one, thousands are not."""
 
     index: int
@@ -240,7 +240,7 @@ def check_structure(
         raise StructureError(f"{where} has no atoms")
     outside = sorted({z for z in atoms.numbers.tolist() if not 0 < z < max_num_elements or z % 1})
     if outside:
-        known = range(1, len(chemical_symbols))
+        known = range(len(chemical_symbols))
         names = ", ".join(chemical_symbols[int(z)] if z in known else str(z) for z in outside)
         raise StructureError(
             f"{where}: {names} is outside this model's table of elements, "

@@ -23,15 +23,17 @@ import warnings
 from pathlib import Path
 
 import torch
+from ase import Atoms
 from torch import Tensor
 from torch_sim.models.interface import ModelInterface
 from torch_sim.state import SimState
 
 from allscaip_lite.applicability import warn_outside
 from allscaip_lite.calculator import AllScAIPCalculator
+from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import StructureError, StructureWarning
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import Structures
+from allscaip_lite.structures import LARGEST_SPREAD, Place, Structures, check_structure
 
 
 class TorchSimModel(ModelInterface):
@@ -44,7 +46,8 @@ class TorchSimModel(ModelInterface):
     Structures are compared with what training saw when they first come, as by `AllScAIPCalculator`
     with `outside_training`. Integrators keep positions in `dtype`; the model computes in its own.
 
-    Raises `StructureError` for a multiplicity that the electrons of a structure forbid.
+    Raises `StructureError` for what the model cannot answer for, such as positions that are not
+    finite, or a multiplicity that the electrons of a structure forbid.
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class TorchSimModel(ModelInterface):
         outside_training: str = "warn",
     ) -> None:
         super().__init__()
-        self.model = AllScAIPCalculator(model, device).model
-        self.charge, self.multiplicity = charge, multiplicity
+        self.model = AllScAIPCalculator(model, device, outside_training=outside_training).model
+        given = Atoms(info={"charge": charge, "spin": multiplicity})
+        self.charge, self.multiplicity = stated_charge_and_spin(given, "TorchSimModel")
         self.outside_training, self._said = outside_training, set[str]()
-        self._known: tuple[Tensor, Tensor] | None = None  # atoms and systems that were compared
+        self._known: list[Tensor] = []  # what of the last state was checked, and its
+        self._charge_and_spin: list[Tensor] = []  # (B,) each
         self._device, self._dtype = self.model.device, dtype
         self._compute_forces = True
         self._compute_stress = self.model.config.conservative and self.model.config.stress
@@ -71,57 +76,64 @@ class TorchSimModel(ModelInterface):
         numbers, system = state.atomic_numbers, state.system_idx
         cell = state.cell.transpose(1, 2)  # rows are lattice vectors here, columns there
         count = len(cell)
-        pbc = torch.as_tensor(state.pbc, device=cell.device).expand(count, 3)
         natoms = torch.bincount(system, minlength=count)
-        charge, spin = self._charge_and_spin(state, numbers, system, count)
         structures = Structures(
             positions=state.positions,
             atomic_numbers=numbers,
             cell=cell,
-            pbc=pbc,
-            charge=charge,
-            spin=spin,
+            pbc=torch.as_tensor(state.pbc, device=cell.device).expand(count, 3),
+            charge=natoms,  # until they are read
+            spin=natoms,
             natoms=natoms,
-        ).centered()
-        if self._known is None or not all(map(torch.equal, self._known, (numbers, system))):
-            self._known = numbers, system  # integrators keep the structures; looking takes time
-            warn_outside(self.model.seen, structures, self.outside_training, self._said)
+        )
+        stated = [getattr(state, name, None) for name in ("charge", "spin")]
+        known = [numbers, system, *(value for value in stated if value is not None)]
+        # integrators keep the structures; looking at each takes time
+        new = len(known) != len(self._known) or not all(map(torch.equal, known, self._known))
+        centered = structures.centered()
+        near = bool((centered.positions.abs() <= LARGEST_SPREAD).all())  # no NaN is
+        if new or not near:
+            self._charge_and_spin = self._checked(structures, *stated)
+        if not near and not centered.positions.isfinite().all():
+            raise StructureError("a periodic structure has a lattice vector of zeros: complete it")
+        charge, spin = self._charge_and_spin
+        centered = centered.replace(charge=charge, spin=spin)
+        if new:
+            warn_outside(self.model.seen, centered, self.outside_training, self._said)
+            self._known = [value.clone() for value in known]
         with torch.no_grad():
-            energy, forces, stress = self.model(structures, create_graph=False)
+            energy, forces, stress = self.model(centered, create_graph=False)
         found = {"energy": energy, "forces": forces}
         if self._compute_stress:
             found["stress"] = forces.new_zeros(count, 3, 3) if stress is None else stress
         return {name: value.detach().to(self._dtype) for name, value in found.items()}
 
-    def _charge_and_spin(
-        self, state: SimState, numbers: Tensor, system: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """(B,) each: the state's own, those given, or charge 0 and the lowest multiplicity."""
-        given = [getattr(state, "charge", None), getattr(state, "spin", None)]
-        for index, value in enumerate((self.charge, self.multiplicity)):
-            if given[index] is None and value is not None:
-                given[index] = numbers.new_full((count,), value)
-        if given[0] is None and self._known is None:
+    def _checked(
+        self, structures: Structures, charges: Tensor | None, spins: Tensor | None
+    ) -> list[Tensor]:
+        """(B,) charges and multiplicities: the state's own, those given, or charge 0 and the lowest
+        multiplicity. Raises `StructureError` for what the model cannot answer for.
+        """
+        if charges is None and self.charge is None and not self._known:
             warnings.warn(
                 "no charge is given for torch-sim's structures, whose states carry none: charge 0 "
                 "and, without a multiplicity, the lowest are assumed for all of them. Give "
                 "TorchSimModel(..., charge=, multiplicity=)",
                 StructureWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        charge = numbers.new_zeros(count) if given[0] is None else given[0].to(numbers).view(count)
-        electrons = numbers.new_zeros(count).index_add(0, system, numbers) - charge
-        lowest = 1 + electrons % 2
-        if given[1] is None:
-            return charge, lowest
-        spin = given[1].to(numbers).view(count)
-        spin = torch.where(spin == 0, lowest, spin)  # 0: not given
-        impossible = ((spin - lowest) % 2 != 0) | (spin > electrons + 1) | (spin < 1)
-        if bool(impossible.any()):
-            index = int(impossible.nonzero()[0])
-            raise StructureError(
-                f"structure {index}: multiplicity {int(spin[index])} is not possible with "
-                f"{int(electrons[index])} electrons (charge {int(charge[index]):+d}); the lowest "
-                f"is {int(lowest[index])}"
+        read = []
+        for index, one in enumerate(structures.each()):
+            atoms = Atoms(
+                one.atomic_numbers.numpy(),
+                one.positions.numpy(),
+                cell=one.cell[0].numpy(),
+                pbc=one.pbc[0].numpy(),
+                info={
+                    "charge": self.charge if charges is None else charges.view(-1)[index],
+                    "spin": self.multiplicity if spins is None else spins.view(-1)[index],
+                },
             )
-        return charge, spin
+            limit = self.model.config.max_num_elements
+            read.append(check_structure(atoms, Place(index, atoms), limit))
+        return list(structures.natoms.new_tensor(read).unbind(1))

@@ -27,7 +27,7 @@ from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from allscaip_lite import AllScAIPCalculator, cli, load_model
-from allscaip_lite.errors import RunError
+from allscaip_lite.errors import RunError, StructureError
 from allscaip_lite.files import locked
 from allscaip_lite.md import dynamics as md
 from allscaip_lite.md.dynamics import (
@@ -590,6 +590,64 @@ def test_torch_sim_compares_whatever_comes_with_what_training_saw(make_model, cr
     assert said(cluster[:4]) == []
     assert any("seen: at most 4" in text for text in said(cluster))
     assert said(cluster) == said(cluster[:4]) == said(cluster) == []  # it was said
+
+
+@pytest.mark.parametrize(
+    "name, place, value, message",
+    [
+        ("positions", (0, 0), np.nan, "positions of atoms .0. are not finite"),
+        ("positions", (0, 0), 1e7, "the model's numbers tell positions apart up to"),
+        ("cell", (0, 0, 0), np.nan, "the cell is not finite"),
+        ("cell", (0, 0), 0.0, "zero or flat"),
+        ("atomic_numbers", 0, 0, "structure 0 .*: X is outside this model's table"),
+        ("atomic_numbers", 0, 120, "120 is outside this model's table"),
+    ],
+)
+def test_torch_sim_gets_no_number_for_what_is_no_structure(
+    make_model, crystal, cluster, name, place, value, message
+):
+    """Neither at the first step nor later, where a run has gone astray."""
+    torch_sim = pytest.importorskip("torch_sim")
+    import torch
+
+    from allscaip_lite.md.torchsim import TorchSimModel
+
+    atoms = crystal if name == "cell" else cluster
+    ours = TorchSimModel(make_model(), charge=0)
+    state = torch_sim.io.atoms_to_state([atoms], torch.device("cpu"), torch.float64)
+    before = ours(state)["energy"]
+    wrong = state.clone()
+    getattr(wrong, name)[place] = value
+    for model in (ours, TorchSimModel(make_model(), charge=0)):
+        with pytest.raises(StructureError, match=message):
+            model(wrong)
+    assert ours(state)["energy"] == before
+
+
+@pytest.mark.parametrize(
+    "charge, multiplicity, message",
+    [
+        (1.5, None, "not a whole number"),
+        (500, None, "charge .500 is outside"),
+        (30, None, "fewer than no electrons"),
+        (0, 2, "do not allow it"),
+    ],
+)
+def test_torch_sim_reads_charges_as_everything_does(make_model, charge, multiplicity, message):
+    torch_sim = pytest.importorskip("torch_sim")
+    import torch
+
+    from allscaip_lite.md.torchsim import TorchSimModel
+
+    water = molecule("H2O")
+    state = torch_sim.io.atoms_to_state([water], torch.device("cpu"), torch.float64)
+    with pytest.raises(StructureError, match=message):
+        TorchSimModel(make_model(), charge=charge, multiplicity=multiplicity)(state)
+    water.info = {"charge": -1, "spin": 2}
+    expected = make_model().predict(water).energy
+    for given in ("-1", -0.9999, np.array(-1)):
+        found = TorchSimModel(make_model(), charge=given)(state)
+        assert float(found["energy"]) == pytest.approx(expected)
 
 
 def test_torch_sim_accepts_the_model(make_model):
