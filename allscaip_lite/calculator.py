@@ -91,6 +91,8 @@ class AllScAIPCalculator(Calculator):
         """What changed since the last call, of all that the model reads: ASE's own way takes longer
         and leaves out charge and multiplicity in `atoms.info`.
         """
+        if not isinstance(atoms, Atoms):
+            raise InputError("no structure: give an ase.Atoms, as in atoms.calc = calculator")
         last = self.atoms
         if last is None:
             return [*all_changes, "charge", "spin"]

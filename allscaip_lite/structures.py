@@ -230,6 +230,16 @@ class Place:
         return f"structure {self.index}{formula}"
 
 
+def check_masses(atoms: Atoms) -> None:
+    """Raise `StructureError` for masses of which no atom can move."""
+    masses = atoms.get_masses()
+    if (bad := np.flatnonzero(~((masses > 0) & np.isfinite(masses)))).size:
+        raise StructureError(
+            f"{atoms.symbols}: masses of atoms {bad[:5].tolist()} are {masses[bad[:5]].tolist()}: "
+            "give numbers above 0, or atoms.set_masses('defaults')"
+        )
+
+
 def check_structure(
     atoms: Atoms, where: object, max_num_elements: int = 100, assumed: Assumptions | None = None
 ) -> tuple[int, int]:

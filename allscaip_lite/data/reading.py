@@ -131,7 +131,7 @@ def _read_lines(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
     options: dict[str, Any] = {"attach_calculator": True} if kind == "gaussian-in" else {}
     with (
         open_with_compression(str(file), "rb") as content,
-        _Lines(content, encoding=ioformats[kind].encoding or "utf-8") as lines,
+        _Lines(content, encoding=ioformats[kind].encoding or "utf-8-sig") as lines,
     ):
         for atoms in ase.io.iread(lines, index=wanted, format=kind, **options):
             yield _with_parameters(atoms) if options else atoms

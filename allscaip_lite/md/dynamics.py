@@ -59,7 +59,7 @@ from allscaip_lite.files import (
     store_text,
 )
 from allscaip_lite.kernels import add_kernels_option
-from allscaip_lite.structures import check_structure
+from allscaip_lite.structures import check_masses, check_structure
 
 ENSEMBLES = ("nve", "nvt", "npt")
 THERMOSTATS = ("nose-hoover", "langevin")
@@ -279,6 +279,9 @@ def _check(atoms: Atoms, calculator: Calculator, settings: Settings) -> None:
     check_calculator(calculator)
     if len(atoms) < 2:
         raise RunError("a single atom has no dynamics: give a structure with more")
+    check_masses(atoms)
+    if not np.isfinite(atoms.get_momenta()).all():
+        raise RunError("the structure has velocities that are not finite: remove its momenta")
     if atoms.constraints:
         raise RunError("the structure has constraints, which are not supported: remove them first")
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
@@ -697,7 +700,7 @@ def read_input(file: Path) -> dict[str, Any]:
     Raises RunError for a key that does not exist and a value that is not one.
     """
     try:
-        content = tomllib.loads(file.read_bytes().decode())
+        content = tomllib.loads(file.read_text("utf-8-sig"))
     except ValueError as error:  # TOML's, or bytes that are no text
         raise RunError(f"{file} is not an input in TOML: {error}") from error
     structure = content.pop("structure", None)

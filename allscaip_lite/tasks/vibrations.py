@@ -18,6 +18,7 @@ from tqdm import tqdm
 from allscaip_lite.calculator import AllScAIPCalculator, check_calculator
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.errors import InputError
+from allscaip_lite.structures import check_masses
 from allscaip_lite.tasks.predict import MAX_ATOMS, add_common_arguments, calculator_of, inputs
 from allscaip_lite.tasks.relax import relax
 
@@ -35,9 +36,10 @@ def vibrations(
         displacement: of an atom along an axis, Å.
         progress: whether to show a progress bar.
 
-    Raises InputError for a displacement that is not above 0.
+    Raises InputError for a displacement or masses that are not above 0.
     """
     check_calculator(calculator)
+    check_masses(atoms)
     if not displacement > 0:
         raise InputError(f"displacement {displacement} Å: give a length above 0")
     size = 3 * len(atoms)

@@ -353,6 +353,12 @@ def test_atoms_without_element_or_place_are_named(tmp_path: Path) -> None:
         list(convert([tmp_path / "a.traj"], progress=False))
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_a_file(tmp_path: Path) -> None:
+    """Editors of Windows put it at the beginning."""
+    (tmp_path / "a.xyz").write_text("1\n\nHe 0 0 0\n", encoding="utf-8-sig")
+    assert read_structure(tmp_path / "a.xyz").symbols.get_chemical_formula() == "He"
+
+
 @pytest.mark.parametrize("path", [None, "", 3, [None]])
 def test_what_is_no_path_is_named(path: object, tmp_path: Path) -> None:
     for read in (Dataset, lambda name: list(convert(name, progress=False))):

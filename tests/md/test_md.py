@@ -498,7 +498,8 @@ def test_a_time_without_its_unit_is_refused(text):
 def test_options_beside_an_input_count_more(tmp_path, monkeypatch, capsys):
     write(tmp_path / "cu.extxyz", copper())
     file = tmp_path / "input.toml"
-    file.write_text('structure = "cu.extxyz"\ntemperature = 500\ntime = "20fs"\nmodel = "lite"\n')
+    text = 'structure = "cu.extxyz"\ntemperature = 500\ntime = "20fs"\nmodel = "lite"\n'
+    file.write_text(text, encoding="utf-8-sig")  # as editors of Windows do
     seen = {}
 
     def catch(atoms, calculator, settings, folder, label):

@@ -357,8 +357,11 @@ def test_what_is_no_structure_and_no_model_is_named(
 ) -> None:
     with pytest.raises(TypeError, match=f"give an ase.Atoms or a list of them.* not {wrong!r}"):
         calculator.model.predict(wrong)
-    with pytest.raises(InputError, match="no structure: give an ase.Atoms"):
-        AllScAIPCalculator(calculator.model).get_potential_energy(wrong)
+    new, used = (AllScAIPCalculator(calculator.model) for _ in range(2))
+    used.get_potential_energy(molecule("H2"))
+    for one in [new] if wrong is None else [new, used]:  # None: the structure of before
+        with pytest.raises(InputError, match="no structure: give an ase.Atoms"):
+            one.get_potential_energy(wrong)
     if wrong != "water.xyz":
         with pytest.raises(InputError, match="give the name of a model, such as 'lite', or"):
             AllScAIPCalculator(wrong)

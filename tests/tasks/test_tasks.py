@@ -18,6 +18,8 @@ from ase.constraints import FixAtoms
 from ase.optimize import BFGS, FIRE, LBFGS
 
 from allscaip_lite import AllScAIPCalculator, cli, load_model
+from allscaip_lite.errors import RunError, StructureError
+from allscaip_lite.md.dynamics import Settings, run_md
 from allscaip_lite.tasks.predict import _from_smiles
 from allscaip_lite.tasks.relax import NoTorque, relax
 from allscaip_lite.tasks.vibrations import vibrations
@@ -207,6 +209,20 @@ def test_limits_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) ->
     ):
         assert cli.main([*options, "O"]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mass", [0.0, -1.0, np.nan])
+def test_masses_that_nothing_can_move_with_are_refused(tmp_path: Path, mass: float) -> None:
+    atoms, calculator = water(), AllScAIPCalculator("lite", kernels="torch")
+    atoms.set_masses([16.0, 1.0, mass])
+    with pytest.raises(StructureError, match=r"masses of atoms \[2\] are"):
+        vibrations(atoms, calculator)
+    with pytest.raises(StructureError, match=r"masses of atoms \[2\] are"):
+        run_md(atoms, calculator, Settings(), tmp_path)
+    atoms = water()
+    atoms.set_momenta([[0, 0, np.inf]] * 3)
+    with pytest.raises(RunError, match="velocities that are not finite"):
+        run_md(atoms, calculator, Settings(), tmp_path)
 
 
 def test_frequencies_are_those_of_a_numerical_hessian() -> None:
