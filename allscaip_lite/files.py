@@ -90,11 +90,15 @@ def listed_paths(paths: Named | Iterable[Named]) -> list[Named]:
 def check_writable(path: Path) -> None:
     """Raise an OSError, before any work, where a file cannot be written.
 
-    That is IsADirectoryError where a folder has its name, and PermissionError where its folder, or
-    that in which the folder would be made, is read-only.
+    That is IsADirectoryError where a folder has its name, FileExistsError where a device or a pipe
+    has it, which a file must not replace, and PermissionError where its folder, or that in which
+    the folder would be made, is read-only.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder: choose another name", str(path))
+    if path.exists() and not path.is_file():
+        what = "it is a device or a pipe: choose the name of a file"
+        raise FileExistsError(errno.EEXIST, what, str(path))
     folder = next(above for above in path.absolute().parents if above.exists())
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{folder.name} is no folder", str(path))

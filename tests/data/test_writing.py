@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -67,6 +68,16 @@ def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path: Path)
         pytest.fail("the work began")
     with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_write(tmp_path):
         pytest.fail("the work began")
+
+
+def test_a_file_does_not_take_the_place_of_a_device(tmp_path: Path) -> None:
+    """Root could lose /dev/null."""
+    os.mkfifo(tmp_path / "a")
+    (tmp_path / "b").symlink_to("/dev/null")
+    for name in ("a", "b"):
+        with pytest.raises(FileExistsError, match="a device or a pipe"):
+            store_text(tmp_path / name, "new")
+        assert not (tmp_path / name).is_file()
 
 
 def test_a_read_only_folder_is_said_before_the_work(
