@@ -76,6 +76,28 @@ def state_charge_and_spin(atoms: Atoms, charge: int | None, spin: int | None) ->
     atoms.info |= {name: value for name, value in given.items() if value is not None}
 
 
+def state_where_missing(atoms: Atoms, where: object, charge: int | None, spin: int | None) -> None:
+    """Put a charge and a multiplicity into `info` where it states none; None states nothing.
+
+    What it states counts more, and a warning says so where that is something else. Raises
+    StructureError as `stated_charge_and_spin`.
+    """
+    stated = stated_charge_and_spin(atoms, where)
+    for name, said, asked in zip(("charge", "multiplicity"), stated, (charge, spin), strict=True):
+        if None not in (said, asked) and said != asked:
+            warnings.warn(
+                f"{atoms.symbols}: {name} {said} is stated, and used, not the {asked} asked for, "
+                "which is for structures that state none",
+                StructureWarning,
+                stacklevel=3,
+            )
+    state_charge_and_spin(
+        atoms,
+        charge if stated[0] is None else stated[0],
+        spin if stated[1] is None else stated[1],
+    )
+
+
 def _spelt(name: str) -> str:
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
@@ -88,8 +110,6 @@ def lowest_multiplicity(atoms: Atoms, charge: int) -> int:
 def charge_and_spin(
     atoms: Atoms,
     where: object = "the structure",
-    charge: int | None = None,
-    spin: int | None = None,
     assumed: Assumptions | None = None,
 ) -> tuple[int, int]:
     """Total charge in e and spin multiplicity 2S + 1 of a structure.
@@ -97,9 +117,8 @@ def charge_and_spin(
     Args:
         atoms: states them in its `info`, see `stated_charge_and_spin`.
         where: what messages call the structure.
-        charge: of a structure that states none; without it, 0.
-        spin: of a structure that states none; without it, the lowest its electrons allow.
-        assumed: where the structure is noted if one of them had to be assumed.
+        assumed: where the structure is noted if one of them had to be assumed: a charge of 0, or
+            the lowest multiplicity that its electrons allow.
 
     Returns:
         The two numbers.
@@ -108,9 +127,7 @@ def charge_and_spin(
         StructureError: for what is not a whole number, for two names that contradict, and for a
             charge or multiplicity that the number of electrons forbids.
     """
-    stated = stated_charge_and_spin(atoms, where)
-    charge = stated[0] if stated[0] is not None else charge
-    spin = stated[1] if stated[1] is not None else spin
+    charge, spin = stated_charge_and_spin(atoms, where)
     missing = [
         name for name, value in (("charge", charge), ("multiplicity", spin)) if value is None
     ]

@@ -31,6 +31,7 @@ from allscaip_lite.electrons import (
     charge_and_spin,
     say_assumptions,
     state_charge_and_spin,
+    state_where_missing,
 )
 from allscaip_lite.errors import DataError, StructureError, StructureWarning
 from allscaip_lite.files import listed_paths
@@ -76,7 +77,8 @@ def convert(
             check_apart(atoms, where)
             labels = labels_under_any_name(atoms, where, taken)
             try:
-                state = charge_and_spin(atoms, where, charge, spin, assumed)
+                state_where_missing(atoms, where, charge, spin)
+                state = charge_and_spin(atoms, where, assumed)
             except StructureError as error:
                 raise DataError(
                     f"{error}: give the right --charge and --spin (2S + 1, 1 for a closed shell)"

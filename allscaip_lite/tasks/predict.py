@@ -23,7 +23,7 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.data.batches import fill_batches
 from allscaip_lite.data.checks import check_apart
 from allscaip_lite.data.reading import file_and_index, is_there, read_structures
-from allscaip_lite.electrons import charge_and_spin, state_charge_and_spin, stated_charge_and_spin
+from allscaip_lite.electrons import charge_and_spin, state_where_missing
 from allscaip_lite.errors import WAYS, InputError
 from allscaip_lite.files import atomic_write, check_writable
 from allscaip_lite.kernels import add_kernels_option
@@ -42,12 +42,7 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, Atoms]]:
     for word in args.structures:
         known = is_there(file_and_index(word)[0])
         for name, atoms in read_structures(word) if known else _from_smiles(word):
-            charge, spin = stated_charge_and_spin(atoms, name)
-            state_charge_and_spin(
-                atoms,
-                args.charge if charge is None else charge,
-                args.spin if spin is None else spin,
-            )
+            state_where_missing(atoms, name, args.charge, args.spin)
             check_structure(atoms, name)
             check_apart(atoms, name)
             atoms.calc = None

@@ -63,6 +63,9 @@ def test_charge_and_multiplicity_are_read_given_or_the_lowest(tmp_path: Path) ->
     states = [(atoms.info["charge"], atoms.info["spin"]) for atoms in found]
     assert states == [(0, 2), (1, 2), (0, 3), (0, 2)]
     assert "multiplicity" not in found[2].info
+    with pytest.warns(StructureWarning, match="charge 1 is stated, and used, not the -1 asked for"):
+        (kept,) = convert([f"{tmp_path}/a.extxyz@1"], charge=-1, progress=False)
+    assert kept.info["charge"] == 1
     (given,) = convert([f"{tmp_path}/a.extxyz@0"], charge=-1, spin=3, progress=False)
     assert (given.info["charge"], given.info["spin"]) == (-1, 3)
     with pytest.raises(
