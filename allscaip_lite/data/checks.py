@@ -30,6 +30,9 @@ _SPELLING = re.compile(
     rf"(?:{_WORD}[^a-z0-9]*)*(energy|forces?|stress|virials?)[^a-z0-9]*(?:{_WORD}[^a-z0-9]*)*"
 )
 SYMMETRIC = 1e-3  # of the largest component: a stress that is less symmetric is something else
+# What rounding may take from a label, relative to its size and in its unit; of a total energy, a
+# large number of which small differences count, no more than float32 or three decimals do.
+ROUNDING = {"energy": (1e-7, 1e-3), "forces": (1e-5, 1e-5), "stress": (1e-5, 1e-5)}
 # Units that energies of other programs are in, in eV.
 UNITS = {
     "hartree": units.Hartree,
@@ -167,7 +170,7 @@ def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> L
                 found[kind], first = label, key
                 if key != kind:
                     taken[f"{kind} from {key}"] += 1
-            elif not np.allclose(found[kind], label, rtol=1e-5, atol=1e-5):
+            elif not np.allclose(found[kind], label, *ROUNDING[kind]):
                 raise DataError(
                     f"{where}: {first} and {key} are different, and both may be the {kind}: keep "
                     "the right one"

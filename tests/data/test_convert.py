@@ -300,6 +300,7 @@ def test_names_that_labels_came_from_are_said(tmp_path: Path) -> None:
         ({"total_energy": -1.0, "forces": FORCES, "momenta": FORCES}, "no energy; .*total_energy"),
         ({"my_energy": -1.0, "forces": FORCES}, "no energy; what is there: .*forces, my_energy"),
         ({"energy": -1.0, "REF_energy": -2.0, "forces": FORCES}, "energy and REF_energy are diff"),
+        ({"energy": -9e4, "REF_energy": -9e4 - 0.1, "forces": FORCES}, "energy and REF_energy are"),
         ({"energy": -1.0, "forces": FORCES, "stress": np.arange(9.0)}, "stress is not symmetric"),
         ({"energy": -1.0, "forces": FORCES, "stress": SYMMETRIC, "virial": SYMMETRIC}, "different"),
     ],
