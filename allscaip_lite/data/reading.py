@@ -2,8 +2,8 @@
 
 In: a file of any format that ASE reads, or the package's own `.aselmdb`. Out: `ase.Atoms`, with the
 charge and multiplicity that the file states in `info`, and labels as it has them. ASE's own reader
-drops what a database keeps beside the atoms, and what a Gaussian input or a molfile says of charge
-and spin.
+drops what a database keeps beside the atoms, and what inputs and outputs of programs say of charge
+and spin; it guesses elements, and takes sites that are occupied in part. What is guessed is said.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ase.db
 import ase.io
+import numpy as np
 from ase import Atoms
 from ase.io.formats import ioformats, open_with_compression
 from ase.utils import string2index
@@ -47,6 +48,20 @@ ENDS = {
     "runnerdata": r"\nend\s*\Z",
     "turbomole": r"\n\$end",
 }
+# How texts state charge and multiplicity, which ASE drops, by format.
+STATES = {
+    "cjson": (r'"totalCharge"\s*:\s*(-?\d+)', r'"totalSpinMultiplicity"\s*:\s*(\d+)'),
+    "espresso-in": (r"tot_charge\s*=\s*([-+]?\d+)", "()"),
+    "gamess-us-out": (r"CHARGE OF MOLECULE\s*=\s*(-?\d+)", r"(?:SPIN|STATE) MULT\w+\s*=\s*(\d+)"),
+    "gaussian-out": (r"Charge\s*=\s*(-?\d+)\s+Mult", r"Charge\s*=.*Multiplicity\s*=\s*(\d+)"),
+    "nwchem-in": (r"(?im)^\s*charge\s+([-+]?\d+)", r"(?im)^\s*mult\s+(\d+)"),
+    "nwchem-out": (r"Charge\s*:\s*(-?\d+)", r"Spin multiplicity\s*:\s*(\d+)"),
+    "orca-output": (r"Total Charge\s+Charge\s+\.+\s+(-?\d+)", r"Multiplicity\s+Mult\s+\.+\s+(\d+)"),
+}
+FULL = 0.99  # of a site
+# An atom of a PDB file whose columns 77 and 78 name no element: ASE takes CA for calcium.
+NO_ELEMENT = r"(?m)^(?:ATOM  |HETATM)(?:.{0,70}|.{70}(?: | {2}.*))$"
+NO_CELL = (1.0, 1.0, 1.0, 90.0, 90.0, 90.0)  # Å and degrees: what PDB files say for none
 
 
 def is_there(path: str | Path) -> bool:
@@ -87,13 +102,14 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
     start, step = (wanted.start, wanted.step) if isinstance(wanted, slice) else (wanted, 1)
     first = start or 0
     whole = path if first >= 0 and (step or 1) > 0 else f"{path}@{index}"  # numbers of the part
-    count = 0
+    count = partly = 0
     try:
         for atoms in _read(file, wanted):
             number = count if whole != path else first + count * (step or 1)
             check_atoms(atoms, where := f"{whole}, structure {number}")
             yield f"{where} ({atoms.symbols})", atoms
             count += 1
+            partly += _partly_occupied(atoms)
     except InputError:
         raise
     except MemoryError as error:
@@ -104,6 +120,10 @@ def read_structures(name: str | Path, index: str = ":") -> Iterator[tuple[str, A
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         place = f" after structure {count - 1}" if count else ""
         raise DataError(f"{path} is not a file that ASE can read{place} ({reason})") from error
+    if partly:
+        _say(
+            file, f"sites of {partly} of its structures are occupied in part, and taken as a whole"
+        )
     if not count:
         raise DataError(f"{name} has no structures")
 
@@ -118,13 +138,20 @@ def _read(file: Path, wanted: int | slice) -> Iterator[Atoms]:
     kind = suffix if suffix == "aselmdb" else ase.io.formats.filetype(str(file))
     if kind in DATABASES:
         return _read_database(file, kind, wanted)
+    if kind.startswith("lammps-dump") and not _names_elements(file):
+        raise DataError(
+            f"{file} has types of atoms and not their elements: write it with a column element "
+            "(dump_modify … element O H), or turn it into .extxyz"
+        )
     form = ioformats[kind]
     read = (
         _read_lines(file, kind, wanted)
         if form.acceptsfd and not form.isbinary
         else ase.io.iread(str(file), index=wanted, format=kind, do_not_split_by_at_sign=True)
     )
-    return _whole(file, kind, read) if kind in COUNTS | ENDS else read
+    if kind in COUNTS | ENDS | STATES or kind == "gromacs":
+        return _with_the_text(file, kind, read)
+    return read
 
 
 def _read_lines(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
@@ -137,24 +164,77 @@ def _read_lines(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
             yield _with_parameters(atoms) if options else atoms
 
 
-def _whole(file: Path, kind: str, read: Iterator[Atoms]) -> Iterator[Atoms]:
-    """Raise EOFError for fewer atoms than the file says; warn where it ends in another way."""
+def _names_elements(dump: Path) -> bool:
+    """Whether a dump of LAMMPS tells elements or masses; ASE takes type 1 for hydrogen."""
+    with open_with_compression(str(dump), "rb") as lines:
+        heads = (line.split() for line in lines if line.startswith(b"ITEM: ATOMS"))
+        return bool({b"element", b"mass"} & {*next(heads, [])})
+
+
+def _with_the_text(file: Path, kind: str, read: Iterator[Atoms]) -> Iterator[Atoms]:
+    """What ASE reads of a text, with the charge, multiplicity and cell that it drops.
+
+    Raises EOFError for fewer atoms than the text says; warns where it ends in another way, where it
+    states several charges, and of elements that ASE guesses from the names of atoms.
+    """
     with open_with_compression(str(file), "rb") as content:
         text = content.read().decode(errors="replace")
     said = re.match(COUNTS.get(kind, "()"), text)
-    charged = re.findall(r"\nM  CHG *\d+(.*)", text.partition("M  END")[0])  # atom, charge, …
+    stated = _stated(file, kind, text)
+    cells = re.findall("(?m)^CRYST1.*$", text) if kind == "proteindatabank" else []
+    cell = None
+    if len(cells) == 1:  # of all its models
+        cell = next(ase.io.iread(str(file), 0, kind, do_not_split_by_at_sign=True)).cell
+    nameless = kind == "gromacs" or (kind == "proteindatabank" and re.search(NO_ELEMENT, text))
+    guessed: dict[str, None] = {}
     for atoms in read:
         if said and said[1] and int(said[1]) > len(atoms):
             raise EOFError(f"it has {len(atoms)} of the {said[1]} atoms that it says")
-        if charged and kind in ("mol", "sdf"):
-            atoms.info["charge"] = sum(int(n) for line in charged for n in line.split()[1::2])
+        atoms.info |= stated
+        if cell is not None:
+            atoms.set_cell(cell)
+            atoms.pbc = True
+        if cells and np.allclose(atoms.cell.cellpar(), NO_CELL):
+            atoms.set_cell(None)
+            atoms.pbc = False
+        if nameless:
+            names = zip(map(str, atoms.arrays.get("atomtypes", ())), atoms.symbols, strict=True)
+            guessed |= {f"{name} as {symbol}": None for name, symbol in names if name[1:].isalpha()}
         yield atoms
+    if guessed:
+        listed = ", ".join(list(guessed)[:12]) + " …" * (len(guessed) > 12)
+        _say(file, f"its atoms have names and no elements, which ASE guesses: {listed}")
     if kind in ENDS and not re.search(ENDS[kind], text):
-        warnings.warn(
-            f"{file} has no line at its end that says so: was it cut short?",
-            StructureWarning,
-            stacklevel=2,
-        )
+        _say(file, "it has no line at its end that says so: was it cut short?")
+
+
+def _stated(file: Path, kind: str, text: str) -> dict[str, int]:
+    """Charge and multiplicity of all structures of a text, where it states one of each."""
+    stated: dict[str, int] = {}
+    if kind in ("mol", "sdf"):
+        charged = re.findall(r"\nM  CHG *\d+(.*)", text.partition("M  END")[0])  # atom, charge, …
+        if charged:
+            stated["charge"] = sum(int(n) for line in charged for n in line.split()[1::2])
+    for name, pattern in zip(("charge", "spin"), STATES.get(kind, ()), strict=False):
+        found = {int(number) for number in re.findall(pattern, text) if number}
+        if len(found) > 1:
+            _say(file, f"it has several values of {name}, {sorted(found)}, of which none was taken")
+        elif found:
+            stated[name] = found.pop()
+    return stated
+
+
+def _say(file: Path, text: str) -> None:
+    warnings.warn(f"{file}: {text}", StructureWarning, stacklevel=2)
+
+
+def _partly_occupied(atoms: Atoms) -> bool:
+    """Whether a site of a CIF or PDB file has several elements, or none now and then."""
+    sites = atoms.info.get("occupancy")
+    if isinstance(sites, Mapping):
+        return any(len(site) > 1 or min(site.values(), default=1) < FULL for site in sites.values())
+    shares = atoms.arrays.get("occupancy", np.ones(1))
+    return bool(((shares > 0) & (shares < FULL)).any())
 
 
 class _Lines(io.TextIOWrapper):

@@ -127,6 +127,109 @@ def test_a_gaussian_input_states_its_charge_and_multiplicity(tmp_path: Path) -> 
     assert charge_and_spin(atoms) == (-1, 3)
 
 
+GAUSSIAN = """ Entering Gaussian System, Link 0=g16
+ Charge = -1 Multiplicity = 3
+                          Input orientation:
+ ---------------------------------------------------------------------
+ Center     Atomic      Atomic             Coordinates (Angstroms)
+ Number     Number       Type             X           Y           Z
+ ---------------------------------------------------------------------
+      1          8           0        0.000000    0.000000    0.000000
+      2          1           0        0.000000    0.000000    0.960000
+ ---------------------------------------------------------------------
+ SCF Done:  E(RHF) =  -74.0635678     A.U. after    7 cycles
+ Normal termination of Gaussian 16
+"""
+ORCA = """   * O   R   C   A *
+Number of atoms                             ....  2
+ Total Charge           Charge          ....   -1
+ Multiplicity           Mult            ....    3
+---------------------------------
+CARTESIAN COORDINATES (ANGSTROEM)
+---------------------------------
+  O      0.000000    0.000000    0.000000
+  H      0.000000    0.000000    0.960000
+
+----------------------------
+CARTESIAN COORDINATES (A.U.)
+FINAL SINGLE POINT ENERGY       -74.063567800
+                             ****ORCA TERMINATED NORMALLY****
+"""
+NWCHEM = """geometry units angstrom
+  O 0 0 0
+  H 0 0 0.96
+end
+
+charge -1
+dft
+  mult 3
+end
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.log", GAUSSIAN), ("a.out", ORCA), ("a.nwi", NWCHEM)]
+)
+def test_texts_of_other_programs_state_charge_and_multiplicity(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    atoms = read_structure(tmp_path / name)
+    assert (str(atoms.symbols), *charge_and_spin(atoms)) == ("OH", -1, 3)
+
+
+def test_of_several_charges_in_a_text_none_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_text(GAUSSIAN + GAUSSIAN.replace("= -1 ", "=  1 "))
+    with pytest.warns(StructureWarning, match=r"several values of charge, \[-1, 1\]"):
+        atoms = read_structure(tmp_path / "a.log")
+    assert "charge" not in atoms.info
+
+
+def pdb(name: str = "O", element: str = "O", shift: float = 0.0, share: str = "  1.00") -> str:
+    return (
+        f"ATOM      1  {name:3} HOH A   1    {shift:8.3f}   0.000   0.100{share}  0.00"
+        f"          {element:>2}\n"
+    )
+
+
+def test_a_molecule_in_no_cell_is_in_none(tmp_path: Path) -> None:
+    """PDB files say so with a cell of 1 Å; a cell before several models is that of each."""
+    head = "CRYST1{0:9.3f}{0:9.3f}{0:9.3f}  90.00  90.00  90.00 P 1           1\n"
+    models = "".join(f"MODEL {n}\n{pdb()}{pdb('H1', 'H', 1.0)}ENDMDL\n" for n in (1, 2))
+    for length, periodic in ((1, False), (20, True)):
+        (tmp_path / "a.pdb").write_text(head.format(length) + models)
+        for index in ("0", "1"):
+            atoms = read_structure(f"{tmp_path}/a.pdb@{index}")
+            assert atoms.pbc.tolist() == [periodic] * 3
+            assert atoms.cell.lengths().tolist() == [length * periodic] * 3
+
+
+def test_elements_that_are_guessed_and_sites_in_part_are_said(tmp_path: Path) -> None:
+    gro = "x\n 2\n    1NA      NA    1   1.000   1.000   1.010\n"
+    gro += "    1CL      CL    2   1.000   1.276   0.950\n 2 2 2\n"
+    nacl = bulk("NaCl", "rocksalt", 5.6)
+    ase.io.write(tmp_path / "a.cif", nacl)
+    cif = re.sub(r"( Cl .*)1\.0", r"\1 0.5", (tmp_path / "a.cif").read_text())
+    for name, text, words in (
+        ("a.gro", gro, "which ASE guesses: NA as N, CL as C"),
+        ("b.pdb", f"{pdb('CA', '')}END\n", "which ASE guesses: CA as Ca"),
+        ("c.pdb", f"{pdb(share='  0.50')}{pdb(shift=0.4)}END\n", "1 of its .* occupied in part"),
+        ("d.cif", cif, "1 of its structures are occupied in part"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.warns(StructureWarning, match=f"{name}: .*{words}"):
+            read_structure(tmp_path / name)
+
+
+def test_types_are_no_elements(tmp_path: Path) -> None:
+    head = "ITEM: TIMESTEP\n0\nITEM: NUMBER OF ATOMS\n1\nITEM: BOX BOUNDS pp pp pp\n0 9\n0 9\n0 9\n"
+    (tmp_path / "a.lammpstrj").write_text(f"{head}ITEM: ATOMS id type x y z\n1 1 0 0 0\n")
+    with pytest.raises(DataError, match="types of atoms and not their elements"):
+        read_structure(tmp_path / "a.lammpstrj")
+    (tmp_path / "a.lammpstrj").write_text(f"{head}ITEM: ATOMS id element x y z\n1 O 0 0 0\n")
+    assert str(read_structure(tmp_path / "a.lammpstrj").symbols) == "O"
+
+
 @pytest.mark.parametrize(
     ("charge", "expected"),
     [(1, 1), ("1", 1), (np.array([1]), 1), (None, 0), ("none", 0), (float("nan"), 0)],
