@@ -25,6 +25,7 @@ import re
 import sys
 import time
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -47,7 +48,7 @@ from allscaip_lite.calculator import AllScAIPCalculator, check_calculator
 from allscaip_lite.cli import Parser
 from allscaip_lite.data.reading import read_structure
 from allscaip_lite.electrons import state_charge_and_spin, stated_charge_and_spin
-from allscaip_lite.errors import WAYS, RunError, StructureError, check_kind
+from allscaip_lite.errors import WAYS, RunError, StructureError, StructureWarning, check_kind
 from allscaip_lite.files import (
     alone,
     atomic_write,
@@ -299,11 +300,19 @@ def _check(atoms: Atoms, calculator: Calculator, settings: Settings) -> None:
 
 
 def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> None:
-    """Minimise if asked, and give velocities to a structure that has none."""
+    """Minimise if asked, and give velocities to a structure that has none, or that is at rest where
+    a temperature is asked for.
+    """
     if settings.relax:
         FIRE(atoms, logfile=None).run(fmax=0.5, steps=settings.relax)
-    if not atoms.has("momenta"):
-        assert settings.temperature is not None  # `_check` sees to it
+    if settings.temperature is not None and not atoms.get_momenta().any():
+        if unread := [name for name in atoms.arrays if re.match("velo?", name, re.IGNORECASE)]:
+            warnings.warn(
+                f"{atoms.symbols}: its array {unread[0]!r} is not read, and velocities are drawn: "
+                "give them as momenta, atoms.set_velocities(…), Å in ASE's unit of time, 10.18 fs",
+                StructureWarning,
+                stacklevel=3,
+            )
         spread = np.sqrt(atoms.get_masses() * units.kB * settings.temperature)  # Maxwell–Boltzmann
         atoms.set_momenta(generator.normal(size=(len(atoms), 3)) * spread[:, None])
         Stationary(atoms, preserve_temperature=False)

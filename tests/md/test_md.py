@@ -225,6 +225,19 @@ def test_velocities_of_the_structure_are_kept(tmp_path):
         assert trajectory[0].get_momenta() == pytest.approx(atoms.get_momenta(), abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["momenta", "velo"])
+def test_velocities_of_a_structure_at_rest_are_drawn(tmp_path, name):
+    """A minimised structure may have velocities of 0; other programs call them otherwise."""
+    atoms = copper()
+    atoms.arrays[name] = np.full((32, 3), float(name == "velo"))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run_md(atoms, Springs(), short(ensemble="nve"), tmp_path, progress=False)
+    assert read_log(tmp_path)["temperature_K"][0] == pytest.approx(300)
+    said = [str(one.message) for one in warned]
+    assert any("'velo' is not read" in text for text in said) == (name == "velo")
+
+
 def test_relaxing_comes_first(tmp_path):
     before = copper()
     before.calc = Springs()
