@@ -18,6 +18,7 @@ would give, and two right ones that look different from the solution:
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import tomllib
@@ -120,3 +121,13 @@ def test_a_wrong_answer_is_refused_with_a_message_that_helps(name, exercise, ans
         run(name, answer["code"], texts["student's check"])
     message = str(caught.value)
     assert re.search(re.escape(answer["says"]), message), message
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "15"])
+def test_a_forgotten_return_is_refused_with_a_message_that_says_so(name):
+    for exercise, texts in lesson(name)[1].items():
+        functions = [f for f in ast.parse(texts["solution"]).body if isinstance(f, ast.FunctionDef)]
+        empty = "".join(f"def {f.name}({ast.unparse(f.args)}): pass\n" for f in functions)
+        with pytest.raises(AssertionError) as caught:
+            run(name, empty, texts["student's check"])
+        assert re.search(r"(?i)\breturns?\b", str(caught.value)), f"{exercise}: {caught.value}"
