@@ -70,6 +70,13 @@ class Seen:
             known = ours is not None and theirs is not None
             setattr(self, name, join(ours, theirs) if known else None)
 
+    def leave_out_cells(self, node_attention: bool) -> None:
+        """Know no largest size of crystals, for a model without node attention: a larger cell is
+        then the same crystal.
+        """
+        if self.kinds == {KINDS[1]} and not node_attention:
+            self.atoms = None
+
     def outside(self, structures: Structures) -> list[tuple[str, str, str]]:
         """The formula of a structure, a kind, and words, for each thing that was never seen."""
         found: list[tuple[str, str, str]] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from allscaip_lite.applicability import KINDS, Seen
+from allscaip_lite.applicability import Seen
 from allscaip_lite.checkpoints import load_model, read_card, save_model
 from allscaip_lite.checkpoints.native import check_file_name
 from allscaip_lite.data.aselmdb import Dataset, LabelledData, Subset, evenly_spaced
@@ -103,8 +103,7 @@ def calibrate(
         list(fill_batches(data.natoms, 2000)), desc="what training saw", disable=not progress
     ):
         seen.add(collate([data[index] for index in members]).structures)
-    if not model.config.node_attention and seen.kinds == {KINDS[1]}:
-        seen.atoms = None  # a larger cell of a crystal is then the same crystal
+    seen.leave_out_cells(model.config.node_attention)
     made.seen = seen
     made.posterior = None
     if not structures:

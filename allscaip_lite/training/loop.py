@@ -612,6 +612,7 @@ def train(
             if done % save_every == 0:
                 save(done)
         model.load_state_dict(average.module.state_dict())
+        seen.leave_out_cells(model.config.node_attention)
         save(stage.steps)
         if fabric.global_rank == 0:
             save_model(model, folder / f"{stage.name}.safetensors", {"stage": stage.name})

@@ -747,6 +747,19 @@ def test_a_trained_model_knows_what_it_saw(twenty: Path, tmp_path: Path) -> None
         assert kept == wanted
 
 
+@pytest.mark.parametrize(("node_attention", "atoms"), [(True, 24), (False, None)])
+def test_a_larger_cell_is_only_new_to_a_trained_model_with_node_attention(
+    tmp_path: Path, node_attention: bool, atoms: int | None
+) -> None:
+    crystals = Dataset(SAMPLE.parent / "crystals" / "val.aselmdb")
+    model = small_model(crystals, node_attention=node_attention)
+    # a batch has all structures
+    model = train(model, [direct_stage(1)], crystals, crystals, tmp_path, max_atoms=1000)
+    saved = load_model(tmp_path / "direct.safetensors")
+    for found in (model.seen, saved.seen):
+        assert found is not None and found.atoms == atoms and found.kinds == {"periodic systems"}
+
+
 def test_training_says_which_charges_it_assumes(twenty: Path, tmp_path: Path) -> None:
     known = Dataset(twenty)
     frames = [known[index] for index in range(3)]
