@@ -11,28 +11,36 @@ from __future__ import annotations
 import base64
 import io
 import json
+import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from ase import Atoms
+from ase.data.colors import jmol_colors
 from tqdm import tqdm
 
 from allscaip_lite.files import atomic_write
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
 from allscaip_lite.notebook.plots import (
+    atom_labels,
     attention_matrix,
+    ball_radii,
+    bonds,
+    cell_lines,
     check_same_atoms,
     front,
     image_bonds,
     plot_attention,
     plot_links,
 )
-from allscaip_lite.notebook.viewer import Page, check_frames, frames_scene, page_html, resource
+from allscaip_lite.notebook.viewer import Page, check_frames
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +49,7 @@ SCALES = ("matrix", "row", "one")
 SIXTEEN_BIT_LIMIT = 5_000_000  # bytes; a page with more weights than this stores them in 8 bits
 LIMIT = 30_000_000  # bytes; larger pages make notebooks and browsers slow
 FRAME_TIME = 450  # ms
+IMAGE_BORDER = 1.5  # Å around a cell, for the periodic images
 
 
 @dataclass(frozen=True)
@@ -217,13 +226,13 @@ def explore_attention(
         "graphs": packed.graphs,
         **weights,
     }
-    script = resource("explorer.js")
+    script = _resource("explorer.js")
     width, aspect = ("1100", "5/4") if size is None else (str(size[0]), f"{size[0]}/{size[1]}")
-    data["markup"] = resource("explorer.html").replace("@ASPECT@", aspect)
-    total = len(resource("molecule_view.js")) + len(script) + len(json.dumps(data))
+    data["markup"] = _resource("explorer.html").replace("@ASPECT@", aspect)
+    total = len(_resource("molecule_view.js")) + len(script) + len(json.dumps(data))
     note = f"{counts}, weights to ±{precision}"
     data["note"] = f"{formula}: {note}; {total / 1e6:.1f} MB."
-    html = page_html(title, width, script, data)
+    html = _page(title, width, script, data)
     return Explorer(html, title, selected, frames[frame], choice, note)
 
 
@@ -257,19 +266,82 @@ def _kinds(maps: AttentionMaps, kinds: Sequence[str] | None, kind: str) -> list[
 def _scene(
     frames: Sequence[Atoms], energies: Sequence[float], names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """`frames_scene` with energies, names, cells and the bonds to periodic images."""
-    scene = frames_scene(frames)
-    for index, (atoms, entry) in enumerate(zip(frames, scene["frames"], strict=True)):
-        entry["imageBonds"] = image_bonds(atoms)
-        entry["energy"] = round(energies[index], 5)
-        entry["name"] = str(names[index]) if names is not None else ""
-        entry["cell"] = None
+    """Positions, bonds and cells of all frames, in the frame of the first view, centred at 0.
+
+    The frames of a molecule are aligned at the mean of their positions.
+    """
+    first = frames[0]
+    shared = set(bonds(first)).intersection(*map(bonds, frames[1:]))
+    rotation = front(first)
+    placed, corners = [], []
+    for atoms in frames:
+        center = 0.0 if atoms.pbc.any() else atoms.positions.mean(0)
+        placed.append((atoms.positions - center) @ rotation)  # (N, 3)
+        corners.append(cell_lines(atoms).reshape(-1, 3) @ rotation)
+    points = np.concatenate([*placed, *corners])
+    middle = (points.min(0) + points.max(0)) / 2
+    points, radii = points - middle, ball_radii(first)
+    border = IMAGE_BORDER if first.pbc.any() else 0.0
+    drawn = []
+    for index, atoms in enumerate(frames):
+        entry = {
+            "positions": (placed[index] - middle).round(3).tolist(),
+            "bonds": sorted(set(bonds(atoms)) - shared),
+            "imageBonds": image_bonds(atoms),
+            "lines": (corners[index] - middle).round(3).reshape(-1, 2, 3).tolist(),
+            "energy": round(energies[index], 5),
+            "name": "" if names is None else str(names[index]),
+            "cell": None,
+        }
         if atoms.pbc.any():
-            cell = atoms.cell.complete().array @ front(frames[0])
+            cell = atoms.cell.complete().array @ rotation
             entry["cell"] = cell.round(4).tolist()
             entry["inverse"] = np.linalg.inv(cell).round(6).tolist()
             entry["pbc"] = atoms.pbc.tolist()
-    return scene
+        drawn.append(entry)
+    reach = max(1.5, float(np.linalg.norm(points, axis=1).max() + radii.max()))
+    nearer = 6 * reach / (6 * reach - points[:, 2:])  # viewer of molecule_view.js: at 6 reach
+    across = (np.abs(points[:, :2]) * nearer).max(0) + radii.max() + border
+    return {
+        "labels": atom_labels(first),
+        "radii": radii.round(3).tolist(),
+        "colors": jmol_colors[first.numbers].round(3).tolist(),
+        "bonds": sorted(shared),
+        "frames": drawn,
+        "size": {
+            "reach": round(reach, 3),
+            "width": round(max(1.5, float(across[0])), 3),
+            "height": round(max(1.5, float(across[1])), 3),
+        },
+    }
+
+
+def _page(title: str, width: str, script: str, data: dict[str, Any]) -> str:
+    """HTML that calls `attentionView` of a script with data, in the frame of view.html.
+
+    A notebook that is not trusted shows only the frame's message, because it does not run scripts.
+
+    Args:
+        title: What a screen reader says.
+        width: The largest width in pixels.
+        script: The script that defines `attentionView(element, data)`; molecule_view.js is added.
+        data: What goes into the page as JSON.
+    """
+    html = _resource("view.html").strip()
+    for mark, value in {
+        "SCRIPT": _resource("molecule_view.js") + script,
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "NAME": f"allscaip-{uuid.uuid4().hex[:12]}",
+        "TITLE": escape(title, quote=True),
+        "WIDTH": width,
+    }.items():
+        html = html.replace(f"@{mark}@", value)
+    return html
+
+
+def _resource(name: str) -> str:
+    """A text file of this package."""
+    return resources.files("allscaip_lite.notebook").joinpath(name).read_text("utf-8")
 
 
 def _make_room_for_images(scene: dict[str, Any], frame: int, maps: AttentionMaps) -> None:

@@ -1,4 +1,4 @@
-"""Interactive views: a molecule in py3Dmol, a trajectory in nglview, and the page of the explorer.
+"""Interactive views: a molecule in py3Dmol, a trajectory in nglview.
 
 Input: `ase.Atoms`, or a list of frames. Output: a `Page`, which a notebook displays and which also
 works in exported HTML, or a widget of nglview. Both libraries come with the `notebooks` extra.
@@ -7,34 +7,20 @@ works in exported HTML, or a widget of nglview. Both libraries come with the `no
 from __future__ import annotations
 
 import base64
-import json
 import sys
-import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from ase import Atoms
-from ase.data.colors import jmol_colors
 
 from allscaip_lite.files import store_text
-from allscaip_lite.notebook.plots import (
-    atom_labels,
-    ball_radii,
-    bonds,
-    cell_lines,
-    front,
-    import_extra,
-    seen_from_front,
-)
+from allscaip_lite.notebook.plots import import_extra, seen_from_front
 
 VIEWER_SCRIPT = Path(sys.prefix) / "share" / "allscaip-lite" / "3Dmol-min.js"
-IMAGE_BORDER = 1.5  # Å around a cell, for the periodic images
 
 
 @dataclass(frozen=True)
@@ -103,37 +89,6 @@ def view_trajectory(frames: Sequence[Atoms]) -> Any:
     return view
 
 
-# --- what the explorer shares -------------------------------------------------------------------
-
-
-def page_html(title: str, width: str, script: str, data: dict[str, Any]) -> str:
-    """HTML that calls `attentionView` of a script with data, in the frame of view.html.
-
-    A notebook that is not trusted shows only the frame's message, because it does not run scripts.
-
-    Args:
-        title: What a screen reader says.
-        width: The largest width in pixels.
-        script: The script that defines `attentionView(element, data)`; molecule_view.js is added.
-        data: What goes into the page as JSON.
-    """
-    html = resource("view.html").strip()
-    for mark, value in {
-        "SCRIPT": resource("molecule_view.js") + script,
-        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        "NAME": f"allscaip-{uuid.uuid4().hex[:12]}",
-        "TITLE": escape(title, quote=True),
-        "WIDTH": width,
-    }.items():
-        html = html.replace(f"@{mark}@", value)
-    return html
-
-
-def resource(name: str) -> str:
-    """A text file of this package."""
-    return resources.files("allscaip_lite.notebook").joinpath(name).read_text("utf-8")
-
-
 def check_frames(frames: Sequence[Atoms]) -> None:
     """Raise `ValueError` or `TypeError` unless all frames have the same atoms in the same order."""
     if not frames:
@@ -146,45 +101,3 @@ def check_frames(frames: Sequence[Atoms]) -> None:
                 f"frame {index} ({atoms.get_chemical_formula()}) has other atoms than frame 0 "
                 f"({frames[0].get_chemical_formula()}), or another order: show them separately"
             )
-
-
-def frames_scene(frames: Sequence[Atoms]) -> dict[str, Any]:
-    """Positions, bonds and cells of all frames, in the frame of the first view, centred at 0.
-
-    The frames of a molecule are aligned at the mean of their positions.
-    """
-    first = frames[0]
-    shared = set(bonds(first)).intersection(*map(bonds, frames[1:]))
-    rotation = front(first)
-    placed, corners = [], []
-    for atoms in frames:
-        center = 0.0 if atoms.pbc.any() else atoms.positions.mean(0)
-        placed.append((atoms.positions - center) @ rotation)  # (N, 3)
-        corners.append(cell_lines(atoms).reshape(-1, 3) @ rotation)
-    points = np.concatenate([*placed, *corners])
-    middle = (points.min(0) + points.max(0)) / 2
-    points, radii = points - middle, ball_radii(first)
-    border = IMAGE_BORDER if first.pbc.any() else 0.0
-    drawn = [
-        {
-            "positions": (positions - middle).round(3).tolist(),
-            "bonds": sorted(set(bonds(atoms)) - shared),
-            "lines": (ends - middle).round(3).reshape(-1, 2, 3).tolist(),
-        }
-        for atoms, positions, ends in zip(frames, placed, corners, strict=True)
-    ]
-    reach = max(1.5, float(np.linalg.norm(points, axis=1).max() + radii.max()))
-    nearer = 6 * reach / (6 * reach - points[:, 2:])  # viewer of molecule_view.js: at 6 reach
-    across = (np.abs(points[:, :2]) * nearer).max(0) + radii.max() + border
-    return {
-        "labels": atom_labels(first),
-        "radii": radii.round(3).tolist(),
-        "colors": jmol_colors[first.numbers].round(3).tolist(),
-        "bonds": sorted(shared),
-        "frames": drawn,
-        "size": {
-            "reach": round(reach, 3),
-            "width": round(max(1.5, float(across[0])), 3),
-            "height": round(max(1.5, float(across[1])), 3),
-        },
-    }
