@@ -14,6 +14,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from allscaip_lite.data.aselmdb import (
 )
 from allscaip_lite.data.batches import Batch, Batches, collate
 from allscaip_lite.electrons import Assumptions, say_assumptions
-from allscaip_lite.errors import DataError, InputError, RunError
+from allscaip_lite.errors import DataError, InputError, RunError, StructureWarning
 from allscaip_lite.evaluation.errors import check_zero, evaluate
 from allscaip_lite.files import (
     alone,
@@ -814,6 +815,14 @@ def run(args: argparse.Namespace) -> None:
         if isinstance(data, Mixture):
             raise InputError("--shares needs --val: a tenth drawn at random would be of any set")
         training_data, validation_data = hold_out(data, args.seed)
+    files = [path.resolve() for path in Dataset([*args.data, *(args.val or ())]).paths]
+    if twice := sorted({str(path) for path in files if files.count(path) > 1}):
+        warnings.warn(
+            f"{', '.join(twice)}: given more than once, to train on or to validate: errors of "
+            "structures that training saw say nothing of others",
+            StructureWarning,
+            stacklevel=2,
+        )
     torch.manual_seed(args.seed)
     if args.tf32 and fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -815,7 +815,8 @@ def test_the_command_trains(
     """Both stages, then the second stage once more from the model of the first."""
     monkeypatch.setitem(PRESETS, "lite", SMALL)
     assert cli.main(command(twenty, tmp_path / "both", 3, 2)) == 0
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    assert f"{twenty}: given more than once, to train on or to validate" in noted
     assert "20 structures to train on, 20 to validate" in said
     assert "direct 3/3" in said and "conservative 2/2" in said
     assert (tmp_path / "both" / "log.jsonl").read_text().count("\n") == 2
@@ -912,8 +913,9 @@ def test_fine_tuning_one_s_own_data_with_three_options(
     mine = ["train", "--from", str(start), "--data", str(tmp_path / "moved.aselmdb")]
     where = ["--out", str(tmp_path / "mine"), "--conservative-steps", "2"]
     assert cli.main([*mine, *where, "--max-atoms", "60", "--accelerator", "cpu"]) == 0
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
     assert "18 structures to train on, 2 to validate" in said
+    assert "moved.aselmdb: given more than once" not in noted
     assert "energy of an atom, moved to fit the data (eV): H " in said
     assert "conservative 2/2" in said and "direct" not in said.partition("18 structures")[2]
     tuned = load_model(tmp_path / "mine" / "conservative.safetensors")
