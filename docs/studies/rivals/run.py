@@ -474,19 +474,22 @@ def draw(found: dict[str, Any], file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    most = max(row["cell"][2] for row in found["cells"])
+    sizes = sorted({row["cell"][2] for row in found["cells"]})
+    most = sizes[-1]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4))
         left, right = figure.subplots(1, 2, sharey=True)
         for name, line in zip(MODELS, LINES, strict=True):
             own = [row for row in found["cells"] if row["cell"][0] == name]
+            if not own:
+                continue
             counts = sorted({row["cell"][2] for row in own if row["cell"][1] == "usual"})
             means = [mean_error(own, "usual", count) for count in counts]
             left.loglog(counts, means, **line, label=name)
-            left.set_xticks(counts, [f"{count:,}" for count in counts])
             widths = [w for w in WIDTHS if cells_of(own, w, most) and name in found["speeds"]]
             speeds = [found["speeds"][name][width]["atoms"] for width in widths]
             right.loglog(speeds, [mean_error(own, width, most) for width in widths], **line)
+        left.set_xticks(sizes, [f"{count:,}" for count in sizes])
         left.set(xlabel="structures to train on", ylabel="force error, meV/Å")
         right.set(xlabel="atoms per second, one core", title=f"{most:,} structures, all widths")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
