@@ -31,7 +31,7 @@ from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import Activation, FeedForward, Linear, SelfAttention, make_norm
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.operations import PLAIN, Operations
-from allscaip_lite.structures import Structures, listed, structures_from_atoms
+from allscaip_lite.structures import Structures, in_own_numbers, listed, structures_from_atoms
 
 M = TypeVar("M", bound=nn.Module)
 # In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.
@@ -318,6 +318,7 @@ class AllScAIP(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    @in_own_numbers
     def forward(
         self,
         structures: Structures,
@@ -380,6 +381,7 @@ class AllScAIP(nn.Module):
             hidden.append(inner.detach())
         return self.energy_head.contract(inner, ops).squeeze(1)
 
+    @in_own_numbers
     def features(
         self,
         structures: Structures,
@@ -448,6 +450,7 @@ class AllScAIP(nn.Module):
         return operations.rotary_biases(distances, weight, frequencies, empty)  # L of them
 
     @torch.no_grad()
+    @in_own_numbers
     def atomic_energies(self, structures: Structures) -> Tensor:
         """(N,) eV: a share of the energy for each atom, in float64.
 
@@ -494,6 +497,7 @@ class AllScAIP(nn.Module):
         return torch.linalg.vector_norm(rows @ self.posterior.to(rows), dim=1)
 
     @torch.no_grad()
+    @in_own_numbers
     def last_layer_inputs(self, structures: Structures, hidden: Tensor | None = None) -> Tensor:
         """(B, 2H + 1) eV: the derivatives of each energy by the last layer's weights and bias."""
         structures = self._here(structures)
@@ -511,6 +515,7 @@ class AllScAIP(nn.Module):
     @overload
     def predict(self, atoms: Sequence[Atoms], *others: Any, **named: Any) -> list[Result]: ...
 
+    @in_own_numbers
     def predict(
         self,
         atoms: Atoms | Sequence[Atoms],

@@ -32,6 +32,7 @@ from allscaip_lite.files import atomic_write, fingerprint
 from allscaip_lite.kernels import choose
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, check_model, check_number_type
+from allscaip_lite.structures import in_own_numbers
 
 FORMAT = "allscaip-lite"
 FORMAT_VERSION = 1
@@ -52,6 +53,7 @@ def bundled_models() -> dict[str, Path]:
 
 
 @torch.inference_mode(mode=False)  # weights made in that mode allow no gradients, so no forces
+@in_own_numbers
 def load_model(
     name_or_path: str | Path,
     device: torch.device | str | None = None,

@@ -33,6 +33,7 @@ from allscaip_lite.files import atomic_write, check_writable, locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, check_model
+from allscaip_lite.structures import in_own_numbers
 from allscaip_lite.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Residuals(NamedTuple):
 
 
 @torch.no_grad()
+@in_own_numbers
 def residuals(model: AllScAIP, data: LabelledData, progress: bool = False) -> Residuals:
     """Errors of every structure of a data set, in its order; the model evaluates afterwards."""
     check_model(model)

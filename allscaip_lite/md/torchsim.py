@@ -33,7 +33,13 @@ from allscaip_lite.calculator import AllScAIPCalculator
 from allscaip_lite.electrons import stated_charge_and_spin
 from allscaip_lite.errors import StructureError, StructureWarning
 from allscaip_lite.model import AllScAIP
-from allscaip_lite.structures import LARGEST_SPREAD, Place, Structures, check_structure
+from allscaip_lite.structures import (
+    LARGEST_SPREAD,
+    Place,
+    Structures,
+    check_structure,
+    in_own_numbers,
+)
 
 
 class TorchSimModel(ModelInterface):
@@ -71,6 +77,7 @@ class TorchSimModel(ModelInterface):
         self._compute_stress = self.model.config.conservative and self.model.config.stress
         self._memory_scales_with = "n_atoms"  # the number of edges an atom is bounded
 
+    @in_own_numbers
     def forward(self, state: SimState, **_: object) -> dict[str, Tensor]:
         """Energy, forces and, for a conservative model, stress (0 of what is not periodic)."""
         numbers, system = state.atomic_numbers, state.system_idx

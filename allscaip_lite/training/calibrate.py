@@ -27,6 +27,7 @@ from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, check_model
+from allscaip_lite.structures import in_own_numbers
 
 RIDGE = 1e-6  # of the mean diagonal, for directions that no structure of the data has
 
@@ -75,6 +76,8 @@ def posterior(rows: Tensor, missing: Tensor, held_out: tuple[Tensor, Tensor] | N
     return factor * (held_out[1] / deviations).square().mean().sqrt()
 
 
+@torch.inference_mode(mode=False)
+@in_own_numbers
 def calibrate(
     model: AllScAIP,
     data: LabelledData,

@@ -58,6 +58,7 @@ from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.kernels.cuda_graphs import Recording
 from allscaip_lite.kernels.padded import PaddedBatch, Size, can_pad, padded_prediction
 from allscaip_lite.model import UNITS, AllScAIP, Prediction, check_model
+from allscaip_lite.structures import in_own_numbers
 from allscaip_lite.training.muon import Muon
 
 
@@ -166,6 +167,7 @@ def missing_energies(model: AllScAIP, data: LabelledData, limit: int) -> tuple[T
     return missing, counts
 
 
+@in_own_numbers
 def shift_references(model: AllScAIP, data: LabelledData) -> Tensor:
     """Fit the model's energy references to data of another level of theory.
 
@@ -183,6 +185,7 @@ def shift_references(model: AllScAIP, data: LabelledData) -> Tensor:
     return shifts
 
 
+@in_own_numbers
 def fresh_model(config: AllScAIPConfig, data: LabelledData, seed: int | None = None) -> AllScAIP:
     """A model with random weights, and with energies of elements and a force unit from the data.
 
@@ -395,6 +398,9 @@ def start_stage(model: AllScAIP, stage: Stage) -> AllScAIP:
 
 
 @alone
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+@in_own_numbers
 def train(
     model: AllScAIP,
     stages: Sequence[Stage],

@@ -29,7 +29,7 @@ from allscaip_lite.files import locked_file
 from allscaip_lite.kernels import add_kernels_option, choose
 from allscaip_lite.machine import usable_device
 from allscaip_lite.model import AllScAIP, check_model
-from allscaip_lite.structures import structures_from_atoms
+from allscaip_lite.structures import in_own_numbers, structures_from_atoms
 
 FLOOR = 1e-4  # eV an atom, eV/Å: errors below it count by their square
 ROUNDS = 30  # of reweighting
@@ -52,6 +52,8 @@ class Refit(NamedTuple):
     after: dict[str, float]
 
 
+@torch.inference_mode(mode=False)
+@in_own_numbers
 def refit(
     model: AllScAIP,
     data: Dataset | Subset,

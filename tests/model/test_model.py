@@ -187,6 +187,24 @@ def test_inference_mode_changes_nothing(
     np.testing.assert_allclose(found.forces, outside.forces, atol=1e-10)
 
 
+@pytest.mark.parametrize("kernels", ["plain", "torch", "auto"])
+def test_autocast_and_a_default_device_change_nothing(
+    make_model: ModelMaker, cluster: Atoms, crystal: Atoms, tmp_path: Path, kernels: str
+) -> None:
+    """Autocast has 8 bits, too few for an energy; another default device would hold no numbers."""
+    path = save_model(make_model(torch.float32), tmp_path / "model.safetensors")
+    outside = load_model(path, kernels=kernels)
+    expected = outside.predict([cluster, crystal])
+    structures = structures_from_atoms([cluster, crystal])
+    shares = outside.atomic_energies(structures)
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        with mode:
+            for model in (outside, load_model(path, kernels=kernels)):
+                for result, other in zip(model.predict([cluster, crystal]), expected, strict=True):
+                    assert_same(result, other, tolerance=0)
+                assert torch.equal(model.atomic_energies(structures), shares)
+
+
 def test_predicting_leaves_the_weights_as_they_are(make_model: ModelMaker, cluster: Atoms) -> None:
     """Another thread may train meanwhile: at no moment do they stop asking for gradients."""
     model = make_model()

@@ -472,6 +472,18 @@ def assert_same_weights(a: AllScAIP, b: AllScAIP) -> None:
         torch.testing.assert_close(b.state_dict()[name], weight, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_modes_of_the_caller_do_not_change_a_training(
+    data: Dataset, tmp_path: Path, mode: Callable[[], contextlib.AbstractContextManager]
+) -> None:
+    expected = run(data, tmp_path / "outside", (2, 2))
+    with mode():
+        found = run(data, tmp_path / "inside", (2, 2))
+    assert_same_weights(found, expected)
+
+
 def test_training_is_the_recipe_by_hand(data: Dataset, tmp_path: Path) -> None:
     """Batches, learning rates, clipping and the average of the weights, in a loop of their own."""
     stage = Stage("direct", 6, 1e-2, energy_weight=3, force_weight=5, clip=2.0, ema_decay=0.3)
