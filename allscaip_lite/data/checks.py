@@ -7,10 +7,11 @@ finite; or an error that says what was found.
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ UNITS = {
     "kcal/mol": units.kcal / units.mol,
     "kJ/mol": units.kJ / units.mol,
 }
+SHORT = 0.2  # Å, of a step of a trajectory
+STEPS = 10  # of it, that say whether forces belong to energies
 BOUND = (0.99, 1.03)  # energies of molecules over those of their atoms by `free_atom`
 
 
@@ -130,6 +133,42 @@ def check_size(atoms: Atoms, energy: float, where: object) -> None:
         raise DataError(
             f"{where}: an energy of {energy:.6g} eV, where all electrons of its atoms have about "
             f"{total:.3g}: leave the structure out, or convert its unit to eV"
+        )
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """By how much `one` is as large as `other`, a least-squares fit, and how well that fits: ±1
+    where the one is the other times a number, 0 where it has nothing of it.
+    """
+    product = float((one * other).sum())
+    sizes = float((one * one).sum()), float((other * other).sum())
+    return product / max(sizes[1], 1e-30), product / max(math.sqrt(sizes[0] * sizes[1]), 1e-30)
+
+
+def work_between(first: Atoms, second: Atoms) -> tuple[float, float] | None:
+    """Energy difference of two labelled structures and the forces' work on the way, with the other
+    sign, in eV; None of structures that are not of one trajectory with short steps.
+    """
+    if not np.array_equal(first.numbers, second.numbers):
+        return None
+    way = second.positions - first.positions
+    if np.abs(way).max() > SHORT or not np.allclose(first.cell.array, second.cell.array):
+        return None
+    one, other = first.calc.results, second.calc.results
+    work = 0.5 * ((one["forces"] + other["forces"]) * way).sum()
+    return other["energy"] - one["energy"], -float(work)
+
+
+def check_work(found: Sequence[tuple[float, float]], where: object) -> None:
+    """Raise `DataError` where energies follow the forces, but not as -dE/dr does in eV/Å."""
+    if len(found) < STEPS:
+        return
+    factor, fit = agreement(*np.array(found).T)
+    if abs(fit) > 0.95 and not 0.5 < factor < 2:
+        raise DataError(
+            f"{where}: from frame to frame its energies change by {factor:.3g} times what its "
+            "forces say: give forces, -dE/dr and not the gradient, in eV/Å (1 hartree/bohr is "
+            "51.4221 eV/Å), and energies in eV"
         )
 
 

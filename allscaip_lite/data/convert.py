@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from tqdm import tqdm
@@ -22,8 +23,10 @@ from allscaip_lite.data.checks import (
     UNITS,
     check_apart,
     check_size,
+    check_work,
     labels_under_any_name,
     unit_of_total,
+    work_between,
 )
 from allscaip_lite.data.reading import file_and_index, read_structures
 from allscaip_lite.electrons import (
@@ -34,7 +37,9 @@ from allscaip_lite.electrons import (
     state_where_missing,
 )
 from allscaip_lite.errors import DataError, StructureError, StructureWarning
-from allscaip_lite.files import listed_paths
+from allscaip_lite.files import fingerprint, listed_paths
+
+SAME = 1e-3  # eV; energies of one structure are no farther apart
 
 
 def convert(
@@ -64,15 +69,21 @@ def convert(
     Raises:
         FileNotFoundError: for a file that does not exist.
         DataError: for a file that ASE cannot read, and for a structure without energy or forces,
-            with labels that `checks` does not take, or with a multiplicity its electrons forbid;
-            at its end, for a file whose energies are all 0, and for one whose energies are in
-            another unit than eV (a warning, where they are of one or two molecules, and hartree).
+            with labels that `checks` does not take, with a multiplicity its electrons forbid, or
+            that came before with another energy; at its end, for a file whose energies are all 0,
+            for one whose energies are in another unit than eV (a warning, where they are of one or
+            two molecules, and hartree), and for a trajectory whose energies do not follow its
+            forces.
     """
     assumed: Assumptions = {}
     taken: Counter[str] = Counter()
+    places: dict[str, tuple[str, float]] = {}  # structures by what they are, and their energies
+    twice: list[str] = []
     for name in listed_paths(files):
         path, _ = file_and_index(name)
         energies: list[tuple[str, float, str | None]] = []  # formulas, eV, and other units
+        work: list[tuple[float, float]] = []
+        before: Atoms | None = None
         for where, atoms in tqdm(read_structures(name), desc=path, disable=not progress):
             check_apart(atoms, where)
             labels = labels_under_any_name(atoms, where, taken)
@@ -93,12 +104,32 @@ def convert(
             energies.append((atoms.get_chemical_formula(), energy, unit))
             if unit is None:
                 check_size(atoms, energy, where)
+            if before and (step := work_between(before, atoms)):
+                work.append(step)
+            before = atoms.copy()
+            before.calc = atoms.calc
+            place = fingerprint([atoms.numbers, atoms.positions, atoms.cell.array, np.array(state)])
+            known = places.setdefault(place, (where, energy))
+            if known[0] != where:
+                twice.append(f"{where} is {known[0]}")
+                if abs(energy - known[1]) > SAME:
+                    raise DataError(
+                        f"{where} is {known[0]}, with an energy that is {energy - known[1]:.4g} eV "
+                        "off: keep the right one"
+                    )
             yield atoms
         _check_energies(path, energies)
+        check_work(work, path)
     say_assumptions(assumed)
     if taken:
         listed = "; ".join(f"{count} structures: {what}" for what, count in taken.items())
         warnings.warn(f"labels under other names: {listed}", StructureWarning, stacklevel=2)
+    if twice:
+        warnings.warn(
+            f"{len(twice)} structures come more than once, and count so often: {twice[0]}",
+            StructureWarning,
+            stacklevel=2,
+        )
 
 
 def _check_energies(path: str, energies: Sequence[tuple[str, float, str | None]]) -> None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from allscaip_lite.checkpoints import load_model, read_card, save_model
 from allscaip_lite.data.aselmdb import SLOW, Dataset, LabelledData
 from allscaip_lite.data.batches import fill_batches, in_order
+from allscaip_lite.data.checks import agreement
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
 from allscaip_lite.errors import DataError, InputError
 from allscaip_lite.files import atomic_write, check_writable, locked_file
@@ -563,6 +564,13 @@ def _run(args: argparse.Namespace) -> None:
         print(
             "Energies are off by more than 1 eV/atom: labels of another level of theory? "
             "--fit-references takes off what is a constant of each element and of a charge."
+        )
+    labels = 1e3 * np.concatenate([what.forces for what in described])
+    factor, fit = agreement(np.concatenate(found.forces) + labels, labels)
+    if abs(fit) > 0.9 and not 0.5 < factor < 2:
+        print(
+            f"The model's forces are {factor:.3g} times the labels: are these gradients, or not in "
+            "eV/Å (1 hartree/bohr is 51.4221 eV/Å)?"
         )
     if args.plots:
         with atomic_write(args.plots) as unfinished:

@@ -375,6 +375,41 @@ def test_labels_under_other_names_and_in_other_shapes() -> None:
         np.testing.assert_allclose(labels["stress"], expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.3, -1.0, units.Bohr / units.Hartree])
+def test_forces_of_a_trajectory_belong_to_its_energies(tmp_path: Path, factor: float) -> None:
+    """Gradients, or forces in another unit, are no labels; errors of forces are another matter."""
+    frames = [labelled("CH3OH", seed, charge=0, spin=1) for seed in range(20)]
+    for atoms, seed in zip(frames, range(20), strict=True):
+        atoms.positions = molecule("CH3OH").positions
+        atoms.rattle(0.01, seed=seed)
+        forces = factor * atoms.get_forces()
+        energy = atoms.get_potential_energy()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+    ase.io.write(tmp_path / "a.traj", frames)
+    if 0.5 < factor < 2:
+        assert len(list(convert(tmp_path / "a.traj", progress=False))) == 20
+        return
+    with pytest.raises(DataError, match="a.traj: .* its forces say: .* eV/Å") as raised:
+        list(convert(tmp_path / "a.traj", progress=False))
+    found = re.search("change by (.*) times", str(raised.value))
+    assert found and float(found[1]) == pytest.approx(1 / factor, rel=0.01)
+
+
+def test_a_structure_that_comes_twice_is_said(tmp_path: Path) -> None:
+    one, ion = labelled("H2O", charge=0, spin=1), labelled("H2O", charge=1, spin=2)
+    ase.io.write(tmp_path / "a.traj", [one, ion])
+    ase.io.write(tmp_path / "b.traj", [one])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(convert(tmp_path / "a.traj", progress=False))) == 2
+    with pytest.warns(StructureWarning, match="1 structures .*b.traj, structure 0 .* is .*a.traj"):
+        assert len(list(convert([tmp_path / n for n in ("a.traj", "b.traj")], progress=False))) == 3
+    one.calc.results["energy"] += 0.1
+    ase.io.write(tmp_path / "b.traj", [one])
+    with pytest.raises(DataError, match=r"is .*a.traj, structure 0 .*, with an energy that is 0.1"):
+        list(convert([tmp_path / n for n in ("a.traj", "b.traj")], progress=False))
+
+
 def test_names_that_labels_came_from_are_said(tmp_path: Path) -> None:
     frames = [bulk_with(REF_energy=-1.5, REF_forces=FORCES, virial=SYMMETRIC) for _ in range(2)]
     ase.io.write(tmp_path / "a.extxyz", frames)

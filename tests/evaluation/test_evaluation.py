@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,23 @@ def test_the_command_writes_predictions_and_pictures(
             alone = model.predict(data[index])
             np.testing.assert_allclose(part, alone.forces, atol=1e-5)
             assert found["energy"][index] == pytest.approx(alone.energy, abs=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.02])
+def test_labels_that_are_no_forces_are_said(
+    model: AllScAIP, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    """Gradients, and forces in another unit: they follow the model's."""
+    structures = list(relabelled(model, tmp_path, dict.fromkeys("HCNO", 0.0)))
+    for atoms in structures:
+        atoms.calc.results["forces"] = factor * atoms.get_forces()
+    write_aselmdb(tmp_path / "other.aselmdb", structures, overwrite=True)
+    save_model(model, tmp_path / "model.safetensors")
+    command = ["evaluate", str(tmp_path / "model.safetensors"), str(tmp_path / "other.aselmdb")]
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    said = re.search(r"forces are (\S+) times the labels: .*eV/Å", capsys.readouterr().out)
+    assert (said is None) == (factor == 1)
+    assert said is None or float(said[1]) == pytest.approx(1 / factor, rel=0.02)
 
 
 def test_models_side_by_side(
