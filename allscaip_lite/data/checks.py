@@ -214,6 +214,9 @@ def labels_under_any_name(atoms: Atoms, where: object, taken: Counter[str]) -> L
                     f"{where}: {first} and {key} are different, and both may be the {kind}: keep "
                     "the right one"
                 )
+    free = results.get("free_energy")
+    if free is not None and "energy" in found and abs(found["energy"] - free) > 1e-3 * len(atoms):
+        taken["energy and not free_energy, which the forces are the slope of (smearing)"] += 1
     try:
         return checked_labels(found, len(atoms), where)
     except DataError as error:

@@ -455,6 +455,16 @@ def test_a_virial_that_cannot_be_a_stress_is_mentioned() -> None:
     assert list(taken) == ["no stress from virial (shape (6,), not (3, 3))"]
 
 
+def test_an_energy_that_forces_do_not_belong_to_is_mentioned() -> None:
+    """With smearing programs give one extrapolated to none beside the free energy."""
+    for free, count in ((-1.5, 0), (-1.6, 1)):
+        taken: Counter[str] = Counter()
+        atoms = bulk("MgO", "rocksalt", a=4.3)
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.5, free_energy=free, forces=FORCES)
+        assert labels_under_any_name(atoms, "here", taken)["energy"] == -1.5
+        assert sum("energy and not free_energy" in name for name in taken) == count
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ase.io.write(tmp_path / "a.extxyz", [labelled("H2O", seed) for seed in range(4)])
     ase.io.write(tmp_path / "b.extxyz", [labelled("CH3")])
