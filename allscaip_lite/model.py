@@ -31,7 +31,13 @@ from allscaip_lite.graph import Graph, build_graph
 from allscaip_lite.layers import Activation, FeedForward, Linear, SelfAttention, make_norm
 from allscaip_lite.neighbors import candidate_pairs
 from allscaip_lite.operations import PLAIN, Operations
-from allscaip_lite.structures import Structures, in_own_numbers, listed, structures_from_atoms
+from allscaip_lite.structures import (
+    Structures,
+    in_own_numbers,
+    listed,
+    say_cells_not_used,
+    structures_from_atoms,
+)
 
 M = TypeVar("M", bound=nn.Module)
 # In float64: eV and eV/Å of one output; eV of a system, an atom of each element, a unit of charge.
@@ -549,6 +555,7 @@ class AllScAIP(nn.Module):
         assumed: Assumptions = {}
         structures = structures_from_atoms(batch, torch.float64, "cpu", limit, assumed)
         say_assumptions(assumed, self.said)
+        say_cells_not_used(batch, self.said)
         with saying_which(structures, self.config.reach):
             warn_outside(self.seen, structures, outside_training, self.said)
         groups = [list(range(len(batch)))]

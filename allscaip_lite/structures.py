@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
+from ase.neighborlist import natural_cutoffs, neighbor_list
 from torch import Tensor
 
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
-from allscaip_lite.errors import StructureError
+from allscaip_lite.errors import StructureError, StructureWarning
 
 LARGEST_SPREAD = 3e4  # Å; float32 rounds a position there by 0.001 Å
 LONG = 100.0  # Å; up to there float32 rounds a position by less than 1e-5 Å
 THINNEST = 0.02  # Å, of a cell
+CONTACT = 2.0  # sums of covalent radii, between atoms that touch; an H bond has 1.9
+TIGHT = 1.0  # Å³ an atom; no matter is denser
 FARTHEST = 1e9  # Å from the origin; beyond, float64 itself rounds a position by 1e-7 Å and more
 
 
@@ -221,6 +225,28 @@ def structures_from_atoms(
         natoms=torch.tensor([len(a) for a in batch]),
     )
     return structures.centered().to(device, dtype)
+
+
+def say_cells_not_used(batch: Sequence[Atoms], said: set[str]) -> None:
+    """Warn of structures that are not periodic and have a cell that they fill, once a formula.
+
+    Molecules often have a cell with vacuum in it; a crystal or a liquid whose `pbc` was forgotten
+    touches its own images there. Formulas in `said` are left out; new ones are added to it.
+    """
+    for atoms in batch:
+        volume = 0.0 if atoms.pbc.any() or atoms.cell.rank < 3 else atoms.cell.volume
+        case = f"{atoms.symbols}: its cell" if volume > len(atoms) * TIGHT else None
+        if case is None or case in said:
+            continue
+        said.add(case)
+        filled = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+        if neighbor_list("S", filled, natural_cutoffs(filled, mult=CONTACT)).any():
+            warnings.warn(
+                f"{case} is so full that it would touch its own images, but it is not periodic, "
+                "and is taken as a molecule alone: for a crystal or a liquid set atoms.pbc = True",
+                StructureWarning,
+                stacklevel=3,
+            )
 
 
 def listed(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:

@@ -138,10 +138,10 @@ def _read(file: Path, wanted: int | slice) -> Iterator[Atoms]:
     kind = suffix if suffix == "aselmdb" else ase.io.formats.filetype(str(file))
     if kind in DATABASES:
         return _read_database(file, kind, wanted)
-    if kind.startswith("lammps-dump") and not _names_elements(file):
+    if kind.startswith("lammps") and not _names_elements(file):
         raise DataError(
-            f"{file} has types of atoms and not their elements: write it with a column element "
-            "(dump_modify … element O H), or turn it into .extxyz"
+            f"{file} has types of atoms and not their elements: write a dump with a column element "
+            "(dump_modify … element O H), a data file with masses, or turn it into .extxyz"
         )
     form = ioformats[kind]
     read = (
@@ -164,11 +164,11 @@ def _read_lines(file: Path, kind: str, wanted: int | slice) -> Iterator[Atoms]:
             yield _with_parameters(atoms) if options else atoms
 
 
-def _names_elements(dump: Path) -> bool:
-    """Whether a dump of LAMMPS tells elements or masses; ASE takes type 1 for hydrogen."""
-    with open_with_compression(str(dump), "rb") as lines:
-        heads = (line.split() for line in lines if line.startswith(b"ITEM: ATOMS"))
-        return bool({b"element", b"mass"} & {*next(heads, [])})
+def _names_elements(file: Path) -> bool:
+    """Whether a file of LAMMPS tells elements or masses; ASE takes type 1 for hydrogen."""
+    with open_with_compression(str(file), "rb") as lines:
+        heads = (line.split() for line in lines if re.match(rb"ITEM: ATOMS|\s*Masses\b", line))
+        return bool({b"element", b"mass", b"Masses"} & {*next(heads, [])})
 
 
 def _with_the_text(file: Path, kind: str, read: Iterator[Atoms]) -> Iterator[Atoms]:

@@ -228,6 +228,14 @@ def test_types_are_no_elements(tmp_path: Path) -> None:
         read_structure(tmp_path / "a.lammpstrj")
     (tmp_path / "a.lammpstrj").write_text(f"{head}ITEM: ATOMS id element x y z\n1 O 0 0 0\n")
     assert str(read_structure(tmp_path / "a.lammpstrj").symbols) == "O"
+    for masses in (False, True):
+        atoms = molecule("H2O", cell=[9, 9, 9], pbc=True)
+        ase.io.write(tmp_path / "a.lammps-data", atoms, masses=masses)
+        if masses:
+            assert str(read_structure(tmp_path / "a.lammps-data").symbols) == "OH2"
+        else:
+            with pytest.raises(DataError, match="types of atoms and not their elements"):
+                read_structure(tmp_path / "a.lammps-data")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from allscaip_lite.electrons import charge_and_spin
 from allscaip_lite.errors import StructureWarning
 from allscaip_lite.graph import build_graph
 from allscaip_lite.neighbors import candidate_pairs
+from allscaip_lite.structures import say_cells_not_used
 
 # --- what comes out -----------------------------------------------------------------------------
 
@@ -358,3 +359,25 @@ def test_a_molecule_far_away_changes_no_pairs() -> None:
     far.positions[450:] += 2e6
     with pytest.raises(StructureError, match="Å long"):
         structures_from_atoms(far)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "touching"),
+    [
+        (bulk("NaCl", "rocksalt", 5.6), True),
+        (bulk("Cu", cubic=True), True),
+        (molecule("H2O", cell=[2.6, 2.6, 2.6]), True),
+        (molecule("H2O", vacuum=3.0), False),
+        (molecule("C6H6", vacuum=4.0), False),
+        (molecule("H2O"), False),
+        (Atoms("Na", cell=[0.1, 0.1, 0.1]), False),
+    ],
+)
+def test_a_cell_that_is_full_and_not_periodic_is_said_once(atoms: Atoms, touching: bool) -> None:
+    said: set[str] = set()
+    for pbc, expected in ((True, 0), (False, touching), (False, 0)):
+        atoms.pbc = pbc
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            say_cells_not_used([atoms], said)
+        assert len(warned) == expected
