@@ -86,8 +86,8 @@ def state_where_missing(atoms: Atoms, where: object, charge: int | None, spin: i
     for name, said, asked in zip(("charge", "multiplicity"), stated, (charge, spin), strict=True):
         if None not in (said, asked) and said != asked:
             warnings.warn(
-                f"{atoms.symbols}: {name} {said} is stated, and used, not the {asked} asked for, "
-                "which is for structures that state none",
+                f"{atoms.get_chemical_formula()}: {name} {said} is stated, and used, not the "
+                f"{asked} asked for, which is for structures that state none",
                 StructureWarning,
                 stacklevel=3,
             )

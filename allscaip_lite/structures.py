@@ -235,7 +235,7 @@ def say_cells_not_used(batch: Sequence[Atoms], said: set[str]) -> None:
     """
     for atoms in batch:
         volume = 0.0 if atoms.pbc.any() or atoms.cell.rank < 3 else atoms.cell.volume
-        case = f"{atoms.symbols}: its cell" if volume > len(atoms) * TIGHT else None
+        case = f"{atoms.get_chemical_formula()}: its cell" if volume > len(atoms) * TIGHT else None
         if case is None or case in said:
             continue
         said.add(case)

@@ -308,8 +308,9 @@ def _start(atoms: Atoms, settings: Settings, generator: np.random.Generator) -> 
     if settings.temperature is not None and not atoms.get_momenta().any():
         if unread := [name for name in atoms.arrays if re.match("velo?", name, re.IGNORECASE)]:
             warnings.warn(
-                f"{atoms.symbols}: its array {unread[0]!r} is not read, and velocities are drawn: "
-                "give them as momenta, atoms.set_velocities(…), Å in ASE's unit of time, 10.18 fs",
+                f"{atoms.get_chemical_formula()}: its array {unread[0]!r} is not read, and "
+                "velocities are drawn: give them as momenta, atoms.set_velocities(…), Å in ASE's "
+                "unit of time, 10.18 fs",
                 StructureWarning,
                 stacklevel=3,
             )
