@@ -145,9 +145,11 @@ def usable_device(name: torch.device | str | None = None) -> torch.device:
     Without a name it is a CUDA GPU where there is one, else the CPU.
     """
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if name is None:
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
         torch.empty(1, device=device).tolist()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch's, in many words
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # in many words
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise InputError(
             f"device {str(name)!r} is not here, or PyTorch cannot use it: there is "

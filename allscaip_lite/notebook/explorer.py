@@ -25,6 +25,7 @@ from ase import Atoms
 from ase.data.colors import jmol_colors
 from tqdm import tqdm
 
+from allscaip_lite.errors import check_kind
 from allscaip_lite.files import atomic_write
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.notebook.attention_maps import KINDS, AttentionMaps, attention_maps
@@ -169,7 +170,7 @@ def explore_attention(
         each: Iterable[AttentionMaps] = (attention_maps(model, one) for one in progress)
         check_frames(frames)
     else:
-        each = [model] if isinstance(model, AttentionMaps) else list(model)
+        each = [model] if isinstance(model, AttentionMaps | str) else list(model)
         check_frames(frames)
         _check_maps(each, frames)
     if names is not None and len(names) != len(frames):
@@ -237,11 +238,11 @@ def explore_attention(
 
 
 def _check_maps(maps: Sequence[AttentionMaps], frames: Sequence[Atoms]) -> None:
+    for one in maps:
+        check_kind(one, AttentionMaps, "a model, such as load_model('lite'), or AttentionMaps")
     if len(maps) != len(frames):
         raise ValueError(f"{len(maps)} maps for {len(frames)} frames: give one for each frame")
     for one, atoms in zip(maps, frames, strict=True):
-        if not isinstance(one, AttentionMaps):
-            raise TypeError(f"a model or AttentionMaps is needed, not a {type(one).__name__}")
         check_same_atoms(one, atoms)
 
 

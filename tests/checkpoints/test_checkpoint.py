@@ -677,8 +677,8 @@ def test_a_model_is_for_all_who_may_read_its_folder(tmp_path: Path) -> None:
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cuda:x"])
-def test_a_device_that_is_not_here_is_an_input_error(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cuda:x", "", 99, 1.5])
+def test_a_device_that_is_not_here_is_an_input_error(tmp_path: Path, device: object) -> None:
     path = save_model(AllScAIP(TINY), tmp_path / "m.safetensors")
     with pytest.raises(InputError, match=f"device '{device}' is not here.*there is cpu"):
         load_model(path, device=device)

@@ -284,6 +284,8 @@ def test_frames_must_be_one_structure(model):
         explore_attention(model, [])
     with pytest.raises(TypeError, match="frame 0 is a str"):
         explore_attention(model, ["H2O"])
+    with pytest.raises(TypeError, match="give a model, such as load_model.*, not 'lite'"):
+        explore_attention("lite", ETHANOL)
     with pytest.raises(ValueError, match="another structure"):
         explore_attention(attention_maps(model, ETHANOL), singlet(molecule("H2O")))
     with pytest.raises(ValueError, match="1 maps for 3 frames"):
