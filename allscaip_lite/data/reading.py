@@ -51,10 +51,13 @@ ENDS = {
 # How texts state charge and multiplicity, which ASE drops, by format.
 STATES = {
     "cjson": (r'"totalCharge"\s*:\s*(-?\d+)', r'"totalSpinMultiplicity"\s*:\s*(\d+)'),
-    "espresso-in": (r"tot_charge\s*=\s*([-+]?\d+)", "()"),
+    "espresso-in": (r"tot_charge\s*=\s*([-+]?\d+)", "(?!)"),  # the latter is nowhere
     "gamess-us-out": (r"CHARGE OF MOLECULE\s*=\s*(-?\d+)", r"(?:SPIN|STATE) MULT\w+\s*=\s*(\d+)"),
-    "gaussian-out": (r"Charge\s*=\s*(-?\d+)\s+Mult", r"Charge\s*=.*Multiplicity\s*=\s*(\d+)"),
-    "nwchem-in": (r"(?im)^\s*charge\s+([-+]?\d+)", r"(?im)^\s*mult\s+(\d+)"),
+    "gaussian-out": (
+        r"Charge\s*=\s*(-?\d+)\s+Mult",
+        r"Charge\s*=\s*-?\d+\s+Multiplicity\s*=\s*(\d+)",
+    ),
+    "nwchem-in": (r"(?im)^[ \t]*charge\s+([-+]?\d+)", r"(?im)^[ \t]*mult\s+(\d+)"),
     "nwchem-out": (r"Charge\s*:\s*(-?\d+)", r"Spin multiplicity\s*:\s*(\d+)"),
     "orca-output": (r"Total Charge\s+Charge\s+\.+\s+(-?\d+)", r"Multiplicity\s+Mult\s+\.+\s+(\d+)"),
 }
@@ -216,7 +219,7 @@ def _stated(file: Path, kind: str, text: str) -> dict[str, int]:
         if charged:
             stated["charge"] = sum(int(n) for line in charged for n in line.split()[1::2])
     for name, pattern in zip(("charge", "spin"), STATES.get(kind, ()), strict=False):
-        found = {int(number) for number in re.findall(pattern, text) if number}
+        found = {int(number) for number in re.findall(pattern, text)}
         if len(found) > 1:
             _say(file, f"it has several values of {name}, {sorted(found)}, of which none was taken")
         elif found:
