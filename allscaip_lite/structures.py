@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from ase.neighborlist import natural_cutoffs, neighbor_list
 from torch import Tensor
 
 from allscaip_lite.electrons import Assumptions, charge_and_spin, say_assumptions
@@ -206,7 +205,7 @@ def structures_from_atoms(
     cells, charges, spins = [], [], []
     noted: Assumptions = {} if assumed is None else assumed
     for index, system in enumerate(batch):
-        where = Place(index, system)
+        where = _Place(index, system)
         charge, spin = check_structure(system, where, max_num_elements, noted)
         charges.append(charge)
         spins.append(spin)
@@ -239,6 +238,8 @@ def say_cells_not_used(batch: Sequence[Atoms], said: set[str]) -> None:
         if case is None or case in said:
             continue
         said.add(case)
+        from ase.neighborlist import natural_cutoffs, neighbor_list  # loads SciPy, for few
+
         filled = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
         if neighbor_list("S", filled, natural_cutoffs(filled, mult=CONTACT)).any():
             warnings.warn(
@@ -270,7 +271,7 @@ def listed(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
 
 @dataclass(frozen=True)
-class Place:
+class _Place:
     """What messages call a structure; put into words only where there is one, thousands are not."""
 
     index: int

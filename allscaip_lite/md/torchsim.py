@@ -35,10 +35,9 @@ from allscaip_lite.errors import StructureError, StructureWarning
 from allscaip_lite.model import AllScAIP
 from allscaip_lite.structures import (
     LARGEST_SPREAD,
-    Place,
     Structures,
-    check_structure,
     in_own_numbers,
+    structures_from_atoms,
 )
 
 
@@ -129,9 +128,8 @@ class TorchSimModel(ModelInterface):
                 StructureWarning,
                 stacklevel=4,
             )
-        read = []
-        for index, one in enumerate(structures.each()):
-            atoms = Atoms(
+        batch = [
+            Atoms(
                 one.atomic_numbers.numpy(),
                 one.positions.numpy(),
                 cell=one.cell[0].numpy(),
@@ -141,6 +139,8 @@ class TorchSimModel(ModelInterface):
                     "spin": self.multiplicity if spins is None else spins.view(-1)[index],
                 },
             )
-            limit = self.model.config.max_num_elements
-            read.append(check_structure(atoms, Place(index, atoms), limit))
-        return list(structures.natoms.new_tensor(read).unbind(1))
+            for index, one in enumerate(structures.each())
+        ]
+        limit = self.model.config.max_num_elements
+        read = structures_from_atoms(batch, torch.float64, max_num_elements=limit, assumed={})
+        return [value.to(structures.natoms) for value in (read.charge, read.spin)]

@@ -810,18 +810,21 @@ def run(args: argparse.Namespace) -> None:
     fabric.launch()
     if fabric.world_size > 1:
         os.environ["RANK"] = str(fabric.global_rank)  # `locked` reads it, and Slurm does not set it
-    data: Dataset | Mixture = Dataset(args.data)
+    whole = Dataset(args.data)
+    files = [path.resolve() for path in whole.paths]
+    data: Dataset | Mixture = whole
     if args.shares:
         data = Mixture([Dataset(path) for path in args.data], args.shares)
     training_data: LabelledData
     validation_data: LabelledData
     if args.val:
-        training_data, validation_data = data, Dataset(args.val)
+        held_out = Dataset(args.val)
+        files += [path.resolve() for path in held_out.paths]
+        training_data, validation_data = data, held_out
     else:
         if isinstance(data, Mixture):
             raise InputError("--shares needs --val: a tenth drawn at random would be of any set")
         training_data, validation_data = hold_out(data, args.seed)
-    files = [path.resolve() for path in Dataset([*args.data, *(args.val or ())]).paths]
     if twice := sorted({str(path) for path in files if files.count(path) > 1}):
         warnings.warn(
             f"{', '.join(twice)}: given more than once, to train on or to validate: errors of "

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 
 from allscaip_lite.errors import InputError
 from allscaip_lite.files import store_text
 from allscaip_lite.notebook.plots import plain_numbers
+
+if TYPE_CHECKING:  # a measured process loads no library of pictures
+    from matplotlib.figure import Figure
 
 MARKS = ("<!-- table: written by run.py -->", "<!-- end of the table -->")
 
