@@ -92,3 +92,12 @@ def test_the_command_goes_on_and_writes_its_table(tmp_path, capsys):
     assert json.loads(out.read_text()) == first
     assert page.read_text().count("| invariant |") == 3 and "### Found" in page.read_text()
     assert page.with_name("found.png").exists()
+    speeds = first["speeds"]["invariant"]
+    first["cells"].pop()
+    del speeds["wide"]["step"]  # results of before steps were timed
+    first["speeds"]["eSEN"] = {"usual": {"atoms": 1.0}}
+    out.write_text(json.dumps(first))
+    assert study.main(arguments) == 0
+    again = json.loads(out.read_text())
+    assert len(again["cells"]) == 3 and again["speeds"]["invariant"]["wide"]["step"] > 0
+    assert again["speeds"]["eSEN"] == {"usual": {"atoms": 1.0}}  # not asked for

@@ -232,30 +232,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # less than 1e-38 is 0: some processors are slow below
-    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    found = {"cells": [], "speeds": {}}
+    if args.out.exists():
+        found = json.loads(args.out.read_text(encoding="utf-8"))
     test = "test" if (args.data / "test.aselmdb").exists() else "val"
     data, held = (neutral(Dataset(args.data / f"{part}.aselmdb")) for part in ("train", test))
-    if args.speed or not found:
-        machine = {"processor": processor_name(), "torch": torch.__version__, "threads": 1}
-        speeds = throughput(data, held, args.models, args.widths)
-        found = {"cells": []} | found | {"machine": machine, "speeds": speeds}
-        store_text(args.out, json.dumps(found, indent=1) + "\n")
     most = max(args.structures)
     grid = [(n, name, "usual") for n in sorted(args.structures) for name in args.models]
     others = [width for width in args.widths if width != "usual"]
     grid += [(most, name, w) for name in args.models if name in COMPARED for w in others]
     done = [row["cell"] for row in found["cells"]]
-    for seed in args.seeds:
-        for structures, name, width in grid:
-            cell = [name, width, structures, seed, args.seconds]
-            if cell in done:
-                continue
-            steps = max(1, round(args.seconds / found["speeds"][name][width]["step"]))
-            print(*cell, f"{steps} steps", flush=True)
-            row = measure(data, held, name, width, structures, seed, steps, args.drift_ps)
-            found["cells"].append({"cell": cell} | row)
-            store_text(args.out, json.dumps(found, indent=1) + "\n")
-            print(row, flush=True)
+    cells = [[name, w, n, seed, args.seconds] for seed in args.seeds for n, name, w in grid]
+    left = [cell for cell in cells if cell not in done]
+    if args.speed or not all(speed(found, *cell[:2], "step") for cell in left):
+        found["machine"] = {"processor": processor_name(), "torch": torch.__version__, "threads": 1}
+        for name, timed in throughput(data, held, args.models, args.widths).items():
+            found["speeds"].setdefault(name, {}).update(timed)
+        store_text(args.out, json.dumps(found, indent=1) + "\n")
+    for cell in left:
+        name, width, structures, seed, seconds = cell
+        steps = max(1, round(seconds / speed(found, name, width, "step")))
+        print(*cell, f"{steps} steps", flush=True)
+        row = measure(data, held, name, width, structures, seed, steps, args.drift_ps)
+        found["cells"].append({"cell": cell} | row)
+        store_text(args.out, json.dumps(found, indent=1) + "\n")
+        print(row, flush=True)
     if args.page:
         texts = []
         for file in sorted(args.out.parent.glob("*.json")):
@@ -265,6 +266,11 @@ def run(args: argparse.Namespace) -> None:
             tables = [f"### {file.stem.capitalize()}", picture, table(found), exponents(found)]
             texts.append("\n\n".join(filter(None, tables)))
         insert_table(args.page, "\n\n".join(texts))
+
+
+def speed(found: dict[str, Any], name: str, width: str, kind: str) -> float:
+    """Of a model and width: seconds of a step ("step"), atoms a second ("atoms"); 0: not timed."""
+    return float(found["speeds"].get(name, {}).get(width, {}).get(kind, 0.0))
 
 
 def neutral(data: Dataset) -> Subset:
@@ -321,14 +327,15 @@ def measure(
     spent = time.process_time() - begin
     frames = [held[index] for index in range(len(held))]
     errors = residuals(model, held)
+    mean = summary(errors)
     several = np.array([atoms.info.get("data_id") in BETWEEN for atoms in frames])
     some = evenly_spaced(len(frames), 10)
     row = {
         "parameters": model.num_parameters,
         "steps": steps,
         "seconds": spent,
-        "forces": summary(errors)["force_mae"],  # meV/Å
-        "energy": summary(errors)["energy_mae"],  # meV/atom
+        "forces": mean["force_mae"],  # meV/Å
+        "energy": mean["energy_mae"],  # meV/atom
         "rotation": float(np.mean([spread(model, frames[i]) for i in some])),
     }
     if several.any():
@@ -402,8 +409,8 @@ def throughput(
     atoms = sum(map(len, frames))
     found: dict[str, dict[str, dict[str, float]]] = {}
     for (name, width), times in steps.items():
-        speed = atoms / float(np.median(calls[name, width]))
-        found.setdefault(name, {})[width] = {"step": float(np.median(times)), "atoms": speed}
+        rate = atoms / float(np.median(calls[name, width]))
+        found.setdefault(name, {})[width] = {"step": float(np.median(times)), "atoms": rate}
     return found
 
 
@@ -430,10 +437,10 @@ def table(found: dict[str, Any]) -> str:
     rows = []
     for _, cells in sorted(kinds.items()):
         name, width, structures = cells[0]["cell"][:3]
-        speed = found["speeds"].get(name, {}).get(width, {}).get("atoms")
+        atoms = speed(found, name, width, "atoms")
         row = [name, f"{structures:,}", f"{cells[0]['parameters']:,}"]
         row += [write(cells) for write in columns.values()]
-        rows.append([*row, f"{speed:,.0f}" if speed else ""])
+        rows.append([*row, f"{atoms:,.0f}" if atoms else ""])
     head = ["model", "structures", "parameters", *columns, "atoms/s"]
     return markdown_table(head, rows, "l" + "r" * (len(head) - 1))
 
@@ -486,8 +493,10 @@ def draw(found: dict[str, Any], file: Path) -> None:
             counts = sorted({row["cell"][2] for row in own if row["cell"][1] == "usual"})
             means = [mean_error(own, "usual", count) for count in counts]
             left.loglog(counts, means, **line, label=name)
-            widths = [w for w in WIDTHS if cells_of(own, w, most) and name in found["speeds"]]
-            speeds = [found["speeds"][name][width]["atoms"] for width in widths]
+            widths = [
+                w for w in WIDTHS if cells_of(own, w, most) and speed(found, name, w, "atoms")
+            ]
+            speeds = [speed(found, name, width, "atoms") for width in widths]
             right.loglog(speeds, [mean_error(own, width, most) for width in widths], **line)
         left.set_xticks(sizes, [f"{count:,}" for count in sizes])
         left.set(xlabel="structures to train on", ylabel="force error, meV/Å")

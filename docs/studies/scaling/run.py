@@ -51,6 +51,7 @@ SIDES = ("plain", "torch", "c", "cuda-graphs", FAIRCHEM)
 FORCES = ("conservative", "direct")
 # layers and largest degree of eSEN for OMol25 (arXiv 2505.08762): 6.3 and 50.7 million parameters
 ESEN = {"eSEN-sm": (4, 2), "eSEN-md": (10, 4)}
+MODELS = (*PRESETS, *ESEN)
 NS_PER_DAY = 86_400 * 1e-6  # of one step of 1 fs in 1 s
 
 Cell = tuple[str, str, str, int]  # model, forces, side, atoms
@@ -266,7 +267,7 @@ def crossing(rows: Sequence[dict[str, Any]]) -> float | None:
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
     """The page's tables: every cell, and how each line grows."""
-    order = [*PRESETS, *ESEN, *FORCES, *SIDES]
+    order = [*MODELS, *FORCES, *SIDES]
 
     def place(row: dict[str, Any]) -> tuple[int, ...]:
         name, forces, side, atoms = row["cell"]
@@ -337,12 +338,11 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    names = [*PRESETS, *ESEN]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 6.5))
         axes = figure.subplots(2, 2, sharex=True, sharey="row")
         for (name, forces, side), rows in lines_of(results).items():
-            color, marker = (LINES[names.index(name)][key] for key in ("color", "marker"))
+            color, marker = (LINES[MODELS.index(name)][key] for key in ("color", "marker"))
             dashes = "--" if side == FAIRCHEM else "-"
             label = f"{name}, fairchem" if side == FAIRCHEM else name
             atoms = np.array([row["cell"][3] for row in rows])
@@ -371,8 +371,7 @@ def lines_of(
     for row in sorted(results, key=lambda row: row["cell"][3]):
         if "seconds" in row:
             found.setdefault(tuple(row["cell"][:3]), []).append(row)
-    order = [*PRESETS, *ESEN]
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][2])))
+    return dict(sorted(found.items(), key=lambda item: (MODELS.index(item[0][0]), item[0][2])))
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def lines_of(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--atoms", type=int, nargs="+", default=[63, 189, 600, 1500, 3000, 9999])
-    parser.add_argument("--models", nargs="+", choices=[*PRESETS, *ESEN], default=[*PRESETS, *ESEN])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--forces", nargs="+", choices=FORCES, default=list(FORCES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: the fastest, fairchem")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
